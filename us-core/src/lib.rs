@@ -1,0 +1,8 @@
+//! The heart of Us: the vocabulary shared by all programs, the erasure code, the seal, placement,
+//! the block pipeline and the plumbing every daemon shares.
+//!
+//! Dependencies point one way: the programs use this crate, this crate uses only `us-proto`.
+
+pub mod code;
+pub mod geometry;
+pub mod ids;
