@@ -4,5 +4,13 @@
 //! Dependencies point one way: the programs use this crate, this crate uses only `us-proto`.
 
 pub mod code;
+pub mod daemon;
+pub mod disk;
+pub mod fragment;
 pub mod geometry;
 pub mod ids;
+pub mod name;
+pub mod placement;
+pub mod seal;
+pub mod tls;
+pub mod wire;
