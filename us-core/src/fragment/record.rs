@@ -1,0 +1,123 @@
+//! A whole record: header, body, trailer.
+
+use bytes::Bytes;
+
+use super::{
+    FingerprintKind, FingerprintList, FragmentError, FragmentHeader, FragmentSums, FragmentTrailer,
+    HEADER_BYTES,
+};
+use crate::geometry::BlockGeometry;
+use crate::ids::{Birth, BlockId, FragmentId, VolumeId};
+
+/// One fragment as it is stored and sent.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct FragmentRecord {
+    /// Which fragment this is.
+    pub header: FragmentHeader,
+    /// Its slots. Shared, never copied.
+    pub body: Bytes,
+    /// Its sums and the fingerprints of its block.
+    pub trailer: FragmentTrailer,
+}
+
+/// The bytes of a record in three pieces, ready for a vectored write.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct RecordParts {
+    /// The encoded header.
+    pub header: [u8; HEADER_BYTES],
+    /// The body.
+    pub body: Bytes,
+    /// The encoded trailer.
+    pub trailer: Bytes,
+}
+
+impl RecordParts {
+    /// Bytes of the three together.
+    pub fn record_bytes(&self) -> usize {
+        self.header.len() + self.body.len() + self.trailer.len()
+    }
+
+    /// The three in the order in which they are written.
+    pub fn slices(&self) -> [&[u8]; 3] {
+        [&self.header, &self.body, &self.trailer]
+    }
+}
+
+impl FragmentRecord {
+    /// The record's bytes; the body is shared.
+    ///
+    /// # Panics
+    /// When header, body and trailer do not belong together.
+    pub fn to_parts(&self) -> RecordParts {
+        assert_eq!(self.body.len(), self.header.fragment_bytes(), "the header's body");
+        RecordParts {
+            header: self.header.encode(),
+            body: self.body.clone(),
+            trailer: self.trailer.encode(&self.header).into(),
+        }
+    }
+
+    /// Reads a record without copying its body. Header and trailer are checked; the body is not:
+    /// call [`FragmentRecord::verify_body`].
+    ///
+    /// # Errors
+    /// [`FragmentError`] unless `bytes` are exactly one record.
+    pub fn decode(bytes: Bytes) -> Result<Self, FragmentError> {
+        let header = FragmentHeader::decode(&bytes)?;
+        if bytes.len() != header.record_bytes() {
+            let (expected, found) = (header.record_bytes(), bytes.len());
+            return Err(FragmentError::Length { part: "record", expected, found });
+        }
+        let body_end = HEADER_BYTES + header.fragment_bytes();
+        let trailer = FragmentTrailer::decode(&header, &bytes[body_end..])?;
+        Ok(Self { header, body: bytes.slice(HEADER_BYTES..body_end), trailer })
+    }
+
+    /// Checks every byte of the body ([`FragmentTrailer::verify_body`]).
+    ///
+    /// # Errors
+    /// [`FragmentError`] naming the first damage found.
+    pub fn verify_body(&self) -> Result<(), FragmentError> {
+        self.trailer.verify_body(&self.header, &self.body)
+    }
+
+    /// Checks slots read from this record ([`FragmentTrailer::verify_slots`]).
+    ///
+    /// # Errors
+    /// [`FragmentError`] naming the first damage found.
+    pub fn verify_slots(&self, first_slot: usize, bytes: &[u8]) -> Result<(), FragmentError> {
+        self.trailer.verify_slots(&self.header, first_slot, bytes)
+    }
+}
+
+/// The records of one block, from the bodies of all its f fragments in order. Their fingerprint
+/// list is the same in each: its hash goes into the block's commit.
+///
+/// # Panics
+/// When there are not f bodies of `geometry.fragment_bytes()` each.
+pub fn records_of_block(
+    volume: VolumeId,
+    block: BlockId,
+    birth: Birth,
+    geometry: BlockGeometry,
+    bodies: Vec<Bytes>,
+) -> Vec<FragmentRecord> {
+    assert_eq!(bodies.len(), geometry.code().fragments(), "a body for each fragment");
+    let sums: Vec<_> = bodies.iter().map(|body| FragmentSums::of(&geometry, body)).collect();
+    let fingerprints = FingerprintList::of_crcs(sums.iter().map(|sums| sums.body));
+    let fragments = bodies.into_iter().zip(sums).zip(0u8..);
+    fragments
+        .map(|((body, sums), index)| FragmentRecord {
+            header: FragmentHeader::new(
+                volume,
+                FragmentId { block, index },
+                birth,
+                geometry,
+                FingerprintKind::Crc32c,
+            )
+            .expect("the code has a fragment for each body"),
+            body,
+            trailer: FragmentTrailer { slot_sums: sums.slots, fingerprints: fingerprints.clone() },
+        })
+        .collect()
+}
