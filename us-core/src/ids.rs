@@ -89,6 +89,10 @@ id128! {
     /// One immutable block. Made by the client when the block is sealed and never used again.
     BlockId
 }
+id128! {
+    /// One directory with its providers and mounts; made with its certificate authority.
+    ClusterId
+}
 
 macro_rules! number {
     ($(#[$doc:meta])* $name:ident($inner:ty)) => {
