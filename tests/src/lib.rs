@@ -1,1 +1,7 @@
-//! us
+//! What the end-to-end tests share: a cluster of real processes, workloads with a manifest of what
+//! was acknowledged, and polling with a deadline. Nothing here sleeps as synchronisation.
+
+pub mod cluster;
+pub mod poll;
+pub mod tier;
+pub mod tree;

@@ -1,0 +1,411 @@
+//! A cluster of real processes on loopback: one directory, some providers, any number of mounts.
+//!
+//! Every process it starts is ended, by pid, when the cluster is dropped, and every mount with it.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use rustix::mount::UnmountFlags;
+use rustix::process::{Pid, Signal, kill_process};
+use tempfile::TempDir;
+
+use crate::poll;
+
+/// How long a process may take to be ready or to end; generous, for a busy machine.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+/// Short leases, so that a fence takes seconds.
+const LEASE_MS: &str = "3000";
+const FENCE_MS: &str = "5000";
+
+/// The folder of the built programs; builds them first, once a test process.
+///
+/// # Panics
+/// When they do not build.
+pub fn programs() -> &'static Path {
+    static PROGRAMS: OnceLock<PathBuf> = OnceLock::new();
+    PROGRAMS.get_or_init(|| {
+        let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+        let mut build = Command::new(cargo);
+        build.args(["build", "--quiet", "--workspace", "--bins"]);
+        if !cfg!(debug_assertions) {
+            build.arg("--release");
+        }
+        let status = build
+            .current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
+            .status()
+            .expect("cargo starts");
+        assert!(status.success(), "the programs do not build");
+        let test = std::env::current_exe().expect("the test knows its own path");
+        let folder = test.ancestors().find(|folder| folder.join("usfs").is_file());
+        folder.expect("the programs lie beside the tests").to_path_buf()
+    })
+}
+
+/// Says loudly that a test cannot run here, and whether it may go on.
+///
+/// # Panics
+/// In CI, where /dev/fuse is part of what must hold.
+pub fn fuse_is_here() -> bool {
+    let here = Path::new("/dev/fuse").exists() && rustix::process::geteuid().is_root();
+    if !here {
+        let message = "NOT TESTED: this test needs /dev/fuse and root";
+        assert!(std::env::var_os("CI").is_none(), "{message}");
+        eprintln!("\n{message}\n");
+    }
+    here
+}
+
+/// What a cluster starts with.
+#[derive(Debug, Clone)]
+pub struct Shape {
+    /// Providers.
+    pub providers: usize,
+    /// The volume's code, "S+R".
+    pub code: &'static str,
+    /// Each provider's capacity, as its command line takes it.
+    pub capacity: String,
+}
+
+impl Default for Shape {
+    fn default() -> Self {
+        Self { providers: 6, code: "4+2", capacity: "8G".into() }
+    }
+}
+
+/// A running program whose output goes to a log.
+struct Running {
+    child: Child,
+    name: String,
+}
+
+impl Running {
+    fn start(name: &str, mut command: Command, log: &Path) -> Self {
+        let output = File::options().create(true).append(true).open(log).expect("a log");
+        let errors = output.try_clone().expect("a log");
+        command.stdin(Stdio::null()).stdout(output).stderr(errors);
+        command.env("US_LOG", std::env::var("US_LOG").unwrap_or_else(|_| "info".into()));
+        let child = command.spawn().unwrap_or_else(|error| panic!("{name} does not start: {error}"));
+        Self { child, name: name.into() }
+    }
+
+    fn signal(&self, signal: Signal) {
+        let pid = Pid::from_child(&self.child);
+        // It may have ended by itself; then there is nobody to tell.
+        let _ = kill_process(pid, signal);
+    }
+
+    fn kill(mut self) {
+        self.signal(Signal::KILL);
+        let _ = self.child.wait();
+    }
+
+    fn stop(mut self) -> ExitStatus {
+        self.signal(Signal::TERM);
+        let name = self.name.clone();
+        let child = &mut self.child;
+        poll::until(&format!("{name} to end"), PATIENCE, || {
+            child.try_wait().expect("its own child").ok_or_else(|| "it still runs".to_string())
+        })
+    }
+
+    fn ended(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().expect("its own child")
+    }
+}
+
+/// A mounted volume. Unmounted when dropped.
+pub struct Mount {
+    running: Option<Running>,
+    path: PathBuf,
+}
+
+impl Mount {
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Unmounts as a user would, and waits for the program to have flushed and ended.
+    ///
+    /// # Panics
+    /// When it does not end well.
+    pub fn unmount(mut self) {
+        let running = self.running.take().expect("mounted");
+        let status = running.stop();
+        assert!(status.success(), "the mount ended with {status}");
+        assert!(!is_mounted(&self.path), "{} is still mounted", self.path.display());
+    }
+
+    /// Pulls the plug: kill -9, then the dead mount is taken away.
+    pub fn kill(mut self) {
+        self.running.take().expect("mounted").kill();
+        detach(&self.path);
+    }
+
+    /// The program's process id.
+    pub fn pid(&self) -> u32 {
+        self.running.as_ref().expect("mounted").child.id()
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        if let Some(running) = self.running.take() {
+            detach(&self.path);
+            running.kill();
+        }
+    }
+}
+
+fn detach(path: &Path) {
+    // Nothing is mounted there if the program had not come so far.
+    let _ = rustix::mount::unmount(path, UnmountFlags::DETACH);
+}
+
+/// Whether something is mounted at `path`.
+pub fn is_mounted(path: &Path) -> bool {
+    let table = fs::read_to_string("/proc/self/mountinfo").expect("Linux");
+    table.lines().any(|line| line.split(' ').nth(4) == path.to_str())
+}
+
+/// A directory and its providers.
+pub struct Cluster {
+    root: TempDir,
+    shape: Shape,
+    directory: Option<Running>,
+    providers: Vec<Option<Running>>,
+    mounts_made: usize,
+}
+
+/// The one volume of a test cluster.
+pub const VOLUME: &str = "disk";
+
+impl Cluster {
+    /// Starts everything and makes the volume; ready when every provider is online.
+    pub fn start(shape: Shape) -> Self {
+        let root = tempfile::Builder::new().prefix("us-test-").tempdir().expect("a temporary folder");
+        let mut cluster =
+            Self { root, providers: Vec::new(), directory: None, mounts_made: 0, shape };
+        cluster.run_to_end("us-directory", &["init", "--data", &cluster.at("directory")]);
+        cluster.start_directory();
+        cluster.issue("client", "client");
+        cluster.issue("admin", "admin");
+        for number in 0..cluster.shape.providers {
+            cluster.issue("provider", &format!("provider{number}"));
+            cluster.providers.push(None);
+            cluster.start_provider(number);
+        }
+        cluster.wait_online(cluster.shape.providers);
+        cluster.usctl(&["volume", "create", VOLUME, "--code", cluster.shape.code]);
+        cluster
+    }
+
+    /// A path in the cluster's folder, as text.
+    pub fn at(&self, name: &str) -> String {
+        self.root.path().join(name).to_str().expect("a plain path").to_string()
+    }
+
+    /// The folder of provider `number`'s store.
+    pub fn provider_data(&self, number: usize) -> PathBuf {
+        self.root.path().join(format!("store{number}"))
+    }
+
+    /// The log of a process: "directory", "provider0" …, "mount0" ….
+    pub fn log(&self, name: &str) -> String {
+        fs::read_to_string(self.at(&format!("{name}.log"))).unwrap_or_default()
+    }
+
+    fn program(&self, name: &str) -> Command {
+        Command::new(programs().join(name))
+    }
+
+    fn run_to_end(&self, name: &str, arguments: &[&str]) -> String {
+        let output = self.program(name).args(arguments).output().expect("it starts");
+        assert!(
+            output.status.success(),
+            "{name} {arguments:?} ended with {}: {}",
+            output.status,
+            String::from_utf8_lossy(&output.stderr)
+        );
+        String::from_utf8(output.stdout).expect("text")
+    }
+
+    fn issue(&self, role: &str, name: &str) {
+        let data = self.at("directory");
+        let out = self.at(&format!("identity-{name}"));
+        self.run_to_end(
+            "us-directory",
+            &["identity", "--data", &data, "--role", role, "--name", name, "--out", &out],
+        );
+    }
+
+    /// Where the directory listens.
+    pub fn directory_address(&self) -> String {
+        fs::read_to_string(self.at("directory/address")).expect("it was ready").trim().to_string()
+    }
+
+    /// Starts the directory, again on the port it had before.
+    pub fn start_directory(&mut self) {
+        assert!(self.directory.is_none(), "it runs");
+        let address_file = self.at("directory/address");
+        let listen = fs::read_to_string(&address_file)
+            .map_or_else(|_| "127.0.0.1:0".to_string(), |text| text.trim().to_string());
+        let mut command = self.program("us-directory");
+        command.args(["run", "--data", &self.at("directory"), "--listen", &listen]);
+        command.args(["--lease-ms", LEASE_MS, "--fence-ms", FENCE_MS]);
+        let log = self.at("directory.log");
+        let mut running = Running::start("us-directory", command, Path::new(&log));
+        poll::until("the directory to listen", PATIENCE, || {
+            if let Some(status) = running.ended() {
+                panic!("us-directory ended with {status}:\n{}", self.log("directory"));
+            }
+            let address = fs::read_to_string(&address_file).map_err(|error| error.to_string())?;
+            std::net::TcpStream::connect(address.trim()).map_err(|error| error.to_string())
+        });
+        self.directory = Some(running);
+    }
+
+    /// kill -9 of the directory.
+    pub fn kill_directory(&mut self) {
+        self.directory.take().expect("it runs").kill();
+    }
+
+    /// Starts provider `number`, again on the port it had before.
+    pub fn start_provider(&mut self, number: usize) {
+        assert!(self.providers[number].is_none(), "it runs");
+        let data = self.provider_data(number);
+        let listen = fs::read_to_string(data.join("address"))
+            .map_or_else(|_| "127.0.0.1:0".to_string(), |text| text.trim().to_string());
+        let mut command = self.program("us-provider");
+        command.arg("run").arg("--data").arg(&data);
+        command.args(["--directory", &self.directory_address(), "--listen", &listen]);
+        command.args(["--identity", &self.at(&format!("identity-provider{number}"))]);
+        command.args(["--capacity", &self.shape.capacity, "--reserve", "0"]);
+        let log = self.at(&format!("provider{number}.log"));
+        let running = Running::start("us-provider", command, Path::new(&log));
+        self.providers[number] = Some(running);
+    }
+
+    /// kill -9 of provider `number`.
+    pub fn kill_provider(&mut self, number: usize) {
+        self.providers[number].take().expect("it runs").kill();
+    }
+
+    /// Ends provider `number` as a shutdown would.
+    pub fn stop_provider(&mut self, number: usize) {
+        let status = self.providers[number].take().expect("it runs").stop();
+        assert!(status.success(), "us-provider ended with {status}");
+    }
+
+    /// Mounts the volume at a place of its own.
+    ///
+    /// # Panics
+    /// When it does not come up.
+    pub fn mount(&mut self) -> Mount {
+        let name = format!("mount{}", self.mounts_made);
+        self.mounts_made += 1;
+        let path = self.root.path().join(&name);
+        fs::create_dir(&path).expect("a mount point");
+        self.mount_at(&path, &name)
+    }
+
+    /// Mounts the volume again where it was.
+    pub fn mount_at(&self, path: &Path, name: &str) -> Mount {
+        let mut command = self.program("usfs");
+        command.arg("mount").arg(format!("{}/{VOLUME}", self.directory_address())).arg(path);
+        command.args(["--identity", &self.at("identity-client")]);
+        // Each mount keeps its own state in the cluster's folder.
+        command.env("XDG_DATA_HOME", self.at("data")).env("US_DATA", self.at("data"));
+        let log = self.at(&format!("{name}.log"));
+        let mut running = Running::start("usfs mount", command, Path::new(&log));
+        poll::until("the mount", PATIENCE, || {
+            if let Some(status) = running.ended() {
+                panic!("usfs mount ended with {status}:\n{}", self.log(name));
+            }
+            is_mounted(path).then_some(()).ok_or_else(|| self.log(name))?;
+            fs::metadata(path).map(drop).map_err(|error| error.to_string())
+        });
+        Mount { running: Some(running), path: path.to_path_buf() }
+    }
+
+    fn usctl_command(&self, arguments: &[&str]) -> Command {
+        let mut command = self.program("usctl");
+        command.args(["--directory", &self.directory_address()]);
+        command.args(["--identity", &self.at("identity-admin")]).args(arguments);
+        command
+    }
+
+    /// Runs `usctl` and gives what it printed.
+    ///
+    /// # Panics
+    /// When it fails.
+    pub fn usctl(&self, arguments: &[&str]) -> String {
+        let output = self.usctl_command(arguments).output().expect("usctl starts");
+        assert!(
+            output.status.success(),
+            "usctl {arguments:?} ended with {}: {}",
+            output.status,
+            String::from_utf8_lossy(&output.stderr)
+        );
+        String::from_utf8(output.stdout).expect("text")
+    }
+
+    /// `usctl status --exit-code`.
+    pub fn status_code(&self) -> i32 {
+        let output = self.usctl_command(&["status", "--exit-code"]).output().expect("usctl starts");
+        output.status.code().expect("it ended by itself")
+    }
+
+    /// `usctl status --json`, parsed.
+    pub fn status(&self) -> Result<serde_json::Value, String> {
+        let output = self.usctl_command(&["status", "--json"]).output().expect("usctl starts");
+        if !output.status.success() {
+            return Err(String::from_utf8_lossy(&output.stderr).into_owned());
+        }
+        serde_json::from_slice(&output.stdout).map_err(|error| error.to_string())
+    }
+
+    /// Waits until this many providers are online.
+    pub fn wait_online(&self, wanted: usize) {
+        poll::until(&format!("{wanted} providers online"), PATIENCE, || {
+            let status = self.status()?;
+            let providers = status["providers"].as_array().ok_or("no providers")?;
+            let online = providers.iter().filter(|one| one["state"] == "online").count();
+            (online == wanted).then_some(()).ok_or(format!("{online} online"))
+        });
+    }
+
+    /// Waits until `status` says that every fragment of every block is durable.
+    pub fn wait_settled(&self) {
+        poll::until("status to say settled", PATIENCE, || {
+            let status = self.status()?;
+            let settled = status["counting"] == false && status["blocks"]["unsettled"] == 0;
+            settled.then_some(()).ok_or(status["blocks"].to_string())
+        });
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let kept = self.root.path().to_path_buf();
+            for entry in fs::read_dir(&kept).into_iter().flatten().flatten() {
+                if entry.path().extension().is_some_and(|ending| ending == "log") {
+                    let text = fs::read_to_string(entry.path()).unwrap_or_default();
+                    let tail: Vec<_> = text.lines().rev().take(40).collect();
+                    eprintln!("--- {}", entry.file_name().to_string_lossy());
+                    tail.iter().rev().for_each(|line| eprintln!("{line}"));
+                }
+            }
+        }
+        for provider in self.providers.iter_mut().filter_map(Option::take) {
+            provider.kill();
+        }
+        if let Some(directory) = self.directory.take() {
+            directory.kill();
+        }
+    }
+}

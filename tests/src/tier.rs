@@ -1,0 +1,14 @@
+//! How hard the tests try: `US_TEST_TIER=quick` (CI, the default), `full`, `soak`.
+
+/// The rounds of a test in the tier asked for.
+///
+/// # Panics
+/// When `US_TEST_TIER` is none of quick, full, soak.
+pub fn rounds(quick: u32, full: u32, soak: u32) -> u32 {
+    match std::env::var("US_TEST_TIER").as_deref() {
+        Err(_) | Ok("quick") => quick,
+        Ok("full") => full,
+        Ok("soak") => soak,
+        Ok(other) => panic!("US_TEST_TIER={other}: it can be quick, full or soak"),
+    }
+}
