@@ -3,5 +3,6 @@
 
 pub mod cluster;
 pub mod poll;
+pub mod run;
 pub mod tier;
 pub mod tree;

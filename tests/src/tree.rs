@@ -92,3 +92,56 @@ pub fn noise(seed: u64, len: usize) -> Vec<u8> {
     bytes.truncate(len);
     bytes
 }
+
+/// A real source tree to work with: the Rust library's sources where rustup has them, else the
+/// sources of the crates this workspace was built from; at least 2,000 files, copied to `target`.
+///
+/// # Panics
+/// When there are not enough.
+pub fn copy_real_sources(target: &Path) {
+    const FILES: usize = 2_200;
+    const FILE_BYTES_MAX: u64 = 2 << 20;
+    let mut pending = source_folders();
+    let mut copied = 0;
+    while let Some((from, to)) = pending.pop() {
+        if copied >= FILES {
+            break;
+        }
+        fs::create_dir_all(target.join(&to)).expect("a folder");
+        let mut entries: Vec<_> = fs::read_dir(&from).expect("sources").flatten().collect();
+        entries.sort_by_key(fs::DirEntry::file_name);
+        for entry in entries {
+            let meta = entry.metadata().expect("sources");
+            let to = to.join(entry.file_name());
+            if meta.is_dir() {
+                pending.push((entry.path(), to));
+            } else if meta.is_file() && meta.len() <= FILE_BYTES_MAX {
+                fs::copy(entry.path(), target.join(to)).expect("a copy");
+                copied += 1;
+            }
+        }
+    }
+    assert!(copied >= 2_000, "only {copied} source files on this machine");
+}
+
+fn source_folders() -> Vec<(PathBuf, PathBuf)> {
+    let sysroot = std::process::Command::new("rustc").args(["--print", "sysroot"]).output();
+    let sysroot = sysroot.map(|output| String::from_utf8_lossy(&output.stdout).trim().to_string());
+    let library = PathBuf::from(sysroot.unwrap_or_default()).join("lib/rustlib/src/rust/library");
+    if library.is_dir() {
+        return vec![(library, PathBuf::from("library"))];
+    }
+    let cargo = std::env::var_os("CARGO_HOME").map(PathBuf::from);
+    let home = std::env::var_os("HOME").map(PathBuf::from).unwrap_or_default();
+    let registry = cargo.unwrap_or_else(|| home.join(".cargo")).join("registry/src");
+    let mut folders = Vec::new();
+    for index in fs::read_dir(registry).expect("crate sources").flatten() {
+        for package in fs::read_dir(index.path()).expect("crate sources").flatten() {
+            folders.push((package.path(), PathBuf::from(package.file_name())));
+        }
+    }
+    // Popped from the end: plain Rust crates come before the giant C ones.
+    folders.sort_by(|left, right| right.1.cmp(&left.1));
+    folders.retain(|(_, name)| !name.to_string_lossy().contains("-sys-"));
+    folders
+}
