@@ -1,1 +1,13 @@
-//! daemon
+//! What every program of Us shares: logs, layered configuration, `/metrics` and `/healthz`, an
+//! ordered end, sizes as people write them, and files that are replaced whole or not at all.
+//!
+//! It owns nothing durable. A daemon's `main` reads top to bottom: [`logging::init`],
+//! [`config::load`], [`shutdown::Shutdown::on_signals`], [`http::serve`], its own work, then the
+//! stages of its end, each with [`shutdown::drain`].
+
+pub mod config;
+pub mod files;
+pub mod http;
+pub mod logging;
+pub mod shutdown;
+pub mod size;
