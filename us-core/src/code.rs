@@ -175,10 +175,9 @@ impl ErasureCode {
         self.check_indices(wanted.iter().map(|(index, _)| *index))?;
         let lengths = present.iter().map(|(index, bytes)| (*index, bytes.len()));
         check_lengths(lengths.chain(wanted.iter().map(|(index, bytes)| (*index, bytes.len()))))?;
-        let helpers = present.get(..code.s()).ok_or(CodeError::TooFewFragments {
-            have: present.len(),
-            need: code.s(),
-        })?;
+        let helpers = present
+            .get(..code.s())
+            .ok_or(CodeError::TooFewFragments { have: present.len(), need: code.s() })?;
         let (helpers, inputs): (Vec<usize>, Vec<&[u8]>) = helpers.iter().copied().unzip();
         let (wanted, mut outputs): (Vec<usize>, Vec<&mut [u8]>) =
             wanted.iter_mut().map(|(index, bytes)| (*index, &mut **bytes)).unzip();
@@ -197,10 +196,9 @@ impl ErasureCode {
         let Inner { code, generator, .. } = &*self.inner;
         self.check_indices([wanted].into_iter())?;
         self.check_indices(helpers.iter().copied())?;
-        let helpers = helpers.get(..code.s()).ok_or(CodeError::TooFewFragments {
-            have: helpers.len(),
-            need: code.s(),
-        })?;
+        let helpers = helpers
+            .get(..code.s())
+            .ok_or(CodeError::TooFewFragments { have: helpers.len(), need: code.s() })?;
         Ok(generator.recovery_rows(&[wanted], helpers))
     }
 

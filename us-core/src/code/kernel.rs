@@ -9,13 +9,13 @@
 //! Invariants: a [`Kernel`] exists only for instructions this machine has; [`Matrix::apply`] checks
 //! every length before a loop that trusts it.
 
-mod portable;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod gfni_avx2;
 #[cfg(target_arch = "x86_64")]
 mod gfni_avx512;
+mod portable;
 
 use std::fmt;
 
@@ -210,12 +210,9 @@ impl Matrix {
                 &field::AFFINE,
             )),
             #[cfg(target_arch = "x86_64")]
-            Implementation::Avx2 => Tables::Avx2(Groups::new(
-                &coefficients,
-                inputs,
-                avx2::OUTPUTS_MAX,
-                &field::NIBBLES,
-            )),
+            Implementation::Avx2 => {
+                Tables::Avx2(Groups::new(&coefficients, inputs, avx2::OUTPUTS_MAX, &field::NIBBLES))
+            }
             Implementation::Portable => Tables::Portable,
         };
         Self { inputs, outputs, coefficients, tables }

@@ -92,9 +92,8 @@ unsafe fn column<const G: usize, const V: usize>(
     for (input, tables) in inputs.iter().zip(tables.as_chunks::<G>().0) {
         let input = load(input.as_ptr());
         let low: [__m256i; V] = array::from_fn(|v| _mm256_and_si256(input[v], low_half));
-        let high: [__m256i; V] = array::from_fn(|v| {
-            _mm256_and_si256(_mm256_srli_epi64::<4>(input[v]), low_half)
-        });
+        let high: [__m256i; V] =
+            array::from_fn(|v| _mm256_and_si256(_mm256_srli_epi64::<4>(input[v]), low_half));
         for i in 0..G {
             // SAFETY: a table is two halves of 16 bytes.
             let [by_low, by_high] = [0, 16].map(|half| unsafe {
