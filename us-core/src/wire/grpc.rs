@@ -1,0 +1,190 @@
+//! gRPC: dialling it, knowing the caller in a handler, and serving a [`BulkService`] over it.
+
+use std::error::Error;
+use std::fmt;
+use std::io;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use axum::http::{Request, Uri};
+use futures::StreamExt;
+use futures::stream::BoxStream;
+use hyper_util::rt::TokioIo;
+use tonic::service::Routes;
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Response, Status, Streaming};
+use tower::{Service, service_fn};
+use us_proto::v1::{GetReply, GetRequest, PutReply, PutRequest};
+
+use super::frame::check_items;
+use super::{BulkService, CONNECT_TIMEOUT, ConnectError, dial};
+use crate::tls::{ALPN_H2, ExpectedPeer, Identity, PeerIdentity, client_config};
+
+pub(super) const STREAMS_MAX: u32 = 1024;
+pub(super) const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(20);
+pub(super) const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
+/// Puts of one gRPC stream that the service works on at once.
+const PUTS_INFLIGHT_MAX: usize = 16;
+
+/// How much HTTP/2 lets travel unacknowledged. Larger windows cost memory a connection, smaller ones
+/// cost waiting.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Http2Windows {
+    /// Of one call.
+    pub stream_bytes: u32,
+    /// Of all calls of a connection.
+    pub connection_bytes: u32,
+    /// The largest HTTP/2 frame taken.
+    pub frame_bytes: u32,
+}
+
+impl Default for Http2Windows {
+    fn default() -> Self {
+        Self { stream_bytes: 2 << 20, connection_bytes: 8 << 20, frame_bytes: 256 << 10 }
+    }
+}
+
+impl Http2Windows {
+    /// What HTTP/2 and tonic do when they are not told otherwise.
+    pub const STANDARD: Self =
+        Self { stream_bytes: 65_535, connection_bytes: 65_535, frame_bytes: 16_384 };
+}
+
+/// A gRPC channel to `address` ("host:port"), where `expected` must answer. The first connection is
+/// made at once; when it is lost the channel makes another with the next call.
+///
+/// # Errors
+/// [`ConnectError`].
+pub async fn connect_grpc(
+    address: &str,
+    identity: &Identity,
+    expected: ExpectedPeer,
+) -> Result<Channel, ConnectError> {
+    connect_grpc_with(address, identity, expected, Http2Windows::default()).await
+}
+
+/// [`connect_grpc`] with other windows.
+///
+/// # Errors
+/// [`ConnectError`].
+pub async fn connect_grpc_with(
+    address: &str,
+    identity: &Identity,
+    expected: ExpectedPeer,
+    windows: Http2Windows,
+) -> Result<Channel, ConnectError> {
+    let config = client_config(identity, &[ALPN_H2])
+        .map_err(|source| ConnectError::Identity { address: address.to_owned(), source })?;
+    let target: Arc<str> = address.into();
+    let connector = service_fn(move |_: Uri| {
+        let (target, config) = (Arc::clone(&target), Arc::clone(&config));
+        async move {
+            let dialled = dial::dial(&target, config, expected).await;
+            dialled.map(|(stream, _)| TokioIo::new(stream)).map_err(io::Error::other)
+        }
+    });
+    // The name is for HTTP/2's authority only: the connector knows where to dial.
+    Endpoint::from_static("http://us")
+        .connect_timeout(CONNECT_TIMEOUT)
+        .initial_stream_window_size(windows.stream_bytes)
+        .initial_connection_window_size(windows.connection_bytes)
+        .max_frame_size(windows.frame_bytes)
+        .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
+        .keep_alive_timeout(KEEPALIVE_TIMEOUT)
+        .keep_alive_while_idle(true)
+        .connect_with_connector(connector)
+        .await
+        .map_err(|error| ConnectError::Grpc {
+            address: address.to_owned(),
+            detail: innermost(&error),
+        })
+}
+
+/// The reason below all wrappers: the connector's own error says all that matters.
+fn innermost(error: &dyn Error) -> String {
+    let mut cause = error;
+    while let Some(source) = cause.source() {
+        cause = source;
+    }
+    cause.to_string()
+}
+
+/// Who calls.
+///
+/// # Errors
+/// `UNAUTHENTICATED` for a request that did not come through [`Server`](super::Server).
+#[expect(clippy::result_large_err, reason = "handlers return tonic's Status as it is")]
+pub fn peer_of<T>(request: &tonic::Request<T>) -> Result<&PeerIdentity, Status> {
+    let peer = request.extensions().get::<PeerIdentity>();
+    peer.ok_or_else(|| Status::unauthenticated("the connection has no peer certificate"))
+}
+
+/// `Fragments.Put` by a [`BulkService`].
+///
+/// # Errors
+/// `UNAUTHENTICATED` as [`peer_of`]; what happens to a put is in its reply.
+#[expect(clippy::result_large_err, reason = "handlers return tonic's Status as it is")]
+pub fn grpc_put<S: BulkService>(
+    service: Arc<S>,
+    request: tonic::Request<Streaming<PutRequest>>,
+) -> Result<Response<BoxStream<'static, Result<PutReply, Status>>>, Status> {
+    let peer = Arc::new(peer_of(&request)?.clone());
+    let replies = request.into_inner().map(move |put| {
+        let (service, peer) = (Arc::clone(&service), Arc::clone(&peer));
+        async move {
+            let put = put?;
+            let request = put.request;
+            Ok(PutReply { request, ..service.put(&peer, put).await })
+        }
+    });
+    Ok(Response::new(replies.buffer_unordered(PUTS_INFLIGHT_MAX).boxed()))
+}
+
+/// `Fragments.Get` by a [`BulkService`].
+///
+/// # Errors
+/// `UNAUTHENTICATED` as [`peer_of`]; `INVALID_ARGUMENT` for too many items.
+#[expect(clippy::result_large_err, reason = "handlers return tonic's Status as it is")]
+pub fn grpc_get<S: BulkService>(
+    service: &S,
+    request: tonic::Request<GetRequest>,
+) -> Result<Response<BoxStream<'static, Result<GetReply, Status>>>, Status> {
+    let peer = peer_of(&request)?.clone();
+    let get = request.into_inner();
+    check_items(&get).map_err(|error| Status::invalid_argument(error.to_string()))?;
+    let request = get.request;
+    let replies = service.get(&peer, get).map(move |reply| Ok(GetReply { request, ..reply }));
+    Ok(Response::new(replies.boxed()))
+}
+
+/// Routes whose handlers find the peer of their connection among the request's extensions.
+#[derive(Clone)]
+pub(super) struct WithPeer {
+    pub(super) routes: Routes,
+    pub(super) peer: Arc<PeerIdentity>,
+}
+
+impl fmt::Debug for WithPeer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("WithPeer").field(&self.peer).finish()
+    }
+}
+
+impl<B> Service<Request<B>> for WithPeer
+where
+    Routes: Service<Request<B>>,
+{
+    type Response = <Routes as Service<Request<B>>>::Response;
+    type Error = <Routes as Service<Request<B>>>::Error;
+    type Future = <Routes as Service<Request<B>>>::Future;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        self.routes.poll_ready(cx)
+    }
+
+    fn call(&mut self, mut request: Request<B>) -> Self::Future {
+        request.extensions_mut().insert(PeerIdentity::clone(&self.peer));
+        self.routes.call(request)
+    }
+}

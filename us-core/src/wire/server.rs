@@ -1,0 +1,241 @@
+//! The one port of a daemon.
+
+use std::io;
+use std::net::SocketAddr;
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::time::Duration;
+
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::server::conn::auto;
+use hyper_util::service::TowerToHyperService;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::{sleep, timeout};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tonic::service::Routes;
+use tracing::{debug, info, warn};
+
+use super::dial::{self, Secured};
+use super::frame_io::byte_limit;
+use super::grpc::{self, Http2Windows, WithPeer};
+use super::served::serve_frames;
+use super::{BulkLimits, BulkService, CONNECT_TIMEOUT};
+use crate::tls::{ALPN_BULK, ALPN_H2, Identity, PeerIdentity, TlsError, server_config};
+
+/// After a failed accept (no file descriptors left) the next try waits this long.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// What a server holds at most.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ServerLimits {
+    /// Connections at once; further ones wait in the system's queue.
+    pub connections_max: usize,
+    /// A peer that has not finished its TLS handshake by then is dropped.
+    pub handshake_timeout: Duration,
+    /// After a shutdown, requests under way get this long to finish.
+    pub drain_timeout: Duration,
+    /// Bytes of bodies received on all framed connections together and not yet consumed.
+    pub received_bytes_max: usize,
+    /// Windows of each gRPC connection.
+    pub http2: Http2Windows,
+    /// Limits of each framed connection.
+    pub bulk: BulkLimits,
+}
+
+impl Default for ServerLimits {
+    fn default() -> Self {
+        Self {
+            connections_max: 1024,
+            handshake_timeout: CONNECT_TIMEOUT,
+            drain_timeout: Duration::from_secs(10),
+            received_bytes_max: 256 << 20,
+            http2: Http2Windows::default(),
+            bulk: BulkLimits::default(),
+        }
+    }
+}
+
+type BoxFuture = Pin<Box<dyn Future<Output = ()> + Send>>;
+type ServeFrames = dyn Fn(Secured, Arc<PeerIdentity>, CancellationToken) -> BoxFuture + Send + Sync;
+
+/// Serves gRPC and frames on one port, to peers of the same cluster.
+pub struct Server {
+    identity: Identity,
+    limits: ServerLimits,
+    grpc: Option<Routes>,
+    bulk: Option<Arc<ServeFrames>>,
+}
+
+impl std::fmt::Debug for Server {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Server").field("identity", &self.identity).finish_non_exhaustive()
+    }
+}
+
+struct Port {
+    grpc: Option<Routes>,
+    bulk: Option<Arc<ServeFrames>>,
+    shutdown: CancellationToken,
+    limits: ServerLimits,
+}
+
+impl Server {
+    /// A server that speaks nothing yet.
+    pub fn new(identity: &Identity, limits: ServerLimits) -> Self {
+        Self { identity: identity.clone(), limits, grpc: None, bulk: None }
+    }
+
+    /// Serves these gRPC services; their handlers find the [`PeerIdentity`] with
+    /// [`peer_of`](super::peer_of).
+    #[must_use]
+    pub fn grpc(mut self, routes: Routes) -> Self {
+        self.grpc = Some(routes.prepare());
+        self
+    }
+
+    /// Serves fragments in frames.
+    #[must_use]
+    pub fn bulk<S: BulkService>(mut self, service: Arc<S>) -> Self {
+        let received = byte_limit(self.limits.received_bytes_max);
+        let limits = self.limits.bulk;
+        self.bulk = Some(Arc::new(move |stream, peer, shutdown| {
+            let (service, received) = (Arc::clone(&service), Arc::clone(&received));
+            Box::pin(async move {
+                let name = peer.to_string();
+                let cause = serve_frames(service, peer, stream, limits, received, shutdown).await;
+                debug!(peer = name, %cause, "framed connection ended");
+            })
+        }));
+        self
+    }
+
+    /// Accepts connections until `shutdown`; then refuses new ones, lets those under way finish for
+    /// the drain timeout, and returns.
+    ///
+    /// # Errors
+    /// [`TlsError`] when the identity makes no TLS configuration. What happens on a connection ends
+    /// that connection only.
+    pub async fn serve(
+        self,
+        listener: TcpListener,
+        shutdown: CancellationToken,
+    ) -> Result<(), TlsError> {
+        let mut alpn = Vec::new();
+        alpn.extend(self.grpc.is_some().then_some(ALPN_H2));
+        alpn.extend(self.bulk.is_some().then_some(ALPN_BULK));
+        let tls = server_config(&self.identity, &alpn)?;
+        let limits = self.limits;
+        let port =
+            Arc::new(Port { grpc: self.grpc, bulk: self.bulk, shutdown: shutdown.clone(), limits });
+        let connections = Arc::new(Semaphore::new(limits.connections_max));
+        let (tracker, abort) = (TaskTracker::new(), CancellationToken::new());
+        loop {
+            let (tcp, address, permit) = tokio::select! {
+                // Cancel-safe: a token stays cancelled.
+                () = shutdown.cancelled() => break,
+                // Cancel-safe: a permit not used is given back, accept loses no connection.
+                accepted = accept(&listener, &connections) => match accepted {
+                    Some(accepted) => accepted,
+                    None => break,
+                },
+            };
+            let (port, tls, abort) = (Arc::clone(&port), Arc::clone(&tls), abort.clone());
+            tracker.spawn(async move {
+                let _permit = permit;
+                tokio::select! {
+                    // Cancel-safe: dropped only after the drain timeout.
+                    () = port.connection(tcp, address, tls) => {}
+                    // Cancel-safe: a token stays cancelled.
+                    () = abort.cancelled() => {}
+                }
+            });
+        }
+        drop(listener);
+        tracker.close();
+        if timeout(limits.drain_timeout, tracker.wait()).await.is_err() {
+            warn!(connections = tracker.len(), "requests still under way at shutdown are dropped");
+            abort.cancel();
+            tracker.wait().await;
+        }
+        Ok(())
+    }
+}
+
+/// The next connection, when there is room for one. `None` never happens: the semaphore stays open.
+async fn accept(
+    listener: &TcpListener,
+    connections: &Arc<Semaphore>,
+) -> Option<(TcpStream, SocketAddr, OwnedSemaphorePermit)> {
+    let permit = Arc::clone(connections).acquire_owned().await.ok()?;
+    loop {
+        match listener.accept().await {
+            Ok((tcp, address)) => return Some((tcp, address, permit)),
+            Err(error) => {
+                warn!(%error, "accept failed");
+                sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}
+
+impl Port {
+    async fn connection(
+        &self,
+        tcp: TcpStream,
+        address: SocketAddr,
+        tls: Arc<rustls::ServerConfig>,
+    ) {
+        let handshake = timeout(self.limits.handshake_timeout, dial::accept(tcp, tls));
+        let (stream, peer, alpn) = match handshake.await {
+            Ok(Ok(accepted)) => accepted,
+            Ok(Err(error)) => return info!(%address, %error, "TLS handshake refused"),
+            Err(_) => return info!(%address, "TLS handshake took too long"),
+        };
+        debug!(%address, %peer, "connected");
+        let peer = Arc::new(peer);
+        match (alpn.as_deref(), &self.bulk, &self.grpc) {
+            (Some(ALPN_BULK), Some(bulk), _) => {
+                bulk(stream, peer, self.shutdown.clone()).await;
+            }
+            (Some(ALPN_H2), _, Some(routes)) => {
+                if let Err(error) = self.http2(stream, peer, routes.clone()).await {
+                    debug!(%address, %error, "gRPC connection ended");
+                }
+            }
+            _ => info!(%address, "the peer asked for no protocol that is served here"),
+        }
+    }
+
+    async fn http2(
+        &self,
+        stream: Secured,
+        peer: Arc<PeerIdentity>,
+        routes: Routes,
+    ) -> Result<(), io::Error> {
+        let windows = self.limits.http2;
+        let mut builder = auto::Builder::new(TokioExecutor::new()).http2_only();
+        builder
+            .http2()
+            .timer(TokioTimer::new())
+            .initial_stream_window_size(windows.stream_bytes)
+            .initial_connection_window_size(windows.connection_bytes)
+            .max_frame_size(windows.frame_bytes)
+            .max_concurrent_streams(grpc::STREAMS_MAX)
+            .keep_alive_interval(grpc::KEEPALIVE_INTERVAL)
+            .keep_alive_timeout(grpc::KEEPALIVE_TIMEOUT);
+        let service = TowerToHyperService::new(WithPeer { routes, peer });
+        let mut connection = pin!(builder.serve_connection(TokioIo::new(stream), service));
+        let ended = tokio::select! {
+            // Cancel-safe: polled on below.
+            ended = connection.as_mut() => ended,
+            // Cancel-safe: a token stays cancelled.
+            () = self.shutdown.cancelled() => {
+                connection.as_mut().graceful_shutdown();
+                connection.await
+            }
+        };
+        ended.map_err(io::Error::other)
+    }
+}
