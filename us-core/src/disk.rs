@@ -1,1 +1,187 @@
-//! disk
+//! The client pipeline: [`VirtualDisk`] stores plaintext as blocks and reads it back.
+//!
+//! ```text
+//! store: plaintext -> pages sealed -> parity -> f puts at once -> margin holds: acknowledged
+//!                                                             -> the rest in the background
+//! read:  range -> pages -> cache, or a flight others wait for too
+//!                       -> slots of data fragments -> opened
+//!                       -> late, lost or wrong: slots of any s others -> rebuilt -> opened
+//! ```
+//!
+//! What it owns: the bytes on their way (bounded by permits), the cache of opened pages, what it has
+//! learnt about how fast each provider answers. Nothing durable. Placement leases, the current
+//! places of a block and damage reports go through [`BlockDirectory`], fragments through
+//! [`FragmentTransport`]; tests and simulation fake both.
+//!
+//! Invariants:
+//! - a block is acknowledged only while, whichever w providers vanish, s durable fragments remain;
+//! - an id is sealed once; every try of a put sends the same bytes;
+//! - bytes handed out have passed their page's seal, wherever they came from;
+//! - permits travel with the work: all are back when the last put or get of a block is over.
+//!
+//! Called by usfs, repair of content, and tools. What may fail: [`StoreError`], [`ReadError`].
+
+mod block;
+mod error;
+mod margin;
+mod read_ahead;
+mod seams;
+mod store;
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::time::Instant;
+
+pub use block::{BlockInfo, FragmentBits, InlineBlock, StoredBlock};
+pub use error::{FragmentFailure, FragmentLoss, PlacementError, ReadError, Retry, StoreError};
+pub use margin::{durable_after_loss, margin_holds};
+pub use read_ahead::{ReadAhead, ReadAheadLimits};
+pub use seams::{BlockDirectory, Damage, FragmentTransport, PlacementLease, SlotRange};
+pub use store::LateFragments;
+
+use crate::geometry::Code;
+use crate::ids::VolumeId;
+use crate::seal::VolumeKey;
+
+/// When a block is acknowledged.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Acknowledge {
+    /// As soon as the write margin holds.
+    #[default]
+    Margin,
+    /// When every fragment is durable (`-o ack=full`).
+    Full,
+}
+
+/// Limits and clocks of a [`VirtualDisk`].
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct DiskConfig {
+    /// When a block is acknowledged.
+    pub acknowledge: Acknowledge,
+    /// Bytes of fragments that may be on their way to providers.
+    pub store_bytes_max: usize,
+    /// Bytes that reads under way may hold.
+    pub read_bytes_max: usize,
+    /// Bytes of opened pages kept.
+    pub cache_bytes: usize,
+    /// Blocks sealed or opened at once; 0: one for each CPU, at most 8.
+    pub cpu_jobs_max: usize,
+    /// How long one provider may take for a put before its fragments are put on another as well.
+    pub put_patience: Duration,
+    /// How long the puts of an acknowledged block may go on.
+    pub put_background: Duration,
+    /// The least and the most that a get waits before parity is asked too.
+    pub hedge_after: Range<Duration>,
+    /// How long a read may take before it fails.
+    pub read_deadline: Duration,
+}
+
+impl Default for DiskConfig {
+    fn default() -> Self {
+        Self {
+            acknowledge: Acknowledge::Margin,
+            store_bytes_max: 128 << 20,
+            read_bytes_max: 128 << 20,
+            cache_bytes: 128 << 20,
+            cpu_jobs_max: 0,
+            put_patience: Duration::from_secs(3),
+            put_background: Duration::from_secs(60),
+            hedge_after: Duration::from_millis(5)..Duration::from_millis(500),
+            read_deadline: Duration::from_secs(30),
+        }
+    }
+}
+
+/// One volume's bytes: blocks in, blocks out. Cheap to clone; all clones are one disk.
+#[derive(Clone)]
+pub struct VirtualDisk {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    volume: VolumeId,
+    key: VolumeKey,
+    code: Code,
+    config: DiskConfig,
+    directory: Arc<dyn BlockDirectory>,
+    transport: Arc<dyn FragmentTransport>,
+}
+
+impl VirtualDisk {
+    /// The disk of `volume`. New blocks take `code`; blocks of other codes stay readable.
+    pub fn new(
+        volume: VolumeId,
+        key: VolumeKey,
+        code: Code,
+        config: DiskConfig,
+        directory: Arc<dyn BlockDirectory>,
+        transport: Arc<dyn FragmentTransport>,
+    ) -> Self {
+        Self { shared: Arc::new(Shared { volume, key, code, config, directory, transport }) }
+    }
+
+    /// The code of new blocks.
+    pub fn code(&self) -> Code {
+        self.shared.code
+    }
+
+    /// Stores the concatenation of `plaintext` (at most [`Code::block_bytes_max`]) as one block.
+    /// Returns when the margin holds; the other puts go on for a bounded time.
+    ///
+    /// # Errors
+    /// [`StoreError`]; nothing is acknowledged then. By `deadline` there is an answer.
+    pub async fn store(
+        &self,
+        plaintext: Vec<Bytes>,
+        deadline: Instant,
+    ) -> Result<StoredBlock, StoreError> {
+        let _ = (plaintext, deadline);
+        Err(StoreError::Closed)
+    }
+
+    /// Seals the concatenation of `plaintext` (at most [`crate::seal::INLINE_BYTES_MAX`]) for the
+    /// directory to keep.
+    ///
+    /// # Errors
+    /// [`StoreError::InlineBytes`].
+    pub fn seal_inline(&self, plaintext: &[Bytes]) -> Result<InlineBlock, StoreError> {
+        let _ = plaintext;
+        Err(StoreError::Closed)
+    }
+
+    /// Reads `range` of the block's plaintext: consecutive pieces, which together are exactly the
+    /// range. Small pieces are shared with the cache, so that nothing is copied.
+    ///
+    /// # Errors
+    /// [`ReadError`]; never wrong bytes.
+    pub async fn read(
+        &self,
+        block: &BlockInfo,
+        range: Range<usize>,
+    ) -> Result<Vec<Bytes>, ReadError> {
+        let _ = (block, range);
+        Err(ReadError::Closed)
+    }
+
+    /// Reads many ranges at once; the answers come in the order of the ranges.
+    pub async fn read_many(
+        &self,
+        ranges: Vec<(BlockInfo, Range<usize>)>,
+    ) -> Vec<Result<Vec<Bytes>, ReadError>> {
+        futures::future::join_all(
+            ranges.iter().map(|(block, range)| self.read(block, range.clone())),
+        )
+        .await
+    }
+
+    /// Brings `range` into the cache in the background, unless memory for reads is short.
+    pub fn prefetch(&self, block: &BlockInfo, range: Range<usize>) {
+        let _ = (block, range);
+    }
+
+    /// Refuses new work and waits until every put and get is over.
+    pub async fn close(&self) {}
+}
