@@ -11,3 +11,4 @@
 pub mod attributes;
 pub mod errno;
 pub mod fs;
+pub mod fuse;

@@ -68,7 +68,8 @@ pub fn init(args: &LogArgs, otherwise: &str) -> Result<(), LogError> {
 }
 
 /// From now on a panic in any thread or task is logged and ends the process. A task that dies alone
-/// would lose its request, and keep whatever waits for it waiting for ever.
+/// would lose its request, and keep whatever waits for it waiting for ever. For programs none of
+/// whose libraries are expected to panic: `catch_unwind` no longer helps.
 pub fn abort_on_panic() {
     let print = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
@@ -101,6 +102,23 @@ impl RequestId {
     }
 }
 
+tokio::task_local! {
+    static CURRENT: RequestId;
+}
+
+impl RequestId {
+    /// Runs `work` as this request: inside it, [`RequestId::current`] knows the number. A task it
+    /// spawns must be given the number by hand.
+    pub fn scope<F: Future>(self, work: F) -> impl Future<Output = F::Output> {
+        CURRENT.scope(self, work)
+    }
+
+    /// The request this code runs for, if it runs under [`RequestId::scope`].
+    pub fn current() -> Option<Self> {
+        CURRENT.try_with(|id| *id).ok()
+    }
+}
+
 impl fmt::Display for RequestId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:016x}", self.0)
@@ -126,6 +144,13 @@ mod tests {
         assert_ne!(first, second);
         assert_eq!(first.to_string().parse(), Ok(first));
         assert_eq!(first.to_string().len(), 16);
+    }
+
+    #[tokio::test]
+    async fn a_request_is_known_in_its_own_work_only() {
+        let id = RequestId::next();
+        assert_eq!(id.scope(async { RequestId::current() }).await, Some(id));
+        assert_eq!(RequestId::current(), None);
     }
 
     #[test]
