@@ -9,6 +9,7 @@
 //! ```
 
 pub mod attributes;
+pub mod data;
 pub mod errno;
 pub mod fs;
 pub mod fuse;
