@@ -1,1 +1,9 @@
-//! us
+//! The central directory of Us: membership, namespace, placement, sessions and leases.
+//!
+//! One thread owns the [`engine`], which is a state machine over a [`store`]; the service adapts
+//! gRPC streams to its events. ARCHITECTURE.md says who owns what.
+
+pub mod keys;
+pub mod namespace;
+pub mod records;
+pub mod store;

@@ -1,0 +1,402 @@
+//! The values of the store, as protobuf messages by derive. Field numbers are never reused.
+
+use bytes::Bytes;
+use prost::Message;
+use us_core::ids::{BlockId, VolumeId};
+use us_proto::v1::Timestamp;
+
+use crate::store::StoreError;
+
+/// `i`: what an inode is.
+#[derive(Clone, PartialEq, Message)]
+pub struct InodeRecord {
+    /// Type and permission bits.
+    #[prost(uint32, tag = "1")]
+    pub mode: u32,
+    /// Names (of a directory: 2 and one for each subdirectory).
+    #[prost(uint32, tag = "2")]
+    pub nlink: u32,
+    /// Owner.
+    #[prost(uint32, tag = "3")]
+    pub uid: u32,
+    /// Group.
+    #[prost(uint32, tag = "4")]
+    pub gid: u32,
+    /// Device number.
+    #[prost(uint32, tag = "5")]
+    pub rdev: u32,
+    /// Bytes.
+    #[prost(uint64, tag = "6")]
+    pub size: u64,
+    /// Mapped bytes.
+    #[prost(uint64, tag = "7")]
+    pub allocated_bytes: u64,
+    /// Last access.
+    #[prost(message, optional, tag = "8")]
+    pub atime: Option<Timestamp>,
+    /// Last change of the data.
+    #[prost(message, optional, tag = "9")]
+    pub mtime: Option<Timestamp>,
+    /// Last change of anything.
+    #[prost(message, optional, tag = "10")]
+    pub ctime: Option<Timestamp>,
+    /// Sealed target of a symbolic link.
+    #[prost(bytes = "bytes", tag = "11")]
+    pub sealed_target: Bytes,
+    /// The directory a directory lies in.
+    #[prost(uint64, tag = "12")]
+    pub parent: u64,
+    /// Grows with every change.
+    #[prost(uint64, tag = "13")]
+    pub version: u64,
+    /// Extended attributes.
+    #[prost(uint32, tag = "14")]
+    pub xattrs: u32,
+    /// Bytes of their sealed values.
+    #[prost(uint64, tag = "15")]
+    pub xattr_bytes: u64,
+    /// Of a directory: its names.
+    #[prost(uint64, tag = "16")]
+    pub entries: u64,
+    /// Of a directory: the last cookie given.
+    #[prost(uint64, tag = "17")]
+    pub last_cookie: u64,
+    /// Of an unlinked inode: the sessions that have it open (`o` keys).
+    #[prost(uint32, tag = "18")]
+    pub orphans: u32,
+}
+
+/// `d`: what a name is.
+#[derive(Clone, PartialEq, Message)]
+pub struct EntryRecord {
+    /// The inode.
+    #[prost(uint64, tag = "1")]
+    pub ino: u64,
+    /// The place in the listing.
+    #[prost(uint64, tag = "2")]
+    pub cookie: u64,
+    /// The name, sealed.
+    #[prost(bytes = "bytes", tag = "3")]
+    pub sealed_name: Bytes,
+}
+
+/// `c`: a line of the listing.
+#[derive(Clone, PartialEq, Message)]
+pub struct CookieRecord {
+    /// The inode.
+    #[prost(uint64, tag = "1")]
+    pub ino: u64,
+    /// 16 bytes.
+    #[prost(bytes = "bytes", tag = "2")]
+    pub name_hash: Bytes,
+    /// The name, sealed.
+    #[prost(bytes = "bytes", tag = "3")]
+    pub sealed_name: Bytes,
+}
+
+/// A run of a chunk's bytes.
+#[derive(Clone, PartialEq, Message)]
+pub struct ExtentRecord {
+    /// First byte, within the chunk.
+    #[prost(uint32, tag = "1")]
+    pub offset: u32,
+    /// Bytes.
+    #[prost(uint32, tag = "2")]
+    pub length: u32,
+    /// 16 bytes; empty: allocated zeros.
+    #[prost(bytes = "bytes", tag = "3")]
+    pub block: Bytes,
+    /// First byte, within the block's plaintext.
+    #[prost(uint32, tag = "4")]
+    pub block_offset: u32,
+}
+
+impl ExtentRecord {
+    /// The first byte behind it, within the chunk.
+    pub fn end(&self) -> u32 {
+        self.offset + self.length
+    }
+}
+
+/// `m`: the map of one chunk, sorted, without overlaps.
+#[derive(Clone, PartialEq, Message)]
+pub struct ChunkRecord {
+    /// The extents.
+    #[prost(message, repeated, tag = "1")]
+    pub extents: Vec<ExtentRecord>,
+}
+
+/// `b`: a block.
+#[derive(Clone, PartialEq, Message)]
+pub struct BlockRecord {
+    /// Data fragments; 0 for an inline block.
+    #[prost(uint32, tag = "1")]
+    pub s: u32,
+    /// Parity fragments.
+    #[prost(uint32, tag = "2")]
+    pub r: u32,
+    /// Bytes of a page.
+    #[prost(uint32, tag = "3")]
+    pub page_bytes: u32,
+    /// Bytes of plaintext.
+    #[prost(uint32, tag = "4")]
+    pub plaintext_bytes: u32,
+    /// Of the placement lease.
+    #[prost(uint64, tag = "5")]
+    pub birth: u64,
+    /// One for each fragment.
+    #[prost(uint32, repeated, tag = "6")]
+    pub providers: Vec<u32>,
+    /// Bitmap: the provider has said it is durable there.
+    #[prost(bytes = "bytes", tag = "7")]
+    pub durable: Bytes,
+    /// Bitmap: found there, but its bytes are wrong.
+    #[prost(bytes = "bytes", tag = "8")]
+    pub damaged: Bytes,
+    /// Bitmap: the provider has said it does not have it.
+    #[prost(bytes = "bytes", tag = "9")]
+    pub missing: Bytes,
+    /// Kind of the fingerprints.
+    #[prost(uint32, tag = "10")]
+    pub fingerprint_kind: u32,
+    /// Hash over them.
+    #[prost(bytes = "bytes", tag = "11")]
+    pub fingerprint_hash: Bytes,
+    /// The sealed page of an inline block.
+    #[prost(bytes = "bytes", tag = "12")]
+    pub inline: Bytes,
+    /// Bytes of it that files refer to; a clone counts again.
+    #[prost(uint64, tag = "13")]
+    pub live_bytes: u64,
+    /// `r` keys that name it.
+    #[prost(uint64, tag = "14")]
+    pub references: u64,
+}
+
+impl BlockRecord {
+    /// Whether its bytes lie in this record.
+    pub fn is_inline(&self) -> bool {
+        !self.inline.is_empty()
+    }
+
+    /// Whether a provider has confirmed every fragment.
+    pub fn is_settled(&self) -> bool {
+        (0..self.providers.len()).all(|index| {
+            bit(&self.durable, index) || bit(&self.damaged, index) || bit(&self.missing, index)
+        })
+    }
+}
+
+/// Bit `index` of a bitmap (bit 0 of byte 0 is fragment 0); absent bytes are zeros.
+pub fn bit(bitmap: &[u8], index: usize) -> bool {
+    bitmap.get(index / 8).is_some_and(|byte| byte >> (index % 8) & 1 == 1)
+}
+
+/// The bitmap with bit `index` set or cleared.
+pub fn with_bit(bitmap: &[u8], index: usize, value: bool) -> Bytes {
+    let mut bitmap = bitmap.to_vec();
+    if bitmap.len() <= index / 8 {
+        bitmap.resize(index / 8 + 1, 0);
+    }
+    let mask = 1 << (index % 8);
+    if value {
+        bitmap[index / 8] |= mask;
+    } else {
+        bitmap[index / 8] &= !mask;
+    }
+    bitmap.into()
+}
+
+/// `r`: how much of a block a chunk refers to.
+#[derive(Clone, Copy, PartialEq, Message)]
+pub struct ReferenceRecord {
+    /// Bytes.
+    #[prost(uint64, tag = "1")]
+    pub bytes: u64,
+}
+
+/// `p` and `q`: fragments of a block at a provider.
+#[derive(Clone, PartialEq, Message)]
+pub struct HoldingRecord {
+    /// Bitmap over the block's fragments.
+    #[prost(bytes = "bytes", tag = "1")]
+    pub fragments: Bytes,
+}
+
+/// `g`: a dead block.
+#[derive(Clone, PartialEq, Message)]
+pub struct GraveRecord {
+    /// One for each fragment.
+    #[prost(uint32, repeated, tag = "1")]
+    pub providers: Vec<u32>,
+}
+
+/// `u`: what a volume uses.
+#[derive(Clone, Copy, PartialEq, Message)]
+pub struct UsageRecord {
+    /// Inodes, unlinked but open ones among them.
+    #[prost(uint64, tag = "1")]
+    pub inodes: u64,
+    /// Bytes of blocks that files refer to.
+    #[prost(uint64, tag = "2")]
+    pub live_bytes: u64,
+    /// Blocks, inline ones among them.
+    #[prost(uint64, tag = "3")]
+    pub blocks: u64,
+    /// Plaintext bytes of all blocks.
+    #[prost(uint64, tag = "4")]
+    pub stored_bytes: u64,
+    /// Inline blocks.
+    #[prost(uint64, tag = "5")]
+    pub inline_blocks: u64,
+    /// Bytes inline.
+    #[prost(uint64, tag = "6")]
+    pub inline_bytes: u64,
+}
+
+/// `s`: a session.
+#[derive(Clone, PartialEq, Message)]
+pub struct SessionRecord {
+    /// 16 bytes.
+    #[prost(bytes = "bytes", tag = "1")]
+    pub volume: Bytes,
+    /// The last batch whose effects are in the store.
+    #[prost(uint64, tag = "2")]
+    pub applied: u64,
+    /// Shut out: nothing more is taken from it.
+    #[prost(bool, tag = "3")]
+    pub fenced: bool,
+    /// For people.
+    #[prost(string, tag = "4")]
+    pub host: String,
+    /// It changes nothing.
+    #[prost(bool, tag = "5")]
+    pub read_only: bool,
+    /// Inode numbers it may create, sorted.
+    #[prost(message, repeated, tag = "6")]
+    pub inodes: Vec<InodeRange>,
+    /// The key that opened it: only that may resume it.
+    #[prost(bytes = "bytes", tag = "7")]
+    pub key_hash: Bytes,
+}
+
+/// A run of inode numbers.
+#[derive(Clone, Copy, PartialEq, Message)]
+pub struct InodeRange {
+    /// The first.
+    #[prost(uint64, tag = "1")]
+    pub first: u64,
+    /// How many.
+    #[prost(uint64, tag = "2")]
+    pub count: u64,
+}
+
+/// `v`: a volume.
+#[derive(Clone, PartialEq, Message)]
+pub struct VolumeRecord {
+    /// Its name.
+    #[prost(string, tag = "1")]
+    pub name: String,
+    /// Data fragments a block.
+    #[prost(uint32, tag = "2")]
+    pub s: u32,
+    /// Parity fragments a block.
+    #[prost(uint32, tag = "3")]
+    pub r: u32,
+    /// Plaintext bytes it may refer to; 0: no limit.
+    #[prost(uint64, tag = "4")]
+    pub quota_bytes: u64,
+    /// The key of a managed volume; empty for a private one.
+    #[prost(bytes = "bytes", tag = "5")]
+    pub key: Bytes,
+    /// The next inode number that was never given out.
+    #[prost(uint64, tag = "6")]
+    pub next_ino: u64,
+    /// Being deleted.
+    #[prost(bool, tag = "7")]
+    pub deleting: bool,
+}
+
+/// `y`: a provider.
+#[derive(Clone, PartialEq, Message)]
+pub struct ProviderRecord {
+    /// SHA-256 of its public key.
+    #[prost(bytes = "bytes", tag = "1")]
+    pub key_hash: Bytes,
+    /// Its store's id.
+    #[prost(bytes = "bytes", tag = "2")]
+    pub store: Bytes,
+    /// The last cookie it is known to have stored.
+    #[prost(bytes = "bytes", tag = "3")]
+    pub cookie: Bytes,
+    /// A cookie sent, of which it is not known whether it was stored.
+    #[prost(bytes = "bytes", tag = "4")]
+    pub cookie_sent: Bytes,
+    /// What clients dial.
+    #[prost(string, tag = "5")]
+    pub address: String,
+    /// Label path.
+    #[prost(string, tag = "6")]
+    pub site: String,
+    /// The name in its certificate.
+    #[prost(string, tag = "7")]
+    pub name: String,
+    /// Its store was rolled back, cloned or replaced: believed again when checked up to here.
+    #[prost(bool, tag = "8")]
+    pub suspect: bool,
+    /// It took leave: expected back.
+    #[prost(bool, tag = "9")]
+    pub dormant: bool,
+}
+
+/// `n`: the cluster's counters. They only grow.
+#[derive(Clone, PartialEq, Message)]
+pub struct ClusterRecord {
+    /// 16 bytes.
+    #[prost(bytes = "bytes", tag = "1")]
+    pub cluster: Bytes,
+    /// Grows when the state is restored from a backup.
+    #[prost(uint64, tag = "2")]
+    pub incarnation: u64,
+    /// Grows at every start.
+    #[prost(uint64, tag = "3")]
+    pub run: u64,
+    /// The next session's number.
+    #[prost(uint64, tag = "4")]
+    pub next_session: u64,
+    /// The next provider's number.
+    #[prost(uint32, tag = "5")]
+    pub next_provider: u32,
+    /// No birth at or above this was ever given.
+    #[prost(uint64, tag = "6")]
+    pub births_end: u64,
+    /// The cluster's own time: milliseconds that directories have run, rounded down.
+    #[prost(uint64, tag = "7")]
+    pub clock_ms: u64,
+}
+
+/// Decodes a stored value.
+///
+/// # Errors
+/// [`StoreError::Value`] when it is not one.
+pub fn decode<T: Message + Default>(key: &[u8], value: &Bytes) -> Result<T, StoreError> {
+    T::decode(value.clone()).map_err(|error| StoreError::Value {
+        key: key.iter().map(|byte| format!("{byte:02x}")).collect(),
+        detail: error.to_string(),
+    })
+}
+
+/// Encodes a value.
+pub fn encode(value: &impl Message) -> Bytes {
+    value.encode_to_vec().into()
+}
+
+/// A volume id out of a stored field.
+pub fn volume_id(bytes: &[u8]) -> VolumeId {
+    VolumeId::from_slice(bytes).unwrap_or(crate::keys::CLUSTER)
+}
+
+/// A block id out of a message.
+pub fn block_id(bytes: &[u8]) -> Option<BlockId> {
+    BlockId::from_slice(bytes)
+}
