@@ -30,7 +30,6 @@ mod tests;
 use std::sync::Arc;
 
 use crate::geometry::{Code, FRAGMENTS_MAX};
-use generator::Generator;
 pub use kernel::Kernel;
 use kernel::{Matrix, Output};
 
@@ -97,8 +96,7 @@ pub enum CodeError {
 
 /// One code, ready for use: its generator matrix, laid out for this machine's fastest kernel.
 ///
-/// Cheap to clone (one reference count). Making one costs microseconds for usual codes and
-/// milliseconds for those of hundreds of fragments, so make one per volume and keep it.
+/// Cheap to clone (one reference count), and made in microseconds.
 #[derive(Clone, Debug)]
 pub struct ErasureCode {
     inner: Arc<Inner>,
@@ -108,7 +106,6 @@ pub struct ErasureCode {
 struct Inner {
     code: Code,
     kernel: Kernel,
-    generator: Generator,
     /// The parity rows of the generator.
     encoder: Matrix,
 }
@@ -121,9 +118,10 @@ impl ErasureCode {
 
     /// The code with a kernel of the caller's choice, for tests and measurements.
     pub fn with_kernel(code: Code, kernel: Kernel) -> Self {
-        let generator = Generator::new(code);
-        let encoder = Matrix::new(kernel, code.s(), generator.parity_rows());
-        Self { inner: Arc::new(Inner { code, kernel, generator, encoder }) }
+        let data: Vec<usize> = (0..code.s()).collect();
+        let parity_rows = generator::rows(code.s()..code.fragments(), &data);
+        let encoder = Matrix::new(kernel, code.s(), parity_rows);
+        Self { inner: Arc::new(Inner { code, kernel, encoder }) }
     }
 
     /// The code's s and r.
@@ -170,7 +168,7 @@ impl ErasureCode {
         present: &[(usize, &[u8])],
         wanted: &mut [(usize, &mut [u8])],
     ) -> Result<(), CodeError> {
-        let Inner { code, kernel, generator, .. } = &*self.inner;
+        let Inner { code, kernel, .. } = &*self.inner;
         self.check_indices(present.iter().map(|(index, _)| *index))?;
         self.check_indices(wanted.iter().map(|(index, _)| *index))?;
         let lengths = present.iter().map(|(index, bytes)| (*index, bytes.len()));
@@ -181,7 +179,7 @@ impl ErasureCode {
         let (helpers, inputs): (Vec<usize>, Vec<&[u8]>) = helpers.iter().copied().unzip();
         let (wanted, mut outputs): (Vec<usize>, Vec<&mut [u8]>) =
             wanted.iter_mut().map(|(index, bytes)| (*index, &mut **bytes)).unzip();
-        let rows = generator.recovery_rows(&wanted, &helpers);
+        let rows = generator::rows(wanted, &helpers);
         Matrix::new(*kernel, code.s(), rows).apply(&inputs, &mut outputs, Output::Replace);
         Ok(())
     }
@@ -193,13 +191,13 @@ impl ErasureCode {
     /// [`CodeError::TooFewFragments`] with fewer than s helpers; [`CodeError::NoSuchFragment`] and
     /// [`CodeError::Duplicate`] for lists that make no sense.
     pub fn coefficients(&self, wanted: usize, helpers: &[usize]) -> Result<Vec<u8>, CodeError> {
-        let Inner { code, generator, .. } = &*self.inner;
+        let code = self.inner.code;
         self.check_indices([wanted].into_iter())?;
         self.check_indices(helpers.iter().copied())?;
         let helpers = helpers
             .get(..code.s())
             .ok_or(CodeError::TooFewFragments { have: helpers.len(), need: code.s() })?;
-        Ok(generator.recovery_rows(&[wanted], helpers))
+        Ok(generator::rows([wanted], helpers))
     }
 
     fn check_indices(&self, indices: impl Iterator<Item = usize>) -> Result<(), CodeError> {

@@ -1,8 +1,11 @@
-//! GF(2^8) with polynomial 0x11D: what multiplication by a constant looks like to each instruction
-//! set. Tables are made at compile time; the tests hold them against the crate's field.
+//! GF(2^8) with polynomial 0x11D: logarithms, and what multiplication by a constant looks like to
+//! each instruction set. The tables are made at compile time; the tests hold them against the crate.
 
 /// x^8 + x^4 + x^3 + x^2 + 1, without its x^8.
 const POLYNOMIAL: u8 = 0x1D;
+
+/// Elements but 0: exponents count modulo this.
+pub const ORDER: usize = 255;
 
 /// For each c the products of c with 0..16, then with 0x00, 0x10, .. 0xF0: c · x is the sum of two
 /// look-ups, each of half a byte.
@@ -43,6 +46,28 @@ pub static AFFINE: [u64; 256] = {
     matrices
 };
 
+/// Powers of the generator 2; [`LOG`] is the inverse.
+pub static EXP: [u8; ORDER] = {
+    let mut powers = [1; ORDER];
+    let mut exponent = 1;
+    while exponent < ORDER {
+        powers[exponent] = multiply(powers[exponent - 1], 2);
+        exponent += 1;
+    }
+    powers
+};
+
+/// The logarithm to base 2 of every element but 0, which has none: 0 stands there.
+pub static LOG: [u8; 256] = {
+    let mut logarithms = [0; 256];
+    let mut exponent = 0;
+    while exponent < ORDER {
+        logarithms[EXP[exponent] as usize] = exponent as u8;
+        exponent += 1;
+    }
+    logarithms
+};
+
 /// The product in the field, by shifting and adding.
 const fn multiply(mut a: u8, mut b: u8) -> u8 {
     let mut product = 0;
@@ -51,7 +76,7 @@ const fn multiply(mut a: u8, mut b: u8) -> u8 {
             product ^= a;
         }
         let carry = a >> 7;
-        a = a << 1 ^ carry * POLYNOMIAL;
+        a = (a << 1) ^ (carry * POLYNOMIAL);
         b >>= 1;
     }
     product
@@ -72,6 +97,10 @@ mod tests {
             let rows = AFFINE[c as usize].to_be_bytes();
             let bits = (0..8).map(|bit| ((rows[bit] & x).count_ones() as u8 & 1) << bit);
             assert_eq!(bits.sum::<u8>(), product);
+            if c != 0 && x != 0 {
+                let exponent = LOG[c as usize] as usize + LOG[x as usize] as usize;
+                assert_eq!(EXP[exponent % ORDER], product);
+            }
         }
     }
 }

@@ -78,10 +78,10 @@ unsafe fn column<const G: usize, const V: usize>(
     start: usize,
     output: Output,
 ) {
-    // SAFETY: the caller vouches for all V vectors.
     let load = |slice: *const u8| -> [__m256i; V] {
-        array::from_fn(|v| unsafe {
-            _mm256_loadu_si256(slice.add(start + v * VECTOR_BYTES).cast())
+        array::from_fn(|v| {
+            // SAFETY: the caller vouches for all V vectors.
+            unsafe { _mm256_loadu_si256(slice.add(start + v * VECTOR_BYTES).cast()) }
         })
     };
     let mut sums: [[__m256i; V]; G] = match output {
@@ -106,12 +106,12 @@ unsafe fn column<const G: usize, const V: usize>(
             }
         }
     }
-    for i in 0..G {
-        for v in 0..V {
+    for (output, sums) in outputs.iter().zip(&sums) {
+        for (v, sum) in sums.iter().enumerate() {
             // SAFETY: as for the loads.
             unsafe {
-                let out = outputs[i].add(start + v * VECTOR_BYTES);
-                _mm256_storeu_si256(out.cast(), sums[i][v]);
+                let out = output.add(start + v * VECTOR_BYTES);
+                _mm256_storeu_si256(out.cast(), *sum);
             }
         }
     }
