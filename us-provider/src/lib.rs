@@ -1,1 +1,3 @@
-//! us
+//! The provider of Us: keeps other people's fragments on an idle disk.
+
+pub mod store;

@@ -1,0 +1,221 @@
+//! Background work on a store: the trash, compaction, scrub. Each call does a bounded piece and
+//! returns, so that the caller can pause between pieces; nothing here runs by itself.
+
+use std::sync::Arc;
+
+use us_core::ids::FragmentId;
+
+use super::accounts::{Accounts, SegmentAccount};
+use super::format::SEGMENT_HEADER_BYTES;
+use super::scan::{Content, Depth, Found, Scanner};
+use super::segments::Segment;
+use super::writer::Command;
+use super::{IDS_MAX, Store, StoreError};
+
+/// How much one call of [`Store::maintain`] may do.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct MaintainLimits {
+    /// Fragments purged from the trash.
+    pub purge_max: usize,
+    /// Bytes copied out of a segment that is compacted.
+    pub copy_bytes_max: u64,
+    /// Below this many free bytes the trash is purged before its time.
+    pub pressure_bytes: u64,
+}
+
+impl Default for MaintainLimits {
+    fn default() -> Self {
+        Self { purge_max: IDS_MAX, copy_bytes_max: 64 << 20, pressure_bytes: 0 }
+    }
+}
+
+/// What one call of [`Store::maintain`] did.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct Maintained {
+    /// Fragments purged from the trash.
+    pub purged: usize,
+    /// Bytes copied out of a segment.
+    pub copied_bytes: u64,
+    /// The segment removed.
+    pub removed: Option<u32>,
+}
+
+impl Maintained {
+    /// Whether there was anything to do: there may be more.
+    pub const fn did_something(&self) -> bool {
+        self.purged > 0 || self.copied_bytes > 0 || self.removed.is_some()
+    }
+}
+
+/// What one call of [`Store::scrub`] did.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct Scrubbed {
+    /// Where the next call goes on; `None`: every fragment was seen.
+    pub next: Option<FragmentId>,
+    /// Fragments read.
+    pub fragments: u64,
+    /// Bytes read.
+    pub bytes: u64,
+    /// Fragments found damaged.
+    pub damaged: u64,
+}
+
+impl Store {
+    /// Purges what is due, and compacts or removes one segment. Blocks.
+    ///
+    /// # Errors
+    /// [`StoreError`] of the step that failed; what was done before it stays done.
+    pub fn maintain(&self, limits: &MaintainLimits) -> Result<Maintained, StoreError> {
+        let mut done = Maintained { purged: self.purge_due(limits)?, ..Maintained::default() };
+        if self.handle.shared.trouble.lock().is_some() {
+            // Does the disk work again? If so this clears the trouble.
+            self.ask_blocking(|reply| Command::Probe { reply })?;
+        }
+        let (chosen, active_is_dead) = {
+            let accounts = self.handle.shared.accounts.lock();
+            (choose(&accounts), active_is_dead(&accounts))
+        };
+        if let Some(number) = chosen {
+            self.compact(number, limits.copy_bytes_max, &mut done)?;
+        } else if active_is_dead {
+            self.ask_blocking(|reply| Command::Seal { reply })?;
+        }
+        Ok(done)
+    }
+
+    fn purge_due(&self, limits: &MaintainLimits) -> Result<usize, StoreError> {
+        let shared = &self.handle.shared;
+        let now_s = (shared.options.clock)();
+        let pressed = shared.free_bytes(shared.used_bytes()) < limits.pressure_bytes;
+        let keep_s =
+            if pressed { shared.options.trash_readable_s + 1 } else { shared.options.trash_keep_s };
+        let Some(before_s) = now_s.checked_sub(keep_s) else { return Ok(0) };
+        // Under pressure a small step at a time: no more than is needed.
+        let limit = if pressed { limits.purge_max.min(64) } else { limits.purge_max };
+        let ids = shared.index.trash(before_s + 1, limit.min(IDS_MAX))?;
+        if ids.is_empty() {
+            return Ok(0);
+        }
+        self.ask_blocking(|reply| Command::Purge { ids, reply })
+    }
+
+    /// Moves what counts out of a segment and removes it. Where the limit ends it before, a later
+    /// call goes on: what was moved is then skipped.
+    fn compact(
+        &self,
+        number: u32,
+        copy_bytes_max: u64,
+        done: &mut Maintained,
+    ) -> Result<(), StoreError> {
+        let shared = &self.handle.shared;
+        let segment = shared.segments.open(number);
+        let segment = segment.map_err(|error| StoreError::Segment(Arc::new(error)))?;
+        let failed = |source| StoreError::Io {
+            action: "read",
+            path: segment.path.clone(),
+            source: Arc::new(source),
+        };
+        let mut scanner = Scanner::new(Arc::clone(&segment), SEGMENT_HEADER_BYTES, Depth::Headers)
+            .map_err(failed)?;
+        while let Some(found) = scanner.step().map_err(failed)? {
+            if done.copied_bytes >= copy_bytes_max {
+                return Ok(());
+            }
+            match found {
+                Found::Record(envelope, Content::Fragment { header, .. }) => {
+                    let place = super::index::Place { segment: number, offset: envelope.offset };
+                    done.copied_bytes += self.rescue(header.id(), place, &segment)?;
+                }
+                Found::Record(_, Content::Trash(ids) | Content::Restore(ids)) => {
+                    self.ask_blocking(|reply| Command::Carry { ids, from_segment: number, reply })?;
+                }
+                Found::Record(_, Content::Tombstone(_)) | Found::Unreadable { .. } => {}
+            }
+        }
+        if self.ask_blocking(|reply| Command::Remove { segment: number, reply })? {
+            tracing::info!(segment = number, "segment removed");
+            metrics::counter!("us_provider_segments_removed_total").increment(1);
+            done.removed = Some(number);
+        }
+        Ok(())
+    }
+
+    /// Writes a fragment again that still counts and lies at `place`. A damaged one is moved as it
+    /// is: it may have good slots.
+    fn rescue(
+        &self,
+        id: FragmentId,
+        place: super::index::Place,
+        segment: &Segment,
+    ) -> Result<u64, StoreError> {
+        let shared = &self.handle.shared;
+        let Some(entry) = shared.index.entry(id)?.filter(|entry| entry.place == place) else {
+            return Ok(0);
+        };
+        let record = match shared.read_payload(&entry, id) {
+            Ok(record) => record,
+            Err(error) => {
+                tracing::warn!(%id, %error, path = %segment.path.display(), "cannot be moved");
+                return Err(error);
+            }
+        };
+        self.ask_blocking(|reply| Command::Move { id, entry, record, reply })?;
+        Ok(entry.padded_bytes())
+    }
+
+    /// Reads the fragments after `after` until `bytes_max` are read, and checks them. Damage is
+    /// noted in the index and by [`Store::take_fresh_damage`]. Blocks.
+    ///
+    /// # Errors
+    /// [`StoreError::Index`], [`StoreError::Closed`]; a fragment that cannot be read is damage, not
+    /// an error.
+    pub fn scrub(&self, after: Option<FragmentId>, bytes_max: u64) -> Result<Scrubbed, StoreError> {
+        let mut done = Scrubbed { next: after, ..Scrubbed::default() };
+        while done.bytes < bytes_max {
+            let page = self.handle.shared.index.page(done.next, 256)?;
+            if page.is_empty() {
+                done.next = None;
+                return Ok(done);
+            }
+            for (id, entry) in page {
+                done.next = Some(id);
+                if entry.trashed_at_s != 0 {
+                    continue;
+                }
+                done.fragments += 1;
+                done.bytes += entry.padded_bytes();
+                match self.read_record(id) {
+                    Ok(_) | Err(StoreError::NotFound { .. }) => {}
+                    Err(error @ (StoreError::Index(_) | StoreError::Closed)) => return Err(error),
+                    Err(_) => done.damaged += 1,
+                }
+                if done.bytes >= bytes_max {
+                    break;
+                }
+            }
+        }
+        Ok(done)
+    }
+}
+
+/// The segment whose compaction gives back the most: all dead, or at least half of what it takes.
+/// Never the last one, which is being written.
+fn choose(accounts: &Accounts) -> Option<u32> {
+    let last = accounts.segments().last().map(|(number, _)| number);
+    let worth = |account: &SegmentAccount| {
+        account.is_dead() || account.dead_bytes() * 2 >= account.used_bytes()
+    };
+    accounts
+        .segments()
+        .filter(|(number, account)| Some(*number) != last && worth(account))
+        .max_by_key(|(_, account)| (account.is_dead(), account.dead_bytes()))
+        .map(|(number, _)| number)
+}
+
+/// Whether the segment being written holds records, but none that counts.
+fn active_is_dead(accounts: &Accounts) -> bool {
+    accounts
+        .segments()
+        .last()
+        .is_some_and(|(_, account)| account.is_dead() && account.bytes > SEGMENT_HEADER_BYTES)
+}
