@@ -135,7 +135,8 @@ impl ErasureCode {
     }
 
     /// Computes the r parity fragments of the s data fragments in `data`, in the order of their
-    /// indices. All slices have one length, which may be 0 or odd.
+    /// indices. All slices have one length, which may be 0 or odd. It is fastest (by up to a half)
+    /// when all lie alike relative to 64-byte cache lines.
     ///
     /// # Errors
     /// [`CodeError::DataCount`], [`CodeError::ParityCount`] and [`CodeError::Length`] when the slices

@@ -9,6 +9,7 @@ pub const ORDER: usize = 255;
 
 /// For each c the products of c with 0..16, then with 0x00, 0x10, .. 0xF0: c · x is the sum of two
 /// look-ups, each of half a byte.
+#[cfg(any(target_arch = "x86_64", test))]
 pub static NIBBLES: [[u8; 32]; 256] = {
     let mut tables = [[0; 32]; 256];
     let mut c = 0;
@@ -26,6 +27,7 @@ pub static NIBBLES: [[u8; 32]; 256] = {
 
 /// For each c the 8 x 8 bit matrix of x -> c · x, as the affine instruction wants it: byte 7 - i is
 /// the mask of the bits of x that sum to bit i of the product.
+#[cfg(any(target_arch = "x86_64", test))]
 pub static AFFINE: [u64; 256] = {
     let mut matrices = [0; 256];
     let mut c = 0;

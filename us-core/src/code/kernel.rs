@@ -236,10 +236,10 @@ impl Matrix {
         if inputs.is_empty() {
             return portable::apply(&[], inputs, outputs, 0..bytes, output);
         }
-        let [head, body, tail] = self.split(outputs[0]);
-        match &self.tables {
+        let scalar: [Range<usize>; 2] = match &self.tables {
             #[cfg(target_arch = "x86_64")]
             Tables::GfniAvx512(groups) => {
+                let [head, body, tail] = split(outputs[0], gfni_avx512::VECTOR_BYTES);
                 for columns in [head, body.start..tail.end] {
                     groups.for_each(self.inputs, outputs, columns, |tables, outputs, strip| {
                         // SAFETY: the Kernel this matrix was made for proves the instructions are
@@ -247,46 +247,42 @@ impl Matrix {
                         unsafe { gfni_avx512::pass(tables, inputs, outputs, strip, output) }
                     });
                 }
-                return;
+                [0..0, 0..0]
             }
             #[cfg(target_arch = "x86_64")]
             Tables::GfniAvx2(groups) => {
+                let [head, body, tail] = split(outputs[0], gfni_avx2::VECTOR_BYTES);
                 groups.for_each(self.inputs, outputs, body, |tables, outputs, strip| {
                     // SAFETY: as above, and body and strips are whole vectors.
                     unsafe { gfni_avx2::pass(tables, inputs, outputs, strip, output) }
                 });
+                [head, tail]
             }
             #[cfg(target_arch = "x86_64")]
             Tables::Avx2(groups) => {
+                let [head, body, tail] = split(outputs[0], avx2::VECTOR_BYTES);
                 groups.for_each(self.inputs, outputs, body, |tables, outputs, strip| {
                     // SAFETY: as above, and body and strips are whole vectors.
                     unsafe { avx2::pass(tables, inputs, outputs, strip, output) }
                 });
+                [head, tail]
             }
-            Tables::Portable => {}
-        }
-        for columns in [head, tail] {
+            Tables::Portable => [0..bytes, 0..0],
+        };
+        for columns in scalar {
             portable::apply(&self.coefficients, inputs, outputs, columns, output);
         }
     }
+}
 
-    /// Where vectors lie in columns as long as `out`: before the first aligned one, the whole
-    /// aligned ones, the rest.
-    ///
-    /// Stores that straddle cache lines cost up to a third of the throughput. Outputs usually lie
-    /// alike, so what aligns one aligns all.
-    fn split(&self, out: &[u8]) -> [Range<usize>; 3] {
-        let vector_bytes = match self.tables {
-            #[cfg(target_arch = "x86_64")]
-            Tables::GfniAvx512(_) => gfni_avx512::VECTOR_BYTES,
-            #[cfg(target_arch = "x86_64")]
-            Tables::GfniAvx2(_) => gfni_avx2::VECTOR_BYTES,
-            #[cfg(target_arch = "x86_64")]
-            Tables::Avx2(_) => avx2::VECTOR_BYTES,
-            Tables::Portable => return [0..0, 0..0, 0..out.len()],
-        };
-        let head = out.as_ptr().align_offset(vector_bytes).min(out.len());
-        let tail = out.len() - (out.len() - head) % vector_bytes;
-        [0..head, head..tail, tail..out.len()]
-    }
+/// Where vectors lie in columns as long as `out`: before the first aligned one, the whole aligned
+/// ones, the rest.
+///
+/// Stores that straddle cache lines cost up to a third of the throughput. Outputs usually lie alike,
+/// so what aligns one aligns all.
+#[cfg(target_arch = "x86_64")]
+fn split(out: &[u8], vector_bytes: usize) -> [Range<usize>; 3] {
+    let head = out.as_ptr().align_offset(vector_bytes).min(out.len());
+    let tail = out.len() - (out.len() - head) % vector_bytes;
+    [0..head, head..tail, tail..out.len()]
 }

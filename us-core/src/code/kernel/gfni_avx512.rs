@@ -1,5 +1,8 @@
 //! GFNI on 64-byte vectors: one affine instruction multiplies 64 bytes by a coefficient, one
 //! three-way exclusive or adds two products to a sum. The last bytes go through masked vectors.
+//!
+//! Stores are ordinary ones. Non-temporal stores made encoding 4 MiB a quarter faster when measured
+//! alone, but parity is read again at once (checksum, send) and would come back from memory.
 
 use std::arch::x86_64::*;
 use std::array;
