@@ -9,7 +9,9 @@
 //! ```
 
 pub mod attributes;
+pub mod ctl;
 pub mod data;
 pub mod errno;
 pub mod fs;
 pub mod fuse;
+pub mod places;

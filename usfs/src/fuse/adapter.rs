@@ -90,7 +90,6 @@ const fn handle(handle: FileHandle) -> Handle {
     Handle(handle.0)
 }
 
-#[expect(clippy::too_many_arguments, reason = "fuser's trait has them")]
 impl Filesystem for Adapter {
     fn init(&mut self, _request: &Request, config: &mut KernelConfig) -> io::Result<()> {
         for flag in WANTED {

@@ -15,7 +15,7 @@ use crate::fs::{
 pub(super) const BLOCK_BYTES: u32 = 4096;
 
 pub(super) fn caller(request: &fuser::Request) -> Caller {
-    Caller { uid: request.uid(), gid: request.gid(), pid: request.pid() }
+    Caller { uid: request.uid(), gid: request.gid(), pid: request.pid(), umask: 0 }
 }
 
 pub(super) fn owned(name: &OsStr) -> Box<[u8]> {

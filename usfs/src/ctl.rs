@@ -1,0 +1,240 @@
+//! `usctl`: looks at a cluster through its directory, and acts on it.
+//!
+//! Exit codes: 0 done (with `status --exit-code`: everything has all its fragments); 1 degraded;
+//! 2 some data cannot be read until providers return; 3 data is lost; 4 the directory cannot be
+//! reached or refused; 64 the command makes no sense.
+
+mod connect;
+mod json;
+mod place;
+mod status;
+mod table;
+mod volume;
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use clap::{CommandFactory, Parser, Subcommand};
+use us_core::daemon::logging::{self, LogArgs};
+use us_core::daemon::size::Size;
+use us_core::geometry::Code;
+use us_core::ids::BlockId;
+
+pub use connect::{Admin, Target, connect};
+
+/// The directory could not be reached, or refused.
+pub const EXIT_UNREACHABLE: u8 = 4;
+
+/// Look at an Us cluster and act on it
+#[derive(Debug, Parser)]
+#[command(
+    name = "usctl",
+    version,
+    after_help = "Exit codes: 0 done; with `status --exit-code`: 0 ok, 1 degraded, 2 some data \
+                  cannot be read until providers return, 3 data is lost; 4 the directory cannot \
+                  be reached; 64 the command makes no sense.\n\
+                  The directory is found by --directory, else US_DIRECTORY, else the `usfs up` \
+                  that runs on this machine (or the one whose state US_DATA names)."
+)]
+pub struct CtlArgs {
+    /// The directory to ask
+    #[arg(long, global = true, env = "US_DIRECTORY", value_name = "HOST:PORT")]
+    #[arg(help_heading = "Connection")]
+    directory: Option<String>,
+    /// The folder of the certificate to show
+    #[arg(long, global = true, env = "US_IDENTITY", value_name = "DIR")]
+    #[arg(help_heading = "Connection")]
+    identity: Option<PathBuf>,
+    #[command(flatten)]
+    log: LogArgs,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Is everything readable, is anything in danger, what is being done about it
+    Status(status::StatusArgs),
+    /// The providers: state, space, fragments
+    Providers(JsonArgs),
+    /// The volumes
+    #[command(subcommand)]
+    Volume(VolumeCommand),
+    /// Where the bytes of a file lie, and what is missing
+    Where {
+        /// A file on a mounted volume
+        path: PathBuf,
+        #[command(flatten)]
+        json: JsonArgs,
+    },
+    /// Where the fragments of one block lie
+    Block {
+        /// Its id: 32 hexadecimal digits
+        id: BlockId,
+        #[command(flatten)]
+        json: JsonArgs,
+    },
+    /// Print the completions for a shell
+    Completions {
+        /// Which shell
+        shell: clap_complete::Shell,
+    },
+    /// Print the manual page
+    #[command(hide = true)]
+    Man,
+}
+
+/// How to print.
+#[derive(Debug, Clone, Copy, clap::Args)]
+pub struct JsonArgs {
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+enum VolumeCommand {
+    /// Make a volume
+    Create {
+        /// Its name
+        name: String,
+        /// Its code: S data and R parity fragments a block, for ever
+        #[arg(long, value_name = "S+R", default_value = "4+2")]
+        code: Code,
+        /// The most it may hold
+        #[arg(long, value_name = "SIZE")]
+        quota: Option<Size>,
+        #[command(flatten)]
+        json: JsonArgs,
+    },
+    /// List the volumes
+    List(JsonArgs),
+}
+
+/// The whole of `usctl`: reads the command line, acts, answers the exit code.
+pub fn main() -> ExitCode {
+    let args = match CtlArgs::try_parse() {
+        Ok(args) => args,
+        Err(error) => {
+            // Nothing can be done where even that cannot be printed.
+            let _ = error.print();
+            return if error.use_stderr() { ExitCode::from(64) } else { ExitCode::SUCCESS };
+        }
+    };
+    match run(args) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("usctl: {error:#}");
+            ExitCode::from(EXIT_UNREACHABLE)
+        }
+    }
+}
+
+fn run(args: CtlArgs) -> anyhow::Result<ExitCode> {
+    match &args.command {
+        Command::Completions { shell } => {
+            clap_complete::generate(
+                *shell,
+                &mut CtlArgs::command(),
+                "usctl",
+                &mut std::io::stdout(),
+            );
+            return Ok(ExitCode::SUCCESS);
+        }
+        Command::Man => {
+            clap_mangen::Man::new(CtlArgs::command()).render(&mut std::io::stdout())?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        _ => {}
+    }
+    logging::init(&args.log, "warn")?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("start the runtime")?;
+    runtime.block_on(act(args))
+}
+
+async fn act(args: CtlArgs) -> anyhow::Result<ExitCode> {
+    let mut target = Target { directory: args.directory, identity: args.identity };
+    match args.command {
+        Command::Status(status) => return status::run(&target, &status).await,
+        Command::Providers(json) => {
+            let reply = connect(&target).await?.status().await?;
+            let pids = status::local_pids();
+            print(json, &json::providers(&reply.providers, &pids), || {
+                table::providers(&reply.providers, &pids)
+            })?;
+        }
+        Command::Volume(VolumeCommand::Create { name, code, quota, json }) => {
+            let info = connect(&target).await?.create_volume(&name, code, quota).await?;
+            print(json, &json::volume(&info), || volume::created(&info))?;
+        }
+        Command::Volume(VolumeCommand::List(json)) => {
+            let volumes = connect(&target).await?.list_volumes().await?;
+            let value = volumes.iter().map(json::volume).collect::<Vec<_>>();
+            print(json, &serde_json::Value::Array(value), || table::volumes(&volumes))?;
+        }
+        Command::Where { path, json } => {
+            let file = place::find(&path)?;
+            target.directory.get_or_insert_with(|| file.directory.clone());
+            let mut admin = connect(&target).await?;
+            let providers = admin.status().await?.providers;
+            let blocks = admin.where_is(&file.volume, file.ino).await?;
+            print(json, &place::to_json(&file, &blocks), || {
+                place::to_text(&file, &blocks, &providers)
+            })?;
+        }
+        Command::Block { id, json } => {
+            let mut admin = connect(&target).await?;
+            let providers = admin.status().await?.providers;
+            let block = admin.block(id).await?;
+            print(json, &json::block(&block), || place::block_text(&block, &providers))?;
+        }
+        Command::Completions { .. } | Command::Man => {}
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn print(
+    json: JsonArgs,
+    value: &serde_json::Value,
+    text: impl FnOnce() -> String,
+) -> anyhow::Result<()> {
+    let mut out = std::io::stdout().lock();
+    let written = if json.json { writeln!(out, "{value:#}") } else { write!(out, "{}", text()) };
+    match written {
+        // `usctl … | head` is no error.
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        other => other.context("print"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(arguments: &[&str]) -> Result<CtlArgs, clap::Error> {
+        CtlArgs::try_parse_from(std::iter::once(&"usctl").chain(arguments))
+    }
+
+    #[test]
+    fn the_command_line_is_sound() {
+        CtlArgs::command().debug_assert();
+        let args = parse(&["--directory", "h:1", "volume", "create", "disk", "--code", "10+4"]);
+        let args = args.unwrap();
+        assert_eq!(args.directory.as_deref(), Some("h:1"));
+        match args.command {
+            Command::Volume(VolumeCommand::Create { name, code, quota: None, .. }) => {
+                assert_eq!((name.as_str(), code.to_string().as_str()), ("disk", "10+4"));
+            }
+            other => panic!("{other:?}"),
+        }
+        assert!(parse(&["status", "--json", "--exit-code", "--directory", "h:1"]).is_ok());
+        assert!(parse(&["volume", "create", "disk", "--code", "4"]).is_err());
+        assert!(parse(&["block", "xyz"]).is_err());
+        assert!(parse(&["repair"]).is_err(), "what is not built is not there");
+    }
+}

@@ -1,0 +1,178 @@
+//! Finds the directory and talks to its Admin service. Every call has a deadline.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, anyhow, bail};
+use tonic::transport::Channel;
+use us_core::daemon::size::Size;
+use us_core::geometry::Code;
+use us_core::ids::BlockId;
+use us_core::tls::{ExpectedPeer, Identity, Role};
+use us_core::wire::connect_grpc;
+use us_proto::v1;
+use us_proto::v1::admin_client::AdminClient;
+
+use crate::places::UpRecord;
+
+/// How long the directory may take for one answer.
+const ANSWER: Duration = Duration::from_secs(20);
+/// The largest answer: the status of some 10^5 providers.
+const REPLY_BYTES_MAX: usize = 64 << 20;
+
+/// Which directory, and as whom; what is `None` is found on this machine.
+#[derive(Debug, Clone, Default)]
+pub struct Target {
+    /// "host:port".
+    pub directory: Option<String>,
+    /// The folder of an identity.
+    pub identity: Option<PathBuf>,
+}
+
+/// A directory's Admin service.
+#[derive(Debug)]
+pub struct Admin {
+    client: AdminClient<Channel>,
+}
+
+/// Connects to the directory `target` means.
+///
+/// # Errors
+/// When none is known, or it does not answer; the text says what to do.
+pub async fn connect(target: &Target) -> anyhow::Result<Admin> {
+    let (directory, identity_dir) = resolve(target, UpRecord::find())?;
+    let identity = Identity::load(&identity_dir)
+        .with_context(|| format!("cannot use the identity in {}", identity_dir.display()))?;
+    let channel = connect_grpc(&directory, &identity, ExpectedPeer::role(Role::Directory))
+        .await
+        .with_context(|| {
+            format!(
+                "the directory at {directory} does not answer: is it running? (`usfs up` or \
+                 `us-directory run` starts one)"
+            )
+        })?;
+    let client = AdminClient::new(channel).max_decoding_message_size(REPLY_BYTES_MAX);
+    Ok(Admin { client })
+}
+
+fn resolve(target: &Target, up: Option<UpRecord>) -> anyhow::Result<(String, PathBuf)> {
+    let directory = target.directory.clone().or_else(|| Some(up.as_ref()?.directory.clone()));
+    let Some(directory) = directory else {
+        bail!(
+            "no directory is known here: start `usfs up`, or give --directory HOST:PORT (or \
+             US_DIRECTORY)"
+        );
+    };
+    let of_up = up.filter(|up| up.directory == directory).map(|up| up.admin_identity);
+    let Some(identity) = target.identity.clone().or(of_up) else {
+        bail!("give --identity DIR (or US_IDENTITY) for the directory at {directory}");
+    };
+    Ok((directory, identity))
+}
+
+impl Admin {
+    /// The state of everything.
+    ///
+    /// # Errors
+    /// When the directory does not answer.
+    pub async fn status(&mut self) -> anyhow::Result<v1::StatusReply> {
+        answer(self.client.status(v1::StatusRequest {})).await
+    }
+
+    /// Makes a volume.
+    ///
+    /// # Errors
+    /// When the directory refuses, or does not answer.
+    pub async fn create_volume(
+        &mut self,
+        name: &str,
+        code: Code,
+        quota: Option<Size>,
+    ) -> anyhow::Result<v1::VolumeInfo> {
+        let request = v1::CreateVolumeRequest {
+            name: name.to_owned(),
+            s: code.s() as u32,
+            r: code.r() as u32,
+            quota_bytes: quota.map_or(0, Size::bytes),
+        };
+        answer(self.client.create_volume(request)).await
+    }
+
+    /// The volumes.
+    ///
+    /// # Errors
+    /// When the directory does not answer.
+    pub async fn list_volumes(&mut self) -> anyhow::Result<Vec<v1::VolumeInfo>> {
+        Ok(answer(self.client.list_volumes(v1::ListVolumesRequest {})).await?.volumes)
+    }
+
+    /// The blocks of a file, in no order.
+    ///
+    /// # Errors
+    /// When the directory refuses, or does not answer.
+    pub async fn where_is(
+        &mut self,
+        volume: &str,
+        ino: u64,
+    ) -> anyhow::Result<Vec<v1::WhereBlock>> {
+        let request = v1::WhereRequest { volume: volume.to_owned(), ino };
+        let mut stream = answer(self.client.r#where(request)).await?;
+        let mut blocks = Vec::new();
+        while let Some(block) = within(stream.message()).await? {
+            blocks.push(block);
+        }
+        Ok(blocks)
+    }
+
+    /// One block.
+    ///
+    /// # Errors
+    /// When there is none, or the directory does not answer.
+    pub async fn block(&mut self, block: BlockId) -> anyhow::Result<v1::WhereBlock> {
+        let request = v1::BlockRequest { block: block.as_bytes().to_vec().into() };
+        answer(self.client.block(request)).await
+    }
+}
+
+async fn answer<T>(
+    call: impl Future<Output = Result<tonic::Response<T>, tonic::Status>>,
+) -> anyhow::Result<T> {
+    within(call).await.map(tonic::Response::into_inner)
+}
+
+async fn within<T>(call: impl Future<Output = Result<T, tonic::Status>>) -> anyhow::Result<T> {
+    match tokio::time::timeout(ANSWER, call).await {
+        Err(_elapsed) => Err(anyhow!("the directory gave no answer in {} s", ANSWER.as_secs())),
+        Ok(Err(status)) => Err(anyhow!("the directory says: {}", status.message())),
+        Ok(Ok(value)) => Ok(value),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn up() -> UpRecord {
+        UpRecord {
+            pid: 1,
+            data: "/d".into(),
+            directory: "127.0.0.1:5".into(),
+            admin_identity: "/d/admin".into(),
+            client_identity: "/d/client".into(),
+            mount_point: "/mnt/usfs".into(),
+        }
+    }
+
+    #[test]
+    fn what_is_given_wins_over_what_runs_here() {
+        let none = Target::default();
+        assert!(resolve(&none, None).unwrap_err().to_string().contains("usfs up"));
+        let (directory, identity) = resolve(&none, Some(up())).unwrap();
+        assert_eq!((directory.as_str(), identity), ("127.0.0.1:5", "/d/admin".into()));
+        let other = Target { directory: Some("h:1".into()), identity: None };
+        let error = resolve(&other, Some(up())).unwrap_err().to_string();
+        assert!(error.contains("--identity"), "another cluster's key opens nothing: {error}");
+        let both = Target { directory: Some("h:1".into()), identity: Some("/i".into()) };
+        assert_eq!(resolve(&both, Some(up())).unwrap(), ("h:1".into(), "/i".into()));
+    }
+}

@@ -1,0 +1,185 @@
+//! What `--json` prints. Field names are those of proto/us/v1/admin.proto; states and health are
+//! words; ids are hexadecimal.
+
+use std::collections::BTreeMap;
+
+use serde_json::{Map, Value, json};
+use us_proto::v1;
+
+/// Process ids of local providers, by name.
+pub(super) type Pids = BTreeMap<String, i32>;
+
+pub(super) fn health_word(health: v1::Health) -> &'static str {
+    match health {
+        v1::Health::Unspecified => "unknown",
+        v1::Health::Ok => "ok",
+        v1::Health::Degraded => "degraded",
+        v1::Health::Unreadable => "unreadable",
+        v1::Health::Lost => "lost",
+    }
+}
+
+pub(super) fn state_word(state: v1::ProviderState) -> &'static str {
+    match state {
+        v1::ProviderState::Unspecified => "unknown",
+        v1::ProviderState::Online => "online",
+        v1::ProviderState::Absent => "absent",
+        v1::ProviderState::Dormant => "dormant",
+        v1::ProviderState::Dead => "dead",
+    }
+}
+
+pub(super) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+pub(super) fn status(reply: &v1::StatusReply) -> Value {
+    let blocks = reply.blocks.clone().unwrap_or_default();
+    let journal = reply.journal.unwrap_or_default();
+    json!({
+        "health": health_word(reply.health()),
+        "summary": reply.summary,
+        "counting": reply.counting,
+        "cluster": reply.cluster,
+        "uptime_s": reply.uptime_s,
+        "capacity_bytes": reply.capacity_bytes,
+        "used_bytes": reply.used_bytes,
+        "blocks": {
+            "total": blocks.total,
+            "inline": blocks.inline,
+            "by_redundancy": by_redundancy(&blocks),
+            "readable": blocks.readable,
+            "waiting": blocks.waiting,
+            "lost": blocks.lost,
+            "unsettled": blocks.unsettled,
+            "crowded": blocks.crowded,
+            "damaged_fragments": blocks.damaged_fragments,
+            "live_bytes": blocks.live_bytes,
+            "stored_bytes": blocks.stored_bytes,
+        },
+        "providers": providers(&reply.providers, &Pids::new()),
+        "volumes": reply.volumes.iter().map(volume).collect::<Vec<_>>(),
+        "sessions": reply.sessions.iter().map(session).collect::<Vec<_>>(),
+        "pending_deletes": reply.pending_deletes,
+        "journal": {
+            "sequence": journal.sequence,
+            "copies": journal.copies,
+            "bytes": journal.bytes,
+        },
+    })
+}
+
+fn by_redundancy(blocks: &v1::BlockSummary) -> Map<String, Value> {
+    blocks.by_redundancy.iter().map(|(left, count)| (left.to_string(), json!(count))).collect()
+}
+
+pub(super) fn providers(providers: &[v1::ProviderStatus], pids: &Pids) -> Value {
+    let one = |provider: &v1::ProviderStatus| {
+        let mut value = json!({
+            "provider": provider.provider,
+            "name": provider.name,
+            "address": provider.address,
+            "site": provider.site,
+            "metapeer": provider.metapeer,
+            "state": state_word(provider.state()),
+            "capacity_bytes": provider.capacity_bytes,
+            "used_bytes": provider.used_bytes,
+            "free_bytes": provider.free_bytes,
+            "fragments": provider.fragments,
+            "damaged": provider.damaged,
+            "last_seen_s": provider.last_seen_s,
+            "accepts_puts": provider.accepts_puts,
+            "note": provider.note,
+        });
+        if let Some(pid) = pids.get(&provider.name) {
+            value["pid"] = json!(pid);
+        }
+        value
+    };
+    providers.iter().map(one).collect()
+}
+
+pub(super) fn volume(volume: &v1::VolumeInfo) -> Value {
+    json!({
+        "volume": hex(&volume.volume),
+        "name": volume.name,
+        "code": format!("{}+{}", volume.s, volume.r),
+        "inodes": volume.inodes,
+        "live_bytes": volume.live_bytes,
+        "blocks": volume.blocks,
+        "private": volume.private,
+        "quota_bytes": volume.quota_bytes,
+    })
+}
+
+fn session(session: &v1::SessionStatus) -> Value {
+    json!({
+        "session": session.session,
+        "host": session.host,
+        "volume": session.volume,
+        "connected": session.connected,
+        "leases": session.leases,
+        "undurable_batches": session.undurable_batches,
+    })
+}
+
+pub(super) fn block(block: &v1::WhereBlock) -> Value {
+    let fragment = |fragment: &v1::WhereFragment| {
+        json!({
+            "index": fragment.index,
+            "provider": fragment.provider,
+            "state": state_word(fragment.state()),
+            "durable": fragment.durable,
+            "damaged": fragment.damaged,
+        })
+    };
+    let range = |range: &v1::FileRange| {
+        json!({
+            "offset": range.offset,
+            "length": range.length,
+            "block_offset": range.block_offset,
+        })
+    };
+    json!({
+        "block": hex(&block.block),
+        "volume": hex(&block.volume),
+        "code": format!("{}+{}", block.s, block.r),
+        "plaintext_bytes": block.plaintext_bytes,
+        "live_bytes": block.live_bytes,
+        "inline": block.inline,
+        "fragments": block.fragments.iter().map(fragment).collect::<Vec<_>>(),
+        "ranges": block.ranges.iter().map(range).collect::<Vec<_>>(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_scripts_read_is_there() {
+        let reply = v1::StatusReply {
+            health: v1::Health::Degraded.into(),
+            blocks: Some(v1::BlockSummary {
+                total: 3,
+                by_redundancy: [(2, 2), (-1, 1)].into(),
+                ..Default::default()
+            }),
+            providers: vec![v1::ProviderStatus {
+                name: "provider0".into(),
+                state: v1::ProviderState::Online.into(),
+                ..Default::default()
+            }],
+            ..Default::default()
+        };
+        let value = status(&reply);
+        assert_eq!(value["health"], "degraded");
+        assert_eq!(value["blocks"]["total"], 3);
+        assert_eq!(value["blocks"]["by_redundancy"]["2"], 2);
+        assert_eq!(value["blocks"]["by_redundancy"]["-1"], 1);
+        assert_eq!(value["providers"][0]["state"], "online");
+        assert_eq!(value["counting"], false);
+        let pids = Pids::from([("provider0".to_owned(), 77)]);
+        assert_eq!(providers(&reply.providers, &pids)[0]["pid"], 77);
+    }
+}

@@ -1,0 +1,213 @@
+//! `usctl where` and `usctl block`: blocks, their fragments, who holds them, what is missing.
+
+use std::collections::HashMap;
+use std::fmt::Write as _;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, bail};
+use serde_json::{Value, json};
+use us_core::daemon::size::Size;
+use us_proto::v1;
+
+use super::json::{self, hex, state_word};
+use super::table::provider_name;
+use crate::fuse::kernel;
+
+/// A file on a mounted volume.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct File {
+    pub path: PathBuf,
+    pub ino: u64,
+    pub directory: String,
+    pub volume: String,
+}
+
+/// Finds the inode of `path`, and the volume it is on, by the table of mounts.
+pub(super) fn find(path: &Path) -> anyhow::Result<File> {
+    let absolute = path.canonicalize().with_context(|| format!("no file {}", path.display()))?;
+    let mount = kernel::mount_of(&absolute)?;
+    let Some(mount) = mount.filter(|mount| mount.kind == kernel::FILE_SYSTEM_TYPE) else {
+        bail!("{} is not on a mounted Us volume", path.display());
+    };
+    let Some((directory, volume)) = mount.source.rsplit_once('/') else {
+        bail!("the mount at {} does not say its volume", mount.point.display());
+    };
+    // What was written a moment ago has no place yet; fsync gives it one. A file we may not open
+    // is shown as it is.
+    if let Ok(file) = std::fs::File::open(&absolute) {
+        let _ = file.sync_all();
+    }
+    let ino = std::fs::metadata(&absolute)?.ino();
+    let (directory, volume) = (directory.to_owned(), volume.to_owned());
+    Ok(File { path: absolute, ino, directory, volume })
+}
+
+/// How a block stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Standing {
+    reachable: usize,
+    /// Fragments that may still go; negative: that must come back.
+    spare: isize,
+}
+
+fn usable(fragment: &v1::WhereFragment) -> bool {
+    fragment.durable && !fragment.damaged && fragment.state() == v1::ProviderState::Online
+}
+
+fn standing(block: &v1::WhereBlock) -> Standing {
+    if block.inline {
+        return Standing { reachable: 0, spare: block.r as isize };
+    }
+    let reachable = block.fragments.iter().filter(|fragment| usable(fragment)).count();
+    Standing { reachable, spare: reachable as isize - block.s as isize }
+}
+
+pub(super) fn to_json(file: &File, blocks: &[v1::WhereBlock]) -> Value {
+    json!({
+        "path": file.path,
+        "ino": file.ino,
+        "volume": file.volume,
+        "directory": file.directory,
+        "blocks": blocks.iter().map(json::block).collect::<Vec<_>>(),
+    })
+}
+
+pub(super) fn to_text(
+    file: &File,
+    blocks: &[v1::WhereBlock],
+    providers: &[v1::ProviderStatus],
+) -> String {
+    let mut out = String::new();
+    let bytes = blocks.iter().flat_map(|block| &block.ranges).map(|range| range.length).sum();
+    let worst = blocks.iter().map(|block| standing(block).spare).min();
+    let verdict = match worst {
+        None => "nothing of it is stored: it is empty, or a hole".to_owned(),
+        Some(..0) => "part of it CANNOT BE READ until providers return".to_owned(),
+        Some(0) => "all of it can be read, but no further provider may be lost".to_owned(),
+        Some(1) => "all of it can be read, and one more provider may be lost".to_owned(),
+        Some(spare) => format!("all of it can be read, and any {spare} more providers may be lost"),
+    };
+    let count = match blocks.len() {
+        1 => "1 block".to_owned(),
+        count => format!("{count} blocks"),
+    };
+    let _ = writeln!(
+        out,
+        "{} (inode {} of {}): {} in {count}; {verdict}.",
+        file.path.display(),
+        file.ino,
+        file.volume,
+        Size(bytes)
+    );
+    let names = names(providers);
+    let mut ordered: Vec<_> = blocks.iter().collect();
+    ordered.sort_by_key(|block| block.ranges.first().map_or(u64::MAX, |range| range.offset));
+    for block in ordered {
+        let _ = writeln!(out);
+        write_block(&mut out, block, &names);
+    }
+    out
+}
+
+pub(super) fn block_text(block: &v1::WhereBlock, providers: &[v1::ProviderStatus]) -> String {
+    let mut out = String::new();
+    write_block(&mut out, block, &names(providers));
+    out
+}
+
+fn names(providers: &[v1::ProviderStatus]) -> HashMap<u32, String> {
+    providers.iter().map(|provider| (provider.provider, provider_name(provider))).collect()
+}
+
+fn write_block(out: &mut String, block: &v1::WhereBlock, names: &HashMap<u32, String>) {
+    let Standing { reachable, spare } = standing(block);
+    let (id, s, r) = (hex(&block.block), block.s, block.r);
+    let plaintext = Size(u64::from(block.plaintext_bytes));
+    let _ = writeln!(out, "block {id}  {s}+{r}  {plaintext}, {} live", Size(block.live_bytes));
+    for range in &block.ranges {
+        let end = range.offset + range.length;
+        let _ = writeln!(out, "  bytes {}..{end} of the file", range.offset);
+    }
+    if block.inline {
+        let _ = writeln!(out, "  kept in the directory, until it is packed into a larger block");
+        return;
+    }
+    for fragment in &block.fragments {
+        let unnamed = || format!("#{}", fragment.provider);
+        let name = names.get(&fragment.provider).cloned().unwrap_or_else(unnamed);
+        let kind = if fragment.index < block.s { "data" } else { "parity" };
+        let _ = writeln!(out, "  {:>3} {kind:<6} {name:<16} {}", fragment.index, words(fragment));
+    }
+    let verdict = match spare {
+        ..0 => format!("UNREADABLE: {reachable} of the {s} fragments it takes"),
+        0 => "readable, no loss to spare".to_owned(),
+        1 => "readable, 1 loss to spare".to_owned(),
+        spare => format!("readable, {spare} losses to spare"),
+    };
+    let missing = block.fragments.len().saturating_sub(reachable);
+    let _ = match missing {
+        0 => writeln!(out, "  {verdict}"),
+        missing => writeln!(out, "  {verdict}; missing: {missing}"),
+    };
+}
+
+fn words(fragment: &v1::WhereFragment) -> String {
+    if fragment.damaged {
+        return "MISSING: damaged".to_owned();
+    }
+    match (fragment.state(), fragment.durable) {
+        (v1::ProviderState::Online, true) => "here".to_owned(),
+        (v1::ProviderState::Online, false) => "on its way".to_owned(),
+        (state, _) => format!("MISSING: provider {}", state_word(state)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn fragment(index: u32, state: v1::ProviderState, durable: bool) -> v1::WhereFragment {
+        let state = state.into();
+        v1::WhereFragment { index, provider: index + 1, state, durable, damaged: false }
+    }
+
+    #[test]
+    fn what_is_missing_is_said() {
+        let online = v1::ProviderState::Online;
+        let mut fragments: Vec<_> = (0..6).map(|index| fragment(index, online, true)).collect();
+        fragments[1] = fragment(1, v1::ProviderState::Absent, true);
+        fragments[4].damaged = true;
+        let ranges = vec![v1::FileRange { offset: 0, length: 4096, block_offset: 0 }];
+        let block = v1::WhereBlock {
+            block: vec![0xab; 16].into(),
+            s: 4,
+            r: 2,
+            plaintext_bytes: 4096,
+            fragments,
+            ranges,
+            ..Default::default()
+        };
+        assert_eq!(standing(&block), Standing { reachable: 4, spare: 0 });
+        let file = File {
+            path: "/mnt/usfs/a".into(),
+            ino: 9,
+            directory: "h:1".into(),
+            volume: "disk".into(),
+        };
+        let name = v1::ProviderStatus { provider: 1, name: "attic".into(), ..Default::default() };
+        let text = to_text(&file, std::slice::from_ref(&block), &[name]);
+        assert!(text.contains("4.00 KiB in 1 block; all of it can be read, but no"), "{text}");
+        assert!(text.contains("attic") && text.contains("MISSING: provider absent"), "{text}");
+        assert!(text.contains("MISSING: damaged") && text.contains("missing: 2"), "{text}");
+        assert!(text.contains("bytes 0..4096"), "{text}");
+        assert_eq!(to_json(&file, &[block])["blocks"][0]["block"], "ab".repeat(16));
+        assert!(to_text(&file, &[], &[]).contains("empty"));
+    }
+
+    #[test]
+    fn a_file_elsewhere_is_told_so() {
+        let error = find(Path::new("/proc/self/status")).unwrap_err().to_string();
+        assert!(error.contains("not on a mounted Us volume"), "{error}");
+    }
+}
