@@ -89,7 +89,8 @@ pub enum FragmentError {
     },
     /// The trailer's checksum does not hold.
     #[error(
-        "trailer of fragment {id} damaged: its sum is {found:08x}, its bytes give {computed:08x}"
+        "trailer of fragment {id} damaged: its sum is {found:08x}, \
+         its bytes give {computed:08x}"
     )]
     TrailerSum {
         /// The fragment, as its header names it.
@@ -101,7 +102,8 @@ pub enum FragmentError {
     },
     /// A slot's bytes are not those that were written.
     #[error(
-        "slot {slot} of fragment {id} damaged: its sum is {found:08x}, its bytes give {computed:08x}"
+        "slot {slot} of fragment {id} damaged: its sum is {found:08x}, \
+         its bytes give {computed:08x}"
     )]
     SlotSum {
         /// The fragment.

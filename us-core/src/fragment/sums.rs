@@ -101,7 +101,9 @@ mod tests {
 
     proptest! {
         #[test]
-        fn slots_combine_as_the_library_combines(first: u32, second: u32, bytes in 1usize..100_000) {
+        fn slots_combine_as_the_library_combines(
+            first: u32, second: u32, bytes in 1usize..100_000,
+        ) {
             let expected = checksum_combine(Crc32Iscsi, first.into(), second.into(), bytes as u64);
             prop_assert_eq!(u64::from(multiply(first, advance(bytes)) ^ second), expected);
         }
