@@ -9,9 +9,11 @@
 //! ```
 
 pub mod attributes;
+pub mod core;
 pub mod ctl;
 pub mod data;
 pub mod errno;
 pub mod fs;
 pub mod fuse;
 pub mod places;
+pub mod session;

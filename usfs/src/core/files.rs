@@ -1,0 +1,428 @@
+//! The bytes of files: read, write, truncate, allocate, seek, clone.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use us_core::disk::BlockInfo;
+use us_core::ids::{BlockId, Ino};
+use us_proto::v1;
+use us_proto::v1::mutation::Op;
+
+use super::flush::extent_write;
+use super::node::{Level, Node};
+use super::{Core, Now, Stall, Stop, Want, change_time};
+use crate::attributes::FileKind;
+use crate::data::{self, CHUNK_BYTES, ClonePlan, Extent, FileData, MapSource, Place, Seek};
+use crate::fs::{AllocateMode, FILE_BYTES_MAX, FsError, Handle, SeekFor};
+
+/// Chunks of a map asked for at once, at least and at most.
+const MAP_CHUNKS_MIN: u64 = 64;
+const MAP_CHUNKS_MAX: u64 = 256;
+/// The longest extent of zeros in one mutation, and the longest clone of one call.
+const EXTENT_BYTES_MAX: u64 = 1 << 30;
+
+/// A piece of what a read answers.
+#[derive(Clone, Debug)]
+pub enum ReadPiece {
+    /// These bytes.
+    Bytes(Bytes),
+    /// So many zeros.
+    Zero(u64),
+    /// A piece of a block that must be read.
+    Block {
+        /// The block.
+        block: BlockId,
+        /// Where it is, if that is known.
+        info: Option<Arc<BlockInfo>>,
+        /// The bytes of its plaintext.
+        range: Range<usize>,
+    },
+}
+
+/// How to serve a read.
+#[derive(Clone, Debug, Default)]
+pub struct ReadPlan {
+    /// The answer, in order.
+    pub pieces: Vec<ReadPiece>,
+    /// Pieces of blocks worth reading ahead.
+    pub ahead: Vec<(Arc<BlockInfo>, Range<usize>)>,
+}
+
+impl Core {
+    /// Plans a read of up to `bytes` from `offset`; fewer only at the end of the file.
+    pub fn read(
+        &mut self,
+        now: Now,
+        handle: Handle,
+        offset: u64,
+        bytes: usize,
+    ) -> Result<ReadPlan, Stop> {
+        self.check_session(now)?;
+        let file = self.open_file(handle)?;
+        let ino = file.ino;
+        if !file.flags.read {
+            return Err(FsError::BadHandle.into());
+        }
+        let size = self.need_file(ino, Level::Shared)?;
+        let range = offset.min(size)..offset.saturating_add(bytes as u64).min(size);
+        let pieces = self.plan(ino, range.clone(), size)?;
+        self.touch_atime(now, ino);
+        let ahead = self.open_file_mut(handle)?.read_ahead.on_read(range, size);
+        let ahead = match ahead.map(|range| self.plan(ino, range, size)) {
+            Some(Ok(pieces)) => pieces.into_iter().filter_map(ahead_piece).collect(),
+            // A part of the map that is not here yet is fetched when the reader gets there.
+            Some(Err(_)) | None => Vec::new(),
+        };
+        Ok(ReadPlan { pieces, ahead })
+    }
+
+    fn plan(&mut self, ino: Ino, range: Range<u64>, size: u64) -> Result<Vec<ReadPiece>, Stop> {
+        if range.is_empty() {
+            return Ok(Vec::new());
+        }
+        let planned = match self.data(ino)?.read_plan(range, size) {
+            data::ReadPlan::Ready(pieces) => pieces,
+            data::ReadPlan::Fetch(chunks) => return Err(want_map(ino, chunks)),
+        };
+        let piece = |piece| match piece {
+            data::ReadPiece::Bytes { bytes, .. } => ReadPiece::Bytes(bytes),
+            data::ReadPiece::Zero { bytes, .. } => ReadPiece::Zero(bytes),
+            data::ReadPiece::Block { bytes, block, block_offset, .. } => {
+                let start = block_offset as usize;
+                let info = self.blocks.get(&block).cloned();
+                ReadPiece::Block { block, info, range: start..start + bytes as usize }
+            }
+        };
+        Ok(planned.into_iter().map(piece).collect())
+    }
+
+    /// A regular file under a lease; answers its size.
+    fn need_file(&mut self, ino: Ino, level: Level) -> Result<u64, Stop> {
+        let node = self.need(ino, level)?;
+        match node.attributes {
+            Some(attributes) if attributes.kind == FileKind::Regular => Ok(attributes.size),
+            Some(attributes) if attributes.kind == FileKind::Directory => {
+                Err(FsError::IsADirectory.into())
+            }
+            Some(_) | None => Err(FsError::Invalid("not a regular file").into()),
+        }
+    }
+
+    fn data(&mut self, ino: Ino) -> Result<&mut FileData, Stop> {
+        let data = self.nodes.get_mut(&ino).and_then(|node| node.data.as_deref_mut());
+        data.ok_or(Stop::Fail(FsError::Stale(ino)))
+    }
+
+    /// A handle that may write, its file under an EXCLUSIVE lease; answers inode and size.
+    fn need_writable(&mut self, now: Now, handle: Handle) -> Result<(Ino, u64), Stop> {
+        self.check_change(now)?;
+        let file = self.open_file(handle)?;
+        if !file.flags.write {
+            return Err(FsError::BadHandle.into());
+        }
+        let ino = file.ino;
+        Ok((ino, self.need_file(ino, Level::Exclusive)?))
+    }
+
+    /// Writes `bytes` at `offset`, or at the end of the file where it is open for appending.
+    pub fn write(
+        &mut self,
+        now: Now,
+        handle: Handle,
+        offset: u64,
+        bytes: &[u8],
+        kill_suid: bool,
+    ) -> Result<usize, Stop> {
+        let (ino, size) = self.need_writable(now, handle)?;
+        let append = self.open_file(handle)?.flags.append;
+        let offset = if append { size } else { offset };
+        let end = offset.checked_add(bytes.len() as u64).filter(|end| *end <= FILE_BYTES_MAX);
+        let end = end.ok_or(FsError::TooLarge)?;
+        if bytes.is_empty() {
+            return Ok(0);
+        }
+        if let Some(error @ FsError::NoSpace(_)) = self.failing() {
+            return Err(error.clone().into());
+        }
+        if !self.has_space(bytes.len()) {
+            return Err(Stop::Stall(Stall::Space));
+        }
+        self.data(ino)?.write(offset, bytes);
+        self.attributes_mut(ino).size = size.max(end);
+        self.touch_file(now, ino);
+        self.drop_suid(ino, kill_suid);
+        self.note_dirty(now, ino);
+        Ok(bytes.len())
+    }
+
+    /// The file's content changed now.
+    fn touch_file(&mut self, now: Now, ino: Ino) {
+        let attributes = self.attributes_mut(ino);
+        let time = change_time(now, attributes);
+        attributes.mtime = time;
+        attributes.ctime = time;
+    }
+
+    /// Cuts a file whose lease is held at `size`, or extends it by a hole.
+    pub(super) fn truncate(&mut self, now: Now, ino: Ino, size: u64) -> Result<(), Stop> {
+        let old = self.need_file(ino, Level::Exclusive)?;
+        self.touch_file(now, ino);
+        self.data(ino)?.truncate(size.min(old));
+        let node = self.nodes.get_mut(&ino).ok_or(FsError::Stale(ino))?;
+        let Some(attributes) = &mut node.attributes else { return Ok(()) };
+        attributes.size = size;
+        if size < old {
+            attributes.allocated_bytes =
+                attributes.allocated_bytes.min(size.next_multiple_of(CHUNK_BYTES));
+            if size == 0 {
+                attributes.allocated_bytes = 0;
+            }
+        }
+        let (mtime, ctime) = (attributes.mtime, attributes.ctime);
+        if size < node.logged_size {
+            node.logged_size = size;
+            let message = v1::SetAttributes {
+                ino: ino.0,
+                size: Some(size),
+                mtime: Some(mtime.into()),
+                ctime: Some(ctime.into()),
+                ..v1::SetAttributes::default()
+            };
+            self.append(Op::SetAttributes(message), &[ino]);
+        } else {
+            // The directory knows a smaller size: it must not clear what is committed behind that.
+            let behind = Extent { offset: size, bytes: FILE_BYTES_MAX - size, place: Place::Hole };
+            let cut = (size < old && behind.bytes > 0).then(|| extent_write(ino, &behind));
+            self.log_extents(ino, cut.into_iter().collect());
+        }
+        self.note_dirty(now, ino);
+        Ok(())
+    }
+
+    /// Logs extents of `ino` that refer to no new block, and its size as far as it is committed.
+    fn log_extents(&mut self, ino: Ino, extents: Vec<v1::ExtentWrite>) {
+        let files = self.growth(ino).into_iter().collect();
+        let message = v1::CommitData { blocks: Vec::new(), extents, files };
+        self.append_commit(message, &[ino]);
+    }
+
+    /// Changes how a range is backed.
+    pub fn allocate(
+        &mut self,
+        now: Now,
+        handle: Handle,
+        offset: u64,
+        bytes: u64,
+        mode: AllocateMode,
+    ) -> Result<(), Stop> {
+        let (ino, size) = self.need_writable(now, handle)?;
+        let end = offset.checked_add(bytes).filter(|end| *end <= FILE_BYTES_MAX);
+        let end = end.ok_or(FsError::TooLarge)?;
+        if bytes == 0 {
+            return Err(FsError::Invalid("a range of no bytes").into());
+        }
+        let (place, grows) = match mode {
+            AllocateMode::PunchHole => (Place::Hole, false),
+            AllocateMode::ZeroRange { keep_size } | AllocateMode::Allocate { keep_size } => {
+                (Place::Zero, !keep_size)
+            }
+        };
+        let ranges = match mode {
+            AllocateMode::Allocate { .. } => self.holes(ino, offset..end)?,
+            AllocateMode::PunchHole | AllocateMode::ZeroRange { .. } => vec![offset..end],
+        };
+        let before = self.data(ino)?.map().mapped_bytes();
+        let mut written = Vec::new();
+        for range in ranges {
+            let extent =
+                Extent { offset: range.start, bytes: range.end - range.start, place };
+            match mode {
+                // Holes of the map may be dirty; the dirty bytes stay.
+                AllocateMode::Allocate { .. } => self.data(ino)?.map_mut().apply(&extent),
+                AllocateMode::PunchHole | AllocateMode::ZeroRange { .. } => {
+                    self.data(ino)?.place(&extent);
+                }
+            }
+            written.extend(split(&extent).map(|extent| extent_write(ino, &extent)));
+        }
+        let grown = self.data(ino)?.map().mapped_bytes() as i64 - before as i64;
+        let attributes = self.attributes_mut(ino);
+        attributes.allocated_bytes = attributes.allocated_bytes.saturating_add_signed(grown);
+        if grows {
+            attributes.size = size.max(end);
+        }
+        self.touch_file(now, ino);
+        self.note_dirty(now, ino);
+        self.log_extents(ino, written);
+        Ok(())
+    }
+
+    /// The parts of `range` that the map has no place for.
+    fn holes(&mut self, ino: Ino, range: Range<u64>) -> Result<Vec<Range<u64>>, Stop> {
+        let mut holes = Vec::new();
+        for piece in self.data(ino)?.map().lookup(range.clone()) {
+            match piece.source {
+                MapSource::Place(Place::Hole) => holes.push(piece.range),
+                MapSource::Place(Place::Zero | Place::Block { .. }) => {}
+                MapSource::Unknown => {
+                    let (from, to) = (piece.range.start, piece.range.end);
+                    let chunks = from / CHUNK_BYTES..to.div_ceil(CHUNK_BYTES);
+                    return Err(want_map(ino, chunks));
+                }
+            }
+        }
+        Ok(holes)
+    }
+
+    /// The next data or hole.
+    pub fn seek(
+        &mut self,
+        now: Now,
+        handle: Handle,
+        offset: u64,
+        seek: SeekFor,
+    ) -> Result<u64, Stop> {
+        self.check_session(now)?;
+        let ino = self.open_file(handle)?.ino;
+        let size = self.need_file(ino, Level::Shared)?;
+        let data = self.data(ino)?;
+        let found = match seek {
+            SeekFor::Data => data.seek_data(offset, size),
+            SeekFor::Hole => data.seek_hole(offset, size),
+        };
+        match found {
+            Seek::At(at) => Ok(at),
+            Seek::None => Err(FsError::NoSuchOffset.into()),
+            Seek::Fetch(chunk) => Err(want_map(ino, chunk..chunk + 1)),
+        }
+    }
+
+    /// Clones up to `bytes` from one file to another place; answers how many.
+    pub fn clone_range(
+        &mut self,
+        now: Now,
+        from: (Handle, u64),
+        to: (Handle, u64),
+        bytes: u64,
+    ) -> Result<u64, Stop> {
+        self.check_change(now)?;
+        let (source, target) = (self.open_file(from.0)?, self.open_file(to.0)?);
+        if !source.flags.read || !target.flags.write || target.flags.append {
+            return Err(FsError::BadHandle.into());
+        }
+        let (source, target) = (source.ino, target.ino);
+        if source < target {
+            self.need_file(source, Level::Shared)?;
+        }
+        let target_size = self.need_file(target, Level::Exclusive)?;
+        let size = self.need_file(source, Level::Shared)?;
+        let end = from.1.saturating_add(bytes.min(EXTENT_BYTES_MAX)).min(size);
+        let bytes = end.saturating_sub(from.1);
+        let target_end = to.1.checked_add(bytes).filter(|end| *end <= FILE_BYTES_MAX);
+        let target_end = target_end.ok_or(FsError::TooLarge)?;
+        if source == target && from.1 < target_end && to.1 < end {
+            return Err(FsError::Invalid("the ranges overlap").into());
+        }
+        if bytes == 0 {
+            return Ok(0);
+        }
+        let extents = match self.data(source)?.clone_range(from.1..end) {
+            ClonePlan::Extents(extents) => extents,
+            ClonePlan::Flush => return Err(Stop::Stall(Stall::Flush(source))),
+            ClonePlan::Fetch(chunks) => return Err(want_map(source, chunks)),
+        };
+        let before = self.data(target)?.map().mapped_bytes();
+        let mut written = Vec::new();
+        for extent in extents {
+            let moved = Extent { offset: extent.offset - from.1 + to.1, ..extent };
+            self.data(target)?.place(&moved);
+            written.push(extent_write(target, &moved));
+        }
+        let grown = self.data(target)?.map().mapped_bytes() as i64 - before as i64;
+        let attributes = self.attributes_mut(target);
+        attributes.allocated_bytes = attributes.allocated_bytes.saturating_add_signed(grown);
+        attributes.size = target_size.max(target_end);
+        self.touch_file(now, target);
+        self.drop_suid(target, true);
+        self.note_dirty(now, target);
+        self.log_extents(target, written);
+        Ok(bytes)
+    }
+
+    /// The directory's answer about chunks of a map.
+    pub(super) fn install_map(
+        &mut self,
+        ino: Ino,
+        first: u64,
+        chunks: u32,
+        fetched: &v1::Fetched,
+    ) -> Result<(), FsError> {
+        let Some(node) = self.nodes.get_mut(&ino) else { return Ok(()) };
+        let held = node.lease.level > Level::None;
+        let Some(data) = node.data.as_deref_mut().filter(|_| held) else { return Ok(()) };
+        let map = data.map_mut();
+        for chunk in first..first + u64::from(chunks) {
+            let told = fetched.chunks.iter().find(|told| told.chunk == chunk);
+            let extents = match told {
+                Some(told) => told.extents.iter().map(extent).collect::<Option<Vec<_>>>(),
+                None => Some(Vec::new()),
+            };
+            let bad = || FsError::Io(format!("the map of inode {ino} makes no sense"));
+            map.install(chunk, &extents.ok_or_else(bad)?);
+        }
+        if fetched.complete {
+            map.install_end(first + u64::from(chunks));
+        }
+        Ok(())
+    }
+}
+
+impl Node {
+    /// Bytes that take space, with what is not committed yet.
+    pub(super) fn allocated_bytes(&self) -> u64 {
+        let Some(attributes) = self.attributes else { return 0 };
+        let mapped = attributes.allocated_bytes;
+        let Some(data) = &self.data else { return mapped };
+        let pending = data.dirty().bytes() + data.in_flight().bytes();
+        if pending == 0 {
+            return mapped;
+        }
+        // Dirty bytes may lie over mapped ones: never show more than the file has.
+        (mapped + pending).min(attributes.size).max(mapped)
+    }
+}
+
+fn ahead_piece(piece: ReadPiece) -> Option<(Arc<BlockInfo>, Range<usize>)> {
+    match piece {
+        ReadPiece::Block { info: Some(info), range, .. } => Some((info, range)),
+        ReadPiece::Block { info: None, .. } | ReadPiece::Bytes(_) | ReadPiece::Zero(_) => None,
+    }
+}
+
+fn want_map(ino: Ino, chunks: Range<u64>) -> Stop {
+    let count = (chunks.end - chunks.start).clamp(MAP_CHUNKS_MIN, MAP_CHUNKS_MAX);
+    Stop::Stall(Stall::Fetch(Want::Map { ino, first_chunk: chunks.start, chunks: count as u32 }))
+}
+
+/// The extent in parts that one mutation may carry.
+fn split(extent: &Extent) -> impl Iterator<Item = Extent> + use<> {
+    let Extent { offset, bytes, place } = *extent;
+    let step = if place == Place::Hole { u64::MAX } else { EXTENT_BYTES_MAX };
+    let starts = std::iter::successors(Some(0u64), move |at| at.checked_add(step));
+    starts.take_while(move |at| *at < bytes).map(move |at| Extent {
+        offset: offset + at,
+        bytes: step.min(bytes - at),
+        place,
+    })
+}
+
+fn extent(message: &v1::Extent) -> Option<Extent> {
+    let place = if message.block.is_empty() {
+        Place::Zero
+    } else {
+        let block = BlockId::from_slice(&message.block)?;
+        Place::Block { block, offset: message.block_offset }
+    };
+    Some(Extent { offset: message.offset, bytes: message.length, place })
+}

@@ -1,0 +1,147 @@
+//! Giving leases back: recalls, reclaims after a new connection, and letting go of what is not used.
+
+use us_core::ids::Ino;
+use us_proto::v1;
+use us_proto::v1::session_up::Event;
+
+use super::node::{Level, Node};
+use super::{Core, Now};
+
+/// Leases in one message.
+const LEASES_MESSAGE_MAX: usize = 4096;
+/// How long a recall waits for the operation that asked for the lease.
+pub const PIN: std::time::Duration = std::time::Duration::from_millis(200);
+
+/// How answering a recall went on.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum FinishedRecall {
+    /// The lease is given back.
+    Returned,
+    /// Data of the inode is still dirty or in flight: flush, and try again.
+    Dirty,
+    /// An operation that asked for the lease has not used it yet: try again soon.
+    Pinned,
+}
+
+impl Core {
+    /// A recall of `ino` arrived; new operations get at most `keep` from now on, unless the lease
+    /// is pinned. Then the task that answers recalls calls [`Core::finish_recall`].
+    pub fn begin_recall(&mut self, now: Now, ino: Ino, keep: Level) -> FinishedRecall {
+        let Some(node) = self.nodes.get_mut(&ino) else { return FinishedRecall::Returned };
+        if node.lease.pinned_until.is_some_and(|until| now.boot < until) {
+            return FinishedRecall::Pinned;
+        }
+        node.lease.pinned_until = None;
+        node.lease.keep = Some(node.lease.keep.map_or(keep, |other| other.min(keep)));
+        if keep < Level::Exclusive && self.has_uncommitted(ino) {
+            return FinishedRecall::Dirty;
+        }
+        FinishedRecall::Returned
+    }
+
+    /// Returns the lease of `ino` down to what the recall leaves, behind everything in the log.
+    pub fn finish_recall(&mut self, ino: Ino, keep: Level) -> FinishedRecall {
+        if keep < Level::Exclusive && self.has_uncommitted(ino) {
+            return FinishedRecall::Dirty;
+        }
+        let node = self.nodes.entry(ino).or_insert_with(Node::unknown);
+        node.lease.keep = None;
+        node.lease.level = node.lease.level.min(keep);
+        let returned = v1::InodeLease {
+            ino: ino.0,
+            level: node.lease.level.to_proto(),
+            open: node.handles > 0,
+            grant: node.lease.grant,
+        };
+        if node.lease.level == Level::None {
+            node.told_open = node.handles > 0;
+            node.drop_cached();
+        }
+        self.drop_if_gone(ino);
+        self.sync_wanted = true;
+        self.send(Event::LeaseReturn(v1::LeaseReturn { leases: vec![returned] }));
+        FinishedRecall::Returned
+    }
+
+    /// Names of `dir` the kernel may have cached.
+    pub fn cached_names(&self, dir: Ino) -> Vec<Box<[u8]>> {
+        let names = self.nodes.get(&dir).and_then(|node| node.names.as_deref());
+        names.map(|names| names.names.keys().cloned().collect()).unwrap_or_default()
+    }
+
+    /// An operation is over: what was pinned for it no longer is.
+    pub fn unpin(&mut self, inos: &[Ino]) {
+        for ino in inos {
+            if let Some(node) = self.nodes.get_mut(ino) {
+                node.lease.pinned_until = None;
+            }
+        }
+    }
+
+    /// The leases held, for a stream that resumes the session.
+    pub fn reclaims(&self) -> Vec<v1::Reclaim> {
+        let held = |(ino, node): (&Ino, &Node)| {
+            let held = node.lease.level > Level::None || node.told_open;
+            held.then(|| v1::InodeLease {
+                ino: ino.0,
+                level: node.lease.level.to_proto(),
+                open: node.handles > 0,
+                grant: node.lease.grant,
+            })
+        };
+        let leases: Vec<_> = self.nodes.iter().filter_map(held).collect();
+        let mut messages: Vec<_> = leases
+            .chunks(LEASES_MESSAGE_MAX)
+            .map(|leases| v1::Reclaim { leases: leases.to_vec(), last: false })
+            .collect();
+        match messages.last_mut() {
+            Some(last) => last.last = true,
+            None => messages.push(v1::Reclaim { leases: Vec::new(), last: true }),
+        }
+        messages
+    }
+
+    /// Requests that were not answered when the stream broke are asked again on the next one.
+    pub fn resend_requests(&mut self) {
+        self.outbox.clear();
+        let again: Vec<_> = self.pending.iter().map(|(n, want)| (*n, want.clone())).collect();
+        for (number, want) in again {
+            let event = self.fetch_event(number, &want);
+            self.send(event);
+        }
+        if self.inodes_asked {
+            self.inodes_asked = false;
+            self.ask_inodes();
+        }
+    }
+
+    /// Lets go of inodes that nobody used since the last call, while there are too many: answers
+    /// whether any was. Their leases are returned behind the log.
+    pub fn evict(&mut self) -> bool {
+        if self.nodes.len() <= self.config.nodes_max {
+            return false;
+        }
+        let excess = self.nodes.len() - self.config.nodes_max;
+        let mut idle = Vec::new();
+        for (ino, node) in &mut self.nodes {
+            if std::mem::take(&mut node.used) || idle.len() >= excess + LEASES_MESSAGE_MAX {
+                continue;
+            }
+            let quiet = !node.is_referred() && node.lease.keep.is_none() && *ino != Ino::ROOT;
+            if quiet && node.lease.pinned_until.is_none() {
+                idle.push(*ino);
+            }
+        }
+        idle.retain(|ino| !self.has_uncommitted(*ino));
+        for chunk in idle.chunks(LEASES_MESSAGE_MAX) {
+            let leases = chunk.iter().filter_map(|ino| {
+                let node = self.nodes.remove(ino)?;
+                let (open, level) = (false, Level::None.to_proto());
+                Some(v1::InodeLease { ino: ino.0, level, open, grant: node.lease.grant })
+            });
+            let leases = leases.collect();
+            self.send(Event::LeaseReturn(v1::LeaseReturn { leases }));
+        }
+        !idle.is_empty()
+    }
+}

@@ -1,0 +1,270 @@
+//! What the mount knows of one inode, and under which lease.
+
+use std::collections::{BTreeMap, HashMap};
+use std::time::Duration;
+
+use bytes::Bytes;
+use us_core::ids::Ino;
+use us_proto::v1;
+
+use crate::attributes::{Attributes, FileKind, MODE_PERMISSIONS};
+use crate::data::FileData;
+use crate::fs::FsError;
+use crate::session::log::LogPosition;
+
+/// How much a lease allows.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
+pub enum Level {
+    /// Nothing may be believed.
+    #[default]
+    None,
+    /// What is cached is true.
+    Shared,
+    /// Changes may be buffered too.
+    Exclusive,
+}
+
+impl Level {
+    /// The wire's value.
+    pub const fn to_proto(self) -> i32 {
+        match self {
+            Self::None => v1::LeaseLevel::None as i32,
+            Self::Shared => v1::LeaseLevel::Shared as i32,
+            Self::Exclusive => v1::LeaseLevel::Exclusive as i32,
+        }
+    }
+
+    /// The level in a message; an unknown one allows nothing.
+    pub fn from_proto(level: i32) -> Self {
+        match v1::LeaseLevel::try_from(level) {
+            Ok(v1::LeaseLevel::Exclusive) => Self::Exclusive,
+            Ok(v1::LeaseLevel::Shared) => Self::Shared,
+            Ok(v1::LeaseLevel::None) | Err(_) => Self::None,
+        }
+    }
+}
+
+/// The lease on one inode.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Lease {
+    /// What the directory granted.
+    pub level: Level,
+    /// The newest grant seen; 0 for an inode made here.
+    pub grant: u64,
+    /// A recall down to this level is being answered: nothing is changed under the lease any more,
+    /// but read until it is returned (the kernel waits for reads before it forgets pages).
+    pub keep: Option<Level>,
+    /// A recall waits until then for the operation that asked for the grant.
+    pub pinned_until: Option<Duration>,
+}
+
+impl Lease {
+    /// What a new operation may rely on.
+    pub fn usable(&self) -> Level {
+        if self.keep.is_some() { self.level.min(Level::Shared) } else { self.level }
+    }
+}
+
+/// A name in a directory.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Dentry {
+    /// It names an inode.
+    Present {
+        /// The inode.
+        ino: Ino,
+        /// Its place in the listing.
+        cookie: u64,
+        /// What it is; that never changes.
+        kind: FileKind,
+    },
+    /// There is no such name.
+    Absent,
+}
+
+/// What is known of a directory's names.
+#[derive(Debug, Default)]
+pub struct DirNames {
+    /// By name.
+    pub names: HashMap<Box<[u8]>, Dentry>,
+    /// Present names in listing order.
+    pub order: BTreeMap<u64, Box<[u8]>>,
+    /// Names with cookies up to here are all known.
+    pub listed: u64,
+    /// All names are known: what is not here does not exist.
+    pub complete: bool,
+    /// The cookie the next new name takes.
+    pub next_cookie: u64,
+}
+
+/// The first cookie of a directory.
+pub const FIRST_COOKIE: u64 = 1;
+
+impl DirNames {
+    /// An empty directory, wholly known.
+    pub fn new_empty() -> Self {
+        Self { complete: true, next_cookie: FIRST_COOKIE, ..Self::default() }
+    }
+
+    /// What is known of `name`.
+    pub fn get(&self, name: &[u8]) -> Option<Dentry> {
+        match self.names.get(name) {
+            Some(dentry) => Some(*dentry),
+            None if self.complete => Some(Dentry::Absent),
+            None => None,
+        }
+    }
+
+    /// Adds a new name at the end of the listing.
+    pub fn add(&mut self, name: &[u8], ino: Ino, kind: FileKind) {
+        let cookie = self.next_cookie;
+        self.put(name, Dentry::Present { ino, cookie, kind });
+    }
+
+    /// Notes what `name` is.
+    pub fn put(&mut self, name: &[u8], dentry: Dentry) {
+        let old = self.names.insert(name.into(), dentry);
+        if let Some(Dentry::Present { cookie: old, .. }) = old {
+            self.order.remove(&old);
+        }
+        if let Dentry::Present { cookie, .. } = dentry {
+            self.order.insert(cookie, name.into());
+            self.next_cookie = self.next_cookie.max(cookie + 1);
+        }
+    }
+
+    /// Notes that there is no `name`.
+    pub fn remove(&mut self, name: &[u8]) {
+        let old = if self.complete {
+            self.names.remove(name)
+        } else {
+            self.names.insert(name.into(), Dentry::Absent)
+        };
+        if let Some(Dentry::Present { cookie, .. }) = old {
+            self.order.remove(&cookie);
+        }
+    }
+
+    /// Whether the directory is empty: `None` where that is not known.
+    pub fn is_empty(&self) -> Option<bool> {
+        if !self.order.is_empty() {
+            return Some(false);
+        }
+        self.complete.then_some(true)
+    }
+
+    /// Forgets the names; the counter stays unknown too.
+    pub fn clear(&mut self) {
+        *self = Self::default();
+    }
+}
+
+/// Data that could not be stored, and was not reported yet.
+#[derive(Clone, Debug)]
+pub struct WriteError {
+    /// Grows with each error of the mount; a handle remembers up to which it has reported.
+    pub sequence: u64,
+    /// What happened.
+    pub error: FsError,
+}
+
+/// One inode.
+#[derive(Debug)]
+pub struct Node {
+    /// Its lease.
+    pub lease: Lease,
+    /// Its attributes, while the lease says they are true.
+    pub attributes: Option<Attributes>,
+    /// Whether it may have extended attributes that are not loaded.
+    pub has_xattrs: bool,
+    /// Extended attributes, all of them, opened.
+    pub xattrs: Option<BTreeMap<Vec<u8>, Bytes>>,
+    /// Target of a symbolic link.
+    pub target: Option<Bytes>,
+    /// Names, of a directory.
+    pub names: Option<Box<DirNames>>,
+    /// Where a directory lies.
+    pub parent: Ino,
+    /// Bytes, of a regular file.
+    pub data: Option<Box<FileData>>,
+    /// The size the directory knows when it has applied the log.
+    pub logged_size: u64,
+    /// The last mutation in the log that concerns the inode.
+    pub logged: LogPosition,
+    /// Lookups the kernel has not given back.
+    pub lookups: u64,
+    /// Open handles.
+    pub handles: u32,
+    /// A lease was returned while the inode was open: the directory must hear of the last close.
+    pub told_open: bool,
+    /// The kernel may keep pages from before: nothing was recalled since they were read.
+    pub kernel_cache_valid: bool,
+    /// When the first byte that is still dirty was written.
+    pub dirty_since: Option<Duration>,
+    /// Its data could not be stored, and was not stored since.
+    pub write_failing: bool,
+    /// The last error of writing.
+    pub write_error: Option<WriteError>,
+    /// A use mark for eviction.
+    pub used: bool,
+}
+
+impl Node {
+    /// An inode of which nothing is known.
+    pub fn unknown() -> Self {
+        Self {
+            lease: Lease::default(),
+            attributes: None,
+            has_xattrs: false,
+            xattrs: None,
+            target: None,
+            names: None,
+            parent: Ino(0),
+            data: None,
+            logged_size: 0,
+            logged: LogPosition(0),
+            lookups: 0,
+            handles: 0,
+            told_open: false,
+            kernel_cache_valid: false,
+            dirty_since: None,
+            write_failing: false,
+            write_error: None,
+            used: true,
+        }
+    }
+
+    /// Forgets what only a lease made true.
+    pub fn drop_cached(&mut self) {
+        self.attributes = None;
+        self.has_xattrs = false;
+        self.xattrs = None;
+        self.target = None;
+        self.names = None;
+        self.data = None;
+        self.kernel_cache_valid = false;
+    }
+
+    /// Names the kernel or a program still uses it by.
+    pub const fn is_referred(&self) -> bool {
+        self.lookups > 0 || self.handles > 0
+    }
+}
+
+/// The attributes in a message; `None` for a kind that does not exist.
+pub fn attributes_from_proto(inode: &v1::Inode) -> Option<Attributes> {
+    let times = inode.times.unwrap_or_default();
+    Some(Attributes {
+        ino: Ino(inode.ino),
+        kind: FileKind::from_mode(inode.mode)?,
+        permissions: inode.mode & MODE_PERMISSIONS,
+        nlink: inode.nlink,
+        uid: inode.uid,
+        gid: inode.gid,
+        rdev: inode.rdev,
+        size: inode.size,
+        allocated_bytes: inode.allocated_bytes,
+        atime: times.atime.unwrap_or_default().into(),
+        mtime: times.mtime.unwrap_or_default().into(),
+        ctime: times.ctime.unwrap_or_default().into(),
+    })
+}

@@ -1,0 +1,304 @@
+//! What the operations and the background tasks of one mount share: the core behind its lock, who
+//! waits for which answer, and the signals between tasks.
+//!
+//! The lock is short and never held across an await. Signals are levels, not events: whoever waits
+//! subscribes first and looks again after each signal.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::{Mutex, MutexGuard};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use us_core::disk::VirtualDisk;
+use us_core::ids::Ino;
+use us_proto::v1;
+use us_proto::v1::session_down::Event as Down;
+use us_proto::v1::session_up::Event as Up;
+
+use super::notify::KernelCalls;
+use super::{FsError, SwarmNews};
+use crate::attributes::FileTime;
+use crate::core::node::Level;
+use crate::core::{Core, Effect, Now};
+use crate::session::SessionError;
+use crate::session::log::LogPosition;
+use crate::session::stream::{OpenStream, margin};
+
+/// Recalls that may wait for the task that answers them. The directory has one recall under way for
+/// each lease, so a mount with more leases recalled than this makes its stream wait.
+pub(crate) const RECALLS_MAX: usize = 64 << 10;
+
+/// How an answered request ended.
+#[derive(Clone, Debug)]
+pub(crate) enum Answer {
+    /// It is in the cache.
+    Done(Result<(), FsError>),
+    /// Another mount did not give its lease back in time.
+    Contended,
+}
+
+/// The core and those who wait for it: one lock.
+pub(crate) struct State {
+    pub core: Core,
+    waiters: HashMap<u64, Vec<oneshot::Sender<Answer>>>,
+    replies: HashMap<u64, oneshot::Sender<Down>>,
+}
+
+/// One mount.
+pub(crate) struct Shared {
+    state: Mutex<State>,
+    /// Something may be there to send.
+    pub outgoing: Notify,
+    /// Something changed that operations wait for: trust, inode numbers, space, the log.
+    pub progress: watch::Sender<u64>,
+    /// How far the log is durable.
+    pub durable: watch::Sender<LogPosition>,
+    /// A block may be due.
+    pub dirty: Notify,
+    pub recalls: mpsc::Sender<(Ino, Level)>,
+    pub kernel: KernelCalls,
+    pub disk: VirtualDisk,
+    pub swarm: Arc<dyn SwarmNews>,
+    pub tasks: TaskTracker,
+    pub stop: CancellationToken,
+    pub rescue_dir: PathBuf,
+    pub volume_name: String,
+}
+
+/// What a mount is made of.
+pub(crate) struct Parts {
+    pub core: Core,
+    pub recalls: mpsc::Sender<(Ino, Level)>,
+    pub disk: VirtualDisk,
+    pub swarm: Arc<dyn SwarmNews>,
+    pub rescue_dir: PathBuf,
+    pub volume_name: String,
+}
+
+impl Shared {
+    pub fn new(parts: Parts) -> Self {
+        let state =
+            State { core: parts.core, waiters: HashMap::new(), replies: HashMap::new() };
+        Self {
+            state: Mutex::new(state),
+            outgoing: Notify::new(),
+            progress: watch::Sender::new(0),
+            durable: watch::Sender::new(LogPosition(0)),
+            dirty: Notify::new(),
+            recalls: parts.recalls,
+            kernel: KernelCalls::default(),
+            disk: parts.disk,
+            swarm: parts.swarm,
+            tasks: TaskTracker::new(),
+            stop: CancellationToken::new(),
+            rescue_dir: parts.rescue_dir,
+            volume_name: parts.volume_name,
+        }
+    }
+
+    pub fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock()
+    }
+
+    /// Both clocks, now.
+    pub fn now(&self) -> Now {
+        now()
+    }
+
+    /// Wakes whoever waits for anything but an answer.
+    pub fn signal(&self) {
+        self.progress.send_modify(|changes| *changes = changes.wrapping_add(1));
+    }
+
+    /// Asks the directory something that only the caller understands.
+    pub async fn ask(
+        &self,
+        make: impl FnOnce(u64) -> Up,
+        timeout: Duration,
+    ) -> Result<Down, FsError> {
+        let (number, answer) = {
+            let mut state = self.lock();
+            if let Some(why) = state.core.ended() {
+                return Err(FsError::SessionEnded(why.to_owned()));
+            }
+            let number = state.core.request_number();
+            let (sender, answer) = oneshot::channel();
+            state.replies.insert(number, sender);
+            let event = make(number);
+            state.core.send(event);
+            (number, answer)
+        };
+        self.outgoing.notify_one();
+        let answer = tokio::time::timeout(timeout, answer).await;
+        self.lock().replies.remove(&number);
+        match answer {
+            Ok(Ok(down)) => Ok(down),
+            Ok(Err(_)) => Err(FsError::TimedOut("the connection with the directory broke".into())),
+            Err(_) => Err(FsError::TimedOut("the directory did not answer".into())),
+        }
+    }
+
+    /// Takes a message in.
+    pub fn on_down(&self, event: Down) {
+        let now = self.now();
+        let effect = {
+            let mut state = self.lock();
+            let effect = state.core.on_down(now, event);
+            match &effect {
+                Some(Effect::Answered(number, result)) => {
+                    state.answer(*number, &Answer::Done(result.clone()));
+                }
+                Some(Effect::Contended(number)) => state.answer(*number, &Answer::Contended),
+                _ => {}
+            }
+            effect
+        };
+        match effect {
+            None => self.outgoing.notify_one(),
+            Some(Effect::Answered(..) | Effect::Contended(_)) => {}
+            Some(Effect::Recall(ino, keep)) => {
+                if self.recalls.try_send((ino, keep)).is_err() {
+                    tracing::error!(%ino, "too many recalls at once; one is not answered");
+                }
+            }
+            Some(Effect::Durable(position)) => {
+                self.durable.send_replace(position);
+                self.signal();
+            }
+            Some(Effect::Inodes) => self.signal(),
+            Some(Effect::Ended(why)) => tracing::error!(why, "the session ended"),
+            Some(Effect::Other(event)) => self.on_other(event),
+        }
+    }
+
+    fn on_other(&self, event: Down) {
+        let number = match &event {
+            Down::Placements(placements) => placements.request,
+            Down::Lock(lock) => lock.request,
+            Down::Statfs(statfs) => statfs.request,
+            Down::Fetched(fetched) => fetched.request,
+            Down::Providers(table) => return self.swarm.on_providers(table),
+            other => return tracing::debug!(?other, "a message nobody waits for"),
+        };
+        if let Some(reply) = self.lock().replies.remove(&number) {
+            // Whoever asked may have gone; then nobody misses the answer.
+            let _ = reply.send(event);
+        }
+    }
+
+    /// Registers for the answer to a want of the core.
+    pub fn wait_for(&self, want: &crate::core::Want) -> oneshot::Receiver<Answer> {
+        let (sender, answer) = oneshot::channel();
+        {
+            let mut state = self.lock();
+            let number = state.core.request(want);
+            state.waiters.entry(number).or_default().push(sender);
+        }
+        self.outgoing.notify_one();
+        answer
+    }
+
+    /// Leases are believed until `until`.
+    pub fn trust_until(&self, until: Duration) {
+        self.lock().core.trust_until(until);
+        self.signal();
+    }
+
+    /// A fresh grant for providers.
+    pub fn new_grant(&self, grant: &bytes::Bytes) {
+        if !grant.is_empty() {
+            self.swarm.on_grant(grant);
+        }
+    }
+
+    /// The stream broke.
+    pub fn disconnected(&self) {
+        let mut state = self.lock();
+        state.core.log().pause();
+        state.replies.clear();
+    }
+
+    /// A new stream of the same session: what to reclaim on it.
+    pub fn resume(
+        &self,
+        stream: OpenStream,
+    ) -> Result<(OpenStream, Vec<v1::Reclaim>), SessionError> {
+        let opened = &stream.opened;
+        if !opened.resumed {
+            return Err(SessionError::Ended {
+                reason: v1::EndReason::Unknown.as_str_name(),
+                detail: "the directory does not know the session any more".to_owned(),
+            });
+        }
+        let lease = Duration::from_millis(u64::from(opened.lease_ms));
+        let reclaims = {
+            let mut state = self.lock();
+            if !state.core.log().resume(opened.applied) {
+                return Err(SessionError::Protocol {
+                    detail: format!("it has applied batch {}, which cannot be", opened.applied),
+                });
+            }
+            state.core.resend_requests();
+            state.core.trust_until(stream.asked_at + lease - margin(lease));
+            state.core.reclaims()
+        };
+        self.new_grant(&opened.grant);
+        self.outgoing.notify_one();
+        self.signal();
+        tracing::info!(applied = opened.applied, "the directory is back");
+        Ok((stream, reclaims))
+    }
+
+    /// The session is over: what is not durable goes into a rescue file, and everything fails.
+    pub async fn session_ended(&self, why: &str) {
+        let rescue = {
+            let mut state = self.lock();
+            let rescue = crate::session::rescue::Rescue::collect(&mut state.core);
+            state.waiters.clear();
+            state.replies.clear();
+            rescue
+        };
+        let text = match rescue {
+            None => why.to_owned(),
+            Some(rescue) => {
+                let (dir, volume) = (self.rescue_dir.clone(), self.volume_name.clone());
+                let written =
+                    tokio::task::spawn_blocking(move || rescue.write(&dir, &volume)).await;
+                match written {
+                    Ok(Ok(path)) => {
+                        format!("{why}; what was not durable lies in {}", path.display())
+                    }
+                    Ok(Err(error)) => format!("{why}; what was not durable is lost: {error}"),
+                    Err(error) => format!("{why}; what was not durable is lost: {error}"),
+                }
+            }
+        };
+        tracing::error!(reason = text, "the session with the directory ended");
+        self.lock().core.end(text);
+        self.signal();
+        self.durable.send_modify(|_| {});
+    }
+}
+
+impl State {
+    fn answer(&mut self, number: u64, answer: &Answer) {
+        for waiter in self.waiters.remove(&number).unwrap_or_default() {
+            // Who gave up waiting does not miss it.
+            let _ = waiter.send(answer.clone());
+        }
+    }
+}
+
+/// Both clocks, now.
+pub(crate) fn now() -> Now {
+    let boot = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    let wall = rustix::time::clock_gettime(rustix::time::ClockId::Realtime);
+    Now {
+        boot: Duration::new(boot.tv_sec.unsigned_abs(), boot.tv_nsec as u32),
+        wall: FileTime { seconds: wall.tv_sec, nanos: wall.tv_nsec as u32 },
+    }
+}
