@@ -66,7 +66,7 @@ impl Code {
     /// # Errors
     /// [`GeometryError::Code`] unless 1 ≤ s and s + r ≤ 255.
     pub fn new(s: usize, r: usize) -> Result<Self, GeometryError> {
-        if s == 0 || s + r > FRAGMENTS_MAX {
+        if s == 0 || s.saturating_add(r) > FRAGMENTS_MAX {
             return Err(GeometryError::Code { s, r });
         }
         Ok(Self { s: s as u8, r: r as u8 })
