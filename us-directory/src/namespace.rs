@@ -27,6 +27,8 @@ mod entries;
 mod reap;
 mod tx;
 
+pub use attributes::XattrRecord;
+pub use blocks::{margin_holds, with_bit_cleared};
 pub use tx::{BlockChange, Outcome, Tx};
 
 /// Bytes of a name's hash.

@@ -19,8 +19,6 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-
-
 pub mod memory;
 
 /// The number of a commit. The first is 1; 0 means "nothing".

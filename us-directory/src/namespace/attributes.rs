@@ -7,7 +7,6 @@ use super::{
     SEALED_XATTR_BYTES_MAX, Tx, XATTR_BYTES_MAX, at_most,
 };
 use crate::keys;
-use crate::records::encode;
 use bytes::Bytes;
 
 /// What is stored of an xattr: its sealed bytes, in a message of one field.
@@ -66,8 +65,7 @@ impl Tx<'_> {
         let before = self.read::<XattrRecord>(&key)?;
         let record = self.inode_mut(set.ino)?;
         let freed = before.as_ref().map_or(0, |xattr| xattr.sealed.len() as u64);
-        record.xattr_bytes =
-            record.xattr_bytes.saturating_sub(freed) + set.sealed.len() as u64;
+        record.xattr_bytes = record.xattr_bytes.saturating_sub(freed) + set.sealed.len() as u64;
         if record.xattr_bytes > XATTR_BYTES_MAX {
             return Err(Rule::TooLong {
                 field: "xattrs of an inode",
@@ -97,9 +95,4 @@ impl Tx<'_> {
         self.delete(key);
         self.changed(remove.ino, remove.ctime, false)
     }
-}
-
-/// The stored form of an xattr.
-pub fn stored_xattr(sealed: Bytes) -> Bytes {
-    encode(&XattrRecord { sealed })
 }

@@ -91,11 +91,7 @@ impl Tx<'_> {
         let fragments = code.fragments();
         let bitmap_fits = commit.durable.len() <= fragments.div_ceil(8)
             && (fragments..commit.durable.len() * 8).all(|index| !bit(&commit.durable, index));
-        if !same_code
-            || geometry.is_err()
-            || commit.providers.len() != fragments
-            || !bitmap_fits
-        {
+        if !same_code || geometry.is_err() || commit.providers.len() != fragments || !bitmap_fits {
             return Err(Rule::Geometry { block });
         }
         if !who.birth_given(commit.birth) {

@@ -162,8 +162,7 @@ impl Tx<'_> {
             return Ok(Place::Zeros);
         }
         let block = block_id(&extent.block).ok_or(Rule::Malformed { field: "block" })?;
-        let plaintext_bytes =
-            self.block(&block)?.ok_or(Rule::NoBlock { block })?.plaintext_bytes;
+        let plaintext_bytes = self.block(&block)?.ok_or(Rule::NoBlock { block })?.plaintext_bytes;
         let (offset, length) = (extent.block_offset, extent.length);
         if offset.checked_add(length).is_none_or(|end| end > u64::from(plaintext_bytes)) {
             return Err(Rule::OutsideBlock { block, offset, length, plaintext_bytes }.into());

@@ -83,11 +83,8 @@ impl Tx<'_> {
         self.changed(name.dir, time, true)?;
         let entry = EntryRecord { ino, cookie, sealed_name: name.sealed.clone() };
         self.put(keys::entry(&self.volume, name.dir, name.hash), &entry);
-        let line = CookieRecord {
-            ino,
-            name_hash: name.hash.clone(),
-            sealed_name: name.sealed.clone(),
-        };
+        let line =
+            CookieRecord { ino, name_hash: name.hash.clone(), sealed_name: name.sealed.clone() };
         self.put(keys::cookie(&self.volume, name.dir, cookie), &line);
         Ok(())
     }
@@ -163,8 +160,7 @@ impl Tx<'_> {
         self.set_inode(create.ino, Some(record))?;
         self.created.insert(create.ino);
         self.count("inodes", 1);
-        let name =
-            Name { dir: create.dir, hash: &create.name_hash, sealed: &create.sealed_name };
+        let name = Name { dir: create.dir, hash: &create.name_hash, sealed: &create.sealed_name };
         self.add_name(&name, create.ino, create.time)
     }
 
@@ -237,7 +233,10 @@ impl Tx<'_> {
         holders.dedup();
         self.inode_mut(ino)?.orphans = holders.len() as u32;
         for session in &holders {
-            self.put(keys::orphan(&self.volume, *session, ino), &crate::records::ReferenceRecord { bytes: 0 });
+            self.put(
+                keys::orphan(&self.volume, *session, ino),
+                &crate::records::ReferenceRecord { bytes: 0 },
+            );
         }
         if holders.is_empty() { self.doom(ino) } else { Ok(()) }
     }
@@ -250,7 +249,10 @@ impl Tx<'_> {
         self.deleted.insert(ino);
         self.count("inodes", -1);
         if !bare {
-            self.put(keys::doomed(&self.volume, ino), &crate::records::ReferenceRecord { bytes: 0 });
+            self.put(
+                keys::doomed(&self.volume, ino),
+                &crate::records::ReferenceRecord { bytes: 0 },
+            );
         }
         Ok(())
     }

@@ -284,8 +284,10 @@ impl<'a> Tx<'a> {
             .now
             .as_mut()
             .ok_or(ApplyError::Rule(Rule::NoBlock { block: *block }))?;
-        record.live_bytes =
-            record.live_bytes.checked_add_signed(bytes).expect("live bytes are the references' sum");
+        record.live_bytes = record
+            .live_bytes
+            .checked_add_signed(bytes)
+            .expect("live bytes are the references' sum");
         match (was, is) {
             (false, true) => record.references += 1,
             (true, false) => record.references -= 1,

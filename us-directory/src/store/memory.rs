@@ -30,8 +30,7 @@ impl MemoryStore {
     /// simulated by [`MemoryStore::replay`] of a prefix of them.
     pub fn manual() -> (Self, Arc<Mutex<Vec<WriteBatch>>>) {
         let history = Arc::new(Mutex::new(Vec::new()));
-        let store =
-            Self { map: OrdMap::new(), seq: 0, sink: None, history: Some(history.clone()) };
+        let store = Self { map: OrdMap::new(), seq: 0, sink: None, history: Some(history.clone()) };
         (store, history)
     }
 

@@ -1,0 +1,447 @@
+//! The directory itself: a state machine over a store.
+//!
+//! [`Engine::step`] takes the time and one event and returns effects. It reads no clock, draws
+//! randomness only from the [`Entropy`] it was given, and does no I/O but through its store. One
+//! thread owns it, so everything it does has one order, which is the order of the store's commits.
+//!
+//! Invariants:
+//! - nothing undurable crosses a lease: before an inode that one session changed is shown or granted
+//!   to another, the change is durable;
+//! - a session's last applied batch number is in the same commit as the batch's effects;
+//! - a fence is durable before what the fenced session held is granted again;
+//! - births, inode ranges and session numbers are never given twice: their high-water marks are
+//!   durable before the answer leaves;
+//! - a client that breaks a rule loses its session; it never stops the directory.
+//!
+//! Fails only with the store: the shell must then stop the process.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
+use std::sync::Arc;
+
+use us_core::geometry::Code;
+use us_core::ids::{BlockId, VolumeId};
+use us_core::placement::Chooser;
+use us_proto::v1::{SessionDown, session_down};
+
+use crate::keys;
+use crate::namespace::{BlockChange, Tx};
+use crate::records::{ClusterRecord, SessionRecord, VolumeRecord, decode, encode, volume_id};
+use crate::store::{Durability, KeyRange, MetaStore, Seq, StoreError, WriteBatch};
+
+mod admin;
+mod batches;
+mod chores;
+mod event;
+mod fetch;
+pub mod health;
+pub mod leases;
+pub mod locks;
+mod lockwait;
+mod members;
+mod placement;
+mod sessions;
+
+pub use event::{
+    Answer, AskId, ConnId, Effect, Event, Moment, Peer, Question, RefusalKind, StateSnapshot,
+};
+use fetch::Parked;
+use health::Counts;
+use leases::{InodeKey, Leases};
+use locks::Locks;
+use lockwait::LockWaiter;
+use members::{Member, Query};
+
+/// Requests of all sessions that may wait for a lease at once.
+pub const PARKED_MAX: usize = 65_536;
+/// Leases one session may hold.
+pub const SESSION_LEASES_MAX: usize = 1 << 20;
+/// Sessions, fenced ones among them.
+pub const SESSIONS_MAX: usize = 16_384;
+/// Volumes.
+pub const VOLUMES_MAX: usize = 1024;
+/// Births reserved durably at a time.
+const BIRTHS_AHEAD: u64 = 1 << 16;
+
+/// Where randomness comes from (cookies, volume keys, the cluster's id).
+pub trait Entropy: Send {
+    /// Fills `bytes`.
+    fn fill(&mut self, bytes: &mut [u8]);
+}
+
+/// The system's randomness.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct SystemEntropy;
+
+impl Entropy for SystemEntropy {
+    fn fill(&mut self, bytes: &mut [u8]) {
+        getrandom::fill(bytes).expect("the system gives randomness");
+    }
+}
+
+/// The engine's times and limits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EngineConfig {
+    /// How long a lease is good for without renewal.
+    pub lease_ms: u64,
+    /// After how long a silent session is shut out when another wants what it holds.
+    pub fence_ms: u64,
+    /// How long a fetch waits for another's lease.
+    pub fetch_wait_ms: u64,
+    /// How long fragments may be on their way before their provider is asked.
+    pub settle_ms: u64,
+    /// How often providers report.
+    pub report_every_ms: u64,
+}
+
+impl Default for EngineConfig {
+    fn default() -> Self {
+        Self {
+            lease_ms: 30_000,
+            fence_ms: 45_000,
+            fetch_wait_ms: 60_000,
+            settle_ms: 60_000,
+            report_every_ms: 2_000,
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Volume {
+    record: VolumeRecord,
+    code: Code,
+}
+
+#[derive(Debug)]
+struct Connection {
+    peer: Peer,
+    session: Option<u64>,
+    provider: Option<u32>,
+}
+
+/// What waits for a commit to be durable.
+#[derive(Debug)]
+enum Then {
+    Send(ConnId, Box<SessionDown>),
+    Ended { session: u64, end: sessions::Ending },
+    Answer(AskId, Answer),
+    Deletes,
+    Member { conn: ConnId, provider: u32 },
+}
+
+/// The directory's state machine.
+pub struct Engine {
+    store: Box<dyn MetaStore>,
+    config: EngineConfig,
+    entropy: Box<dyn Entropy>,
+    chooser: Box<dyn Chooser>,
+    at: Moment,
+    cluster: ClusterRecord,
+    clock_base_ms: u64,
+    clock_stored_ms: u64,
+    next_birth: u64,
+    births_promised: Seq,
+    volumes: BTreeMap<VolumeId, Volume>,
+    connections: HashMap<ConnId, Connection>,
+    sessions: BTreeMap<u64, sessions::Session>,
+    leases: Leases,
+    parked: BTreeMap<u64, Parked>,
+    waiters: HashMap<InodeKey, VecDeque<u64>>,
+    next_park: u64,
+    awake: BTreeSet<u64>,
+    locks: Locks,
+    lock_waiters: VecDeque<LockWaiter>,
+    recent: HashMap<InodeKey, (u64, Seq)>,
+    recent_order: VecDeque<(Seq, Vec<InodeKey>)>,
+    durable: Seq,
+    last_seq: Seq,
+    after: BTreeMap<Seq, Vec<Then>>,
+    members: BTreeMap<u32, Member>,
+    queries: HashMap<u64, Query>,
+    next_query: u64,
+    counts: Counts,
+    unsettled: HashMap<(VolumeId, BlockId), chores::Unsettled>,
+    settle_order: BTreeSet<(u64, VolumeId, BlockId)>,
+    changed_while_counting: HashSet<(VolumeId, BlockId)>,
+    pending_deletes: i64,
+    last_slow_tick_ms: u64,
+    effects: Vec<Effect>,
+}
+
+/// Why an engine does not start.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The store is of another cluster than the certificates.
+    #[error("the store belongs to another cluster than the certificate authority beside it")]
+    Cluster,
+    /// A stored volume's code is impossible.
+    #[error("volume {name}: its stored code {s}+{r} is impossible")]
+    Code {
+        /// Its name.
+        name: String,
+        /// Data fragments.
+        s: u32,
+        /// Parity fragments.
+        r: u32,
+    },
+}
+
+impl Engine {
+    /// Starts on a store; an empty store becomes the state of cluster `cluster_id`.
+    ///
+    /// # Errors
+    /// [`EngineError`] when the store fails or holds nonsense.
+    pub fn start(
+        store: Box<dyn MetaStore>,
+        config: EngineConfig,
+        entropy: Box<dyn Entropy>,
+        chooser: Box<dyn Chooser>,
+        cluster_id: [u8; 16],
+    ) -> Result<Self, EngineError> {
+        let key = keys::cluster();
+        let stored = store.get(&key)?.map(|value| decode::<ClusterRecord>(&key, &value));
+        let mut cluster = match stored.transpose()? {
+            Some(cluster) if cluster.cluster != cluster_id[..] => {
+                return Err(EngineError::Cluster);
+            }
+            Some(cluster) => cluster,
+            None => ClusterRecord {
+                cluster: bytes::Bytes::copy_from_slice(&cluster_id),
+                incarnation: 1,
+                next_session: 1,
+                next_provider: 1,
+                births_end: 1,
+                ..Default::default()
+            },
+        };
+        cluster.run += 1;
+        let mut engine = Self {
+            leases: Leases::new(cluster.run << 40 | 1),
+            next_birth: cluster.births_end,
+            births_promised: 0,
+            clock_base_ms: cluster.clock_ms,
+            clock_stored_ms: cluster.clock_ms,
+            store,
+            config,
+            entropy,
+            chooser,
+            at: Moment::default(),
+            cluster,
+            volumes: BTreeMap::new(),
+            connections: HashMap::new(),
+            sessions: BTreeMap::new(),
+            parked: BTreeMap::new(),
+            waiters: HashMap::new(),
+            next_park: 1,
+            awake: BTreeSet::new(),
+            locks: Locks::default(),
+            lock_waiters: VecDeque::new(),
+            recent: HashMap::new(),
+            recent_order: VecDeque::new(),
+            durable: 0,
+            last_seq: 0,
+            after: BTreeMap::new(),
+            members: BTreeMap::new(),
+            queries: HashMap::new(),
+            next_query: 1,
+            counts: Counts::default(),
+            unsettled: HashMap::new(),
+            settle_order: BTreeSet::new(),
+            changed_while_counting: HashSet::new(),
+            pending_deletes: 0,
+            last_slow_tick_ms: 0,
+            effects: Vec::new(),
+        };
+        engine.load()?;
+        engine.commit_cluster(Durability::Durable)?;
+        Ok(engine)
+    }
+
+    fn load(&mut self) -> Result<(), EngineError> {
+        // What an earlier run left is durable: it was read back from stable storage.
+        self.durable = self.store.facts().seq;
+        self.last_seq = self.durable;
+        for (key, value) in self.scan_all(&keys::tag(&keys::CLUSTER, b'v'))? {
+            let record: VolumeRecord = decode(&key, &value)?;
+            let code = Code::new(record.s as usize, record.r as usize).map_err(|_| {
+                EngineError::Code { name: record.name.clone(), s: record.s, r: record.r }
+            })?;
+            self.volumes.insert(volume_id(&key[keys::HEAD_BYTES..]), Volume { record, code });
+        }
+        for (key, value) in self.scan_all(&keys::tag(&keys::CLUSTER, b's'))? {
+            let record: SessionRecord = decode(&key, &value)?;
+            let session = sessions::Session::restored(record);
+            self.sessions.insert(keys::last_number(&key), session);
+        }
+        for (key, value) in self.scan_all(&keys::tag(&keys::CLUSTER, b'y'))? {
+            let number = key[keys::HEAD_BYTES..].try_into().map_or(0, u32::from_be_bytes);
+            self.members.insert(number, Member::restored(decode(&key, &value)?));
+        }
+        Ok(())
+    }
+
+    fn scan_all(&self, prefix: &[u8]) -> Result<Vec<crate::store::Pair>, StoreError> {
+        let mut range = KeyRange::prefix(prefix);
+        let mut all = Vec::new();
+        loop {
+            let page = self.store.scan(&range, 1024)?;
+            let Some((last, _)) = page.last() else { return Ok(all) };
+            range = range.after(last);
+            all.extend(page);
+        }
+    }
+
+    /// The snapshot and the volumes over which the shell is to count blocks in the background.
+    pub fn to_count(&self) -> (Arc<dyn crate::store::View>, health::CountCursor) {
+        let volumes: Vec<VolumeId> = self.volumes.keys().copied().collect();
+        (self.store.snapshot(), health::CountCursor::new(&volumes))
+    }
+
+    /// The cluster's id.
+    pub fn cluster(&self) -> &[u8] {
+        &self.cluster.cluster
+    }
+
+    /// Takes one event.
+    ///
+    /// # Errors
+    /// [`StoreError`] when the store failed: nothing more can be done.
+    pub fn step(&mut self, at: Moment, event: Event) -> Result<Vec<Effect>, StoreError> {
+        self.at = Moment { now_ms: at.now_ms.max(self.at.now_ms), unix_ms: at.unix_ms };
+        match event {
+            Event::SessionConnected { conn, peer } | Event::ProviderConnected { conn, peer } => {
+                let connection = Connection { peer, session: None, provider: None };
+                self.connections.insert(conn, connection);
+            }
+            Event::Session { conn, up } => self.session_says(conn, up)?,
+            Event::Provider { conn, up } => self.provider_says(conn, up)?,
+            Event::Disconnected { conn } => self.disconnected(conn),
+            Event::Durable { seq } => self.now_durable(seq)?,
+            Event::Ask { ask, question } => self.ask(ask, question)?,
+            Event::Counted(slice) => self.counted(slice),
+            Event::Tick => self.tick()?,
+        }
+        self.run_awake()?;
+        Ok(std::mem::take(&mut self.effects))
+    }
+
+    fn now_ms(&self) -> u64 {
+        self.at.now_ms
+    }
+
+    /// The cluster's own time: it stands still while no directory runs and never goes back.
+    fn clock_ms(&self) -> u64 {
+        self.clock_base_ms + self.at.now_ms
+    }
+
+    fn send(&mut self, conn: ConnId, event: session_down::Event) {
+        self.effects.push(Effect::Session { conn, down: SessionDown { event: Some(event) } });
+    }
+
+    fn send_session(&mut self, session: u64, event: session_down::Event) {
+        if let Some(conn) = self.sessions.get(&session).and_then(|session| session.conn) {
+            self.send(conn, event);
+        }
+    }
+
+    fn commit(&mut self, batch: WriteBatch, durability: Durability) -> Result<Seq, StoreError> {
+        self.last_seq = self.store.commit(batch, durability)?;
+        Ok(self.last_seq)
+    }
+
+    fn commit_cluster(&mut self, durability: Durability) -> Result<Seq, StoreError> {
+        self.cluster.clock_ms = self.clock_ms();
+        self.clock_stored_ms = self.cluster.clock_ms;
+        let mut batch = WriteBatch::new();
+        batch.put(keys::cluster(), encode(&self.cluster));
+        self.commit(batch, durability)
+    }
+
+    /// Does something once `seq` is durable.
+    fn then(&mut self, seq: Seq, then: Then) -> Result<(), StoreError> {
+        if seq <= self.durable {
+            return self.run_then(then);
+        }
+        self.after.entry(seq).or_default().push(then);
+        Ok(())
+    }
+
+    fn run_then(&mut self, then: Then) -> Result<(), StoreError> {
+        match then {
+            Then::Send(conn, down) => self.effects.push(Effect::Session { conn, down: *down }),
+            Then::Ended { session, end } => self.ended(session, end),
+            Then::Answer(ask, answer) => self.effects.push(Effect::Answer { ask, answer }),
+            Then::Deletes => self.send_deletes()?,
+            Then::Member { conn, provider } => self.welcome(conn, provider)?,
+        }
+        Ok(())
+    }
+
+    fn now_durable(&mut self, seq: Seq) -> Result<(), StoreError> {
+        self.durable = self.durable.max(seq);
+        self.tell_durable();
+        while let Some(entry) = self.after.first_entry() {
+            if *entry.key() > self.durable {
+                break;
+            }
+            for then in entry.remove() {
+                self.run_then(then)?;
+            }
+        }
+        while self.recent_order.front().is_some_and(|(seq, _)| *seq <= self.durable) {
+            let Some((seq, keys)) = self.recent_order.pop_front() else { break };
+            for key in keys {
+                if self.recent.get(&key).is_some_and(|(_, latest)| *latest == seq) {
+                    self.recent.remove(&key);
+                }
+            }
+        }
+        self.wake_durable();
+        Ok(())
+    }
+
+    /// A transaction on a volume as it is now.
+    fn tx(&self, volume: VolumeId) -> Option<Tx<'_>> {
+        let code = self.volumes.get(&volume)?.code;
+        let due_ms = self.clock_ms() + 2 * self.config.lease_ms;
+        Some(Tx::new(&*self.store, volume, code, due_ms))
+    }
+
+    /// Notes what a commit changed, so that no other session sees it before it is durable.
+    fn note_recent(&mut self, session: u64, volume: VolumeId, touched: &[u64], seq: Seq) {
+        if touched.is_empty() || seq <= self.durable {
+            return;
+        }
+        let keys: Vec<InodeKey> = touched.iter().map(|ino| (volume, *ino)).collect();
+        for key in &keys {
+            self.recent.insert(*key, (session, seq));
+        }
+        self.recent_order.push_back((seq, keys));
+    }
+
+    /// Keeps the counters and the list of unsettled blocks up to date with a commit.
+    fn note_blocks(&mut self, volume: VolumeId, changes: Vec<BlockChange>) {
+        for change in changes {
+            let key = (volume, change.block);
+            let late = self.unsettled.get(&key).is_some_and(|unsettled| unsettled.late);
+            if let Some(before) = &change.before {
+                self.counts.remove(before, late);
+            }
+            if !self.counts.complete {
+                self.changed_while_counting.insert(key);
+            }
+            let settled =
+                change.after.as_ref().is_none_or(|block| block.is_inline() || block.is_settled());
+            if settled {
+                self.settled(&key);
+            } else {
+                self.watch(key);
+            }
+            if let Some(after) = &change.after {
+                self.counts.add(after, late && !settled);
+            }
+        }
+    }
+}

@@ -1,0 +1,311 @@
+//! What administrators ask: status, volumes, a snapshot to look around in.
+
+use std::collections::BTreeMap;
+
+use us_core::geometry::Code;
+use us_core::ids::VolumeId;
+use us_proto::v1::{
+    Health, JournalStatus, ProviderState, ProviderStatus, SessionStatus, StatusReply, Timestamp,
+    VolumeInfo,
+};
+
+use super::event::{Answer, AskId, Effect, Question, RefusalKind, StateSnapshot};
+use super::health::{Reach, Totals};
+use super::{Durability, Engine, Then, VOLUMES_MAX, Volume};
+use crate::keys;
+use crate::namespace::new_root;
+use crate::records::{UsageRecord, VolumeRecord, decode, encode};
+use crate::store::StoreError;
+
+/// The longest name of a volume.
+const VOLUME_NAME_BYTES_MAX: usize = 64;
+/// Sessions that status lists.
+const SESSIONS_LISTED_MAX: usize = 256;
+
+fn refused(kind: RefusalKind, detail: impl Into<String>) -> Answer {
+    Answer::Refused { kind, detail: detail.into() }
+}
+
+impl Engine {
+    pub(super) fn ask(&mut self, ask: AskId, question: Question) -> Result<(), StoreError> {
+        let answer = match question {
+            Question::Status => Answer::Status(Box::new(self.status()?)),
+            Question::ListVolumes => Answer::Volumes(self.volume_infos()?),
+            Question::Snapshot => Answer::Snapshot(StateSnapshot {
+                view: self.store.snapshot(),
+                volumes: self
+                    .volumes
+                    .iter()
+                    .map(|(id, volume)| (*id, volume.record.name.clone()))
+                    .collect(),
+                providers: self
+                    .members
+                    .iter()
+                    .map(|(id, member)| (*id, member.state() as i32))
+                    .collect(),
+            }),
+            Question::CreateVolume { name, s, r, quota_bytes } => {
+                return self.create_volume(ask, name, (s, r), quota_bytes);
+            }
+            Question::DeleteVolume { name } => return self.delete_volume(ask, &name),
+        };
+        self.effects.push(Effect::Answer { ask, answer });
+        Ok(())
+    }
+
+    fn create_volume(
+        &mut self,
+        ask: AskId,
+        name: String,
+        (s, r): (u32, u32),
+        quota_bytes: u64,
+    ) -> Result<(), StoreError> {
+        let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+        let answer = match Code::new(s as usize, r as usize) {
+            Err(error) => Err(refused(RefusalKind::Invalid, error.to_string())),
+            Ok(_)
+                if name.is_empty()
+                    || name.len() > VOLUME_NAME_BYTES_MAX
+                    || name.starts_with('.')
+                    || !name.chars().all(plain) =>
+            {
+                let detail = "a volume's name has 1 to 64 letters, digits, '-', '_' or '.'";
+                Err(refused(RefusalKind::Invalid, detail))
+            }
+            Ok(_) if self.volumes.values().any(|volume| volume.record.name == name) => {
+                let detail = format!("there is a volume {name:?} already");
+                Err(refused(RefusalKind::Exists, detail))
+            }
+            Ok(_) if self.volumes.len() >= VOLUMES_MAX => {
+                Err(refused(RefusalKind::Busy, "there are too many volumes"))
+            }
+            Ok(code) => Ok(code),
+        };
+        let code = match answer {
+            Ok(code) => code,
+            Err(answer) => {
+                self.effects.push(Effect::Answer { ask, answer });
+                return Ok(());
+            }
+        };
+        let mut key = vec![0; 32];
+        self.entropy.fill(&mut key);
+        let id = VolumeId::generate();
+        let record =
+            VolumeRecord { name, s, r, quota_bytes, key: key.into(), next_ino: 2, deleting: false };
+        let time = Timestamp {
+            seconds: (self.at.unix_ms / 1000) as i64,
+            nanos: (self.at.unix_ms % 1000) as u32 * 1_000_000,
+        };
+        let mut batch = new_root(&id, time);
+        batch.put(keys::volume(&id), encode(&record));
+        let usage = UsageRecord { inodes: 1, ..Default::default() };
+        let volume = Volume { record, code };
+        let info = volume_info(&id, &volume, usage);
+        self.volumes.insert(id, volume);
+        let seq = self.commit(batch, Durability::Durable)?;
+        self.then(seq, Then::Answer(ask, Answer::Volume(info)))
+    }
+
+    fn delete_volume(&mut self, ask: AskId, name: &str) -> Result<(), StoreError> {
+        let found = self
+            .volumes
+            .iter()
+            .find(|(_, volume)| volume.record.name == name && !volume.record.deleting)
+            .map(|(id, _)| *id);
+        let Some(id) = found else {
+            let answer = refused(RefusalKind::NotFound, format!("there is no volume {name:?}"));
+            self.effects.push(Effect::Answer { ask, answer });
+            return Ok(());
+        };
+        if self.sessions.values().any(|known| known.volume == id && known.is_alive()) {
+            let detail = format!("volume {name:?} is mounted: unmount it first");
+            let answer = refused(RefusalKind::Busy, detail);
+            self.effects.push(Effect::Answer { ask, answer });
+            return Ok(());
+        }
+        let mut batch = crate::store::WriteBatch::new();
+        if let Some(volume) = self.volumes.get_mut(&id) {
+            volume.record.deleting = true;
+            batch.put(keys::volume(&id), encode(&volume.record));
+        }
+        let seq = self.commit(batch, Durability::Durable)?;
+        self.then(seq, Then::Answer(ask, Answer::Done))
+    }
+
+    fn volume_infos(&self) -> Result<Vec<VolumeInfo>, StoreError> {
+        let mut infos = Vec::with_capacity(self.volumes.len());
+        for (id, volume) in self.volumes.iter().filter(|(_, volume)| !volume.record.deleting) {
+            infos.push(volume_info(id, volume, self.usage(id)?));
+        }
+        Ok(infos)
+    }
+
+    fn usage(&self, volume: &VolumeId) -> Result<UsageRecord, StoreError> {
+        let key = keys::usage(volume);
+        let stored = self.store.get(&key)?.map(|value| decode(&key, &value));
+        Ok(stored.transpose()?.unwrap_or_default())
+    }
+
+    /// The sums over all blocks, as providers are now.
+    pub(super) fn totals(&self) -> Totals {
+        self.counts.totals(|provider| {
+            let member = self.members.get(&provider);
+            Reach {
+                reachable: member.is_some_and(super::Member::is_reachable),
+                expected: member.is_some(),
+            }
+        })
+    }
+
+    fn status(&self) -> Result<StatusReply, StoreError> {
+        let mut totals = self.totals();
+        for volume in self.volumes.keys() {
+            let usage = self.usage(volume)?;
+            totals.summary.live_bytes += usage.live_bytes;
+            totals.summary.stored_bytes += usage.stored_bytes;
+        }
+        let providers = self.provider_statuses(&totals);
+        let facts = self.store.facts();
+        let health = health(&totals);
+        let copies = JournalStatus { sequence: facts.seq, copies: 0, bytes: facts.journal_bytes };
+        Ok(StatusReply {
+            health: health as i32,
+            summary: summary(health, &totals, !self.counts.complete),
+            counting: !self.counts.complete,
+            capacity_bytes: providers.iter().map(|provider| provider.capacity_bytes).sum(),
+            used_bytes: providers.iter().map(|provider| provider.used_bytes).sum(),
+            blocks: Some(totals.summary),
+            providers,
+            volumes: self.volume_infos()?,
+            sessions: self.session_statuses(),
+            pending_deletes: self.pending_deletes.max(0) as u64,
+            journal: Some(copies),
+            uptime_s: self.at.now_ms / 1000,
+            cluster: self.cluster.cluster.iter().map(|byte| format!("{byte:02x}")).collect(),
+        })
+    }
+
+    fn provider_statuses(&self, totals: &Totals) -> Vec<ProviderStatus> {
+        let members = self.members.iter();
+        members
+            .map(|(provider, member)| ProviderStatus {
+                provider: *provider,
+                address: member.record.address.clone(),
+                site: member.record.site.clone(),
+                metapeer: *provider,
+                state: member.state() as i32,
+                capacity_bytes: member.report.capacity_bytes,
+                used_bytes: member.report.used_bytes,
+                free_bytes: member.report.free_bytes,
+                fragments: totals.fragments.get(provider).copied().unwrap_or(0),
+                last_seen_s: (self.at.now_ms.saturating_sub(member.heard_ms)) / 1000,
+                note: if member.record.suspect {
+                    "its store was rolled back, cloned or replaced: being checked".to_owned()
+                } else {
+                    member.report.note.clone()
+                },
+                accepts_puts: member.is_usable(),
+                damaged: totals.damaged.get(provider).copied().unwrap_or(0),
+                name: member.record.name.clone(),
+            })
+            .collect()
+    }
+
+    fn session_statuses(&self) -> Vec<SessionStatus> {
+        let alive = self.sessions.iter().filter(|(_, session)| session.is_alive());
+        alive
+            .take(SESSIONS_LISTED_MAX)
+            .map(|(id, session)| SessionStatus {
+                session: *id,
+                host: session.record.host.clone(),
+                volume: self
+                    .volumes
+                    .get(&session.volume)
+                    .map(|volume| volume.record.name.clone())
+                    .unwrap_or_default(),
+                connected: session.conn.is_some(),
+                leases: self.leases.count(*id) as u64,
+                undurable_batches: session.undurable.len() as u64,
+            })
+            .collect()
+    }
+
+    /// Numbers for the gauges: what it is called, how much.
+    pub fn gauges(&self) -> BTreeMap<&'static str, f64> {
+        let totals = self.totals();
+        let online = self.members.values().filter(|member| member.is_reachable()).count();
+        let connected = self.sessions.values().filter(|session| session.conn.is_some()).count();
+        BTreeMap::from([
+            ("us_directory_blocks", totals.summary.total as f64),
+            ("us_directory_blocks_readable", totals.summary.readable as f64),
+            ("us_directory_blocks_waiting", totals.summary.waiting as f64),
+            ("us_directory_blocks_lost", totals.summary.lost as f64),
+            ("us_directory_blocks_unsettled", totals.summary.unsettled as f64),
+            ("us_directory_blocks_crowded", totals.summary.crowded as f64),
+            ("us_directory_blocks_degraded", totals.degraded as f64),
+            ("us_directory_fragments_damaged", totals.summary.damaged_fragments as f64),
+            ("us_directory_providers", self.members.len() as f64),
+            ("us_directory_providers_online", online as f64),
+            ("us_directory_sessions", connected as f64),
+            ("us_directory_requests_parked", self.parked.len() as f64),
+            ("us_directory_deletes_pending", self.pending_deletes.max(0) as f64),
+            ("us_directory_journal_bytes", self.store.facts().journal_bytes as f64),
+            ("us_directory_signatures", self.counts.signatures() as f64),
+        ])
+    }
+}
+
+fn volume_info(id: &VolumeId, volume: &Volume, usage: UsageRecord) -> VolumeInfo {
+    VolumeInfo {
+        volume: bytes::Bytes::copy_from_slice(id.as_bytes()),
+        name: volume.record.name.clone(),
+        s: volume.record.s,
+        r: volume.record.r,
+        inodes: usage.inodes,
+        live_bytes: usage.live_bytes,
+        blocks: usage.blocks,
+        private: volume.record.key.is_empty(),
+        quota_bytes: volume.record.quota_bytes,
+    }
+}
+
+/// OK means: every block has all its fragments durable on reachable providers, apart from fragments
+/// on their way for less than the settle time (those blocks are shown as unsettled).
+fn health(totals: &Totals) -> Health {
+    if totals.summary.lost > 0 {
+        Health::Lost
+    } else if totals.summary.waiting > 0 {
+        Health::Unreadable
+    } else if totals.degraded > 0 {
+        Health::Degraded
+    } else {
+        Health::Ok
+    }
+}
+
+fn summary(health: Health, totals: &Totals, counting: bool) -> String {
+    let blocks = &totals.summary;
+    let so_far = if counting { " so far (still counting)" } else { "" };
+    match health {
+        Health::Lost => format!("{} blocks are lost{so_far}", blocks.lost),
+        Health::Unreadable => {
+            format!("{} blocks wait for providers to return{so_far}", blocks.waiting)
+        }
+        Health::Degraded => {
+            format!("everything is readable; {} blocks lack redundancy{so_far}", totals.degraded)
+        }
+        Health::Ok | Health::Unspecified if blocks.unsettled > 0 => format!(
+            "everything is readable; {} blocks just written are settling{so_far}",
+            blocks.unsettled
+        ),
+        Health::Ok | Health::Unspecified => {
+            format!("everything is readable with full redundancy{so_far}")
+        }
+    }
+}
+
+/// The state of a provider as a snapshot has it.
+pub fn provider_state(state: i32) -> ProviderState {
+    ProviderState::try_from(state).unwrap_or(ProviderState::Unspecified)
+}

@@ -1,0 +1,208 @@
+//! What the engine hears and what it answers.
+
+use std::sync::Arc;
+
+use us_core::ids::VolumeId;
+use us_proto::v1::{ProviderDown, ProviderUp, SessionDown, SessionUp, StatusReply, VolumeInfo};
+
+use super::health::CountedSlice;
+use crate::store::{Seq, View};
+
+/// A connection, numbered by the shell; numbers are never used again.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct ConnId(pub u64);
+
+/// An administrator's question, numbered by the shell.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct AskId(pub u64);
+
+/// The time of a step.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Moment {
+    /// Milliseconds of CLOCK_BOOTTIME since the engine started; decides.
+    pub now_ms: u64,
+    /// Wall time; decides nothing.
+    pub unix_ms: u64,
+}
+
+/// Who is at the other end of a connection.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Peer {
+    /// SHA-256 of its public key.
+    pub key_hash: Vec<u8>,
+    /// The name in its certificate.
+    pub name: String,
+}
+
+/// What the engine hears.
+#[derive(Debug)]
+pub enum Event {
+    /// A mount opened its stream.
+    SessionConnected {
+        /// The connection.
+        conn: ConnId,
+        /// Who.
+        peer: Peer,
+    },
+    /// A mount says something.
+    Session {
+        /// The connection.
+        conn: ConnId,
+        /// What.
+        up: SessionUp,
+    },
+    /// A provider opened its stream.
+    ProviderConnected {
+        /// The connection.
+        conn: ConnId,
+        /// Who.
+        peer: Peer,
+    },
+    /// A provider says something.
+    Provider {
+        /// The connection.
+        conn: ConnId,
+        /// What.
+        up: ProviderUp,
+    },
+    /// A stream ended, of a mount or of a provider.
+    Disconnected {
+        /// The connection.
+        conn: ConnId,
+    },
+    /// The store is durable up to here.
+    Durable {
+        /// The commit.
+        seq: Seq,
+    },
+    /// An administrator asks.
+    Ask {
+        /// The question's number.
+        ask: AskId,
+        /// The question.
+        question: Question,
+    },
+    /// The background count of blocks has got further.
+    Counted(CountedSlice),
+    /// Time passes.
+    Tick,
+}
+
+/// What an administrator asks.
+#[derive(Clone, PartialEq, Debug)]
+pub enum Question {
+    /// The one screen.
+    Status,
+    /// Makes a volume.
+    CreateVolume {
+        /// Its name.
+        name: String,
+        /// Data fragments a block.
+        s: u32,
+        /// Parity fragments a block.
+        r: u32,
+        /// 0: no limit.
+        quota_bytes: u64,
+    },
+    /// All volumes.
+    ListVolumes,
+    /// Removes a volume and all in it.
+    DeleteVolume {
+        /// Its name.
+        name: String,
+    },
+    /// The state to look around in, with what providers are like now.
+    Snapshot,
+}
+
+/// What an administrator is answered.
+#[derive(Clone)]
+pub enum Answer {
+    /// The one screen.
+    Status(Box<StatusReply>),
+    /// The volume that was made.
+    Volume(VolumeInfo),
+    /// All volumes.
+    Volumes(Vec<VolumeInfo>),
+    /// Done.
+    Done,
+    /// The state.
+    Snapshot(StateSnapshot),
+    /// It cannot be done.
+    Refused {
+        /// What kind of refusal.
+        kind: RefusalKind,
+        /// Why, for people.
+        detail: String,
+    },
+}
+
+/// Kinds of refusals.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum RefusalKind {
+    /// There is no such thing.
+    NotFound,
+    /// There is one already.
+    Exists,
+    /// The question makes no sense.
+    Invalid,
+    /// Something is in the way.
+    Busy,
+}
+
+/// A snapshot of the state for a scan outside the engine's thread.
+#[derive(Clone)]
+pub struct StateSnapshot {
+    /// The store.
+    pub view: Arc<dyn View>,
+    /// Volumes: id and name.
+    pub volumes: Vec<(VolumeId, String)>,
+    /// Providers: number and state (a `ProviderState`).
+    pub providers: Vec<(u32, i32)>,
+}
+
+impl std::fmt::Debug for Answer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Status(status) => f.debug_tuple("Status").field(status).finish(),
+            Self::Volume(volume) => f.debug_tuple("Volume").field(volume).finish(),
+            Self::Volumes(volumes) => f.debug_tuple("Volumes").field(volumes).finish(),
+            Self::Done => f.write_str("Done"),
+            Self::Snapshot(_) => f.write_str("Snapshot"),
+            Self::Refused { kind, detail } => {
+                f.debug_struct("Refused").field("kind", kind).field("detail", detail).finish()
+            }
+        }
+    }
+}
+
+/// What the shell is to do.
+#[derive(Debug)]
+pub enum Effect {
+    /// Send to a mount.
+    Session {
+        /// The connection.
+        conn: ConnId,
+        /// What.
+        down: SessionDown,
+    },
+    /// Send to a provider.
+    Provider {
+        /// The connection.
+        conn: ConnId,
+        /// What.
+        down: ProviderDown,
+    },
+    /// End a connection when what was sent on it is out.
+    End {
+        /// The connection.
+        conn: ConnId,
+    },
+    /// Answer an administrator.
+    Answer {
+        /// The question's number.
+        ask: AskId,
+        /// The answer.
+        answer: Answer,
+    },
+}

@@ -1,0 +1,273 @@
+//! How much redundancy blocks have, counted exactly and kept up to date with every commit.
+//!
+//! Blocks of equal *signature* (code, and for every fragment its provider and state) are counted
+//! together, so that `status` looks at signatures, not at blocks. After a start the stored blocks
+//! are counted from a snapshot in the background while commits add and subtract at once; the sum is
+//! exact when the count is complete. Pure: no clock, no I/O, except [`count_slice`], which the
+//! shell runs on a thread of its own.
+
+use std::collections::hash_map::Entry;
+use std::collections::{BTreeMap, HashMap};
+
+use us_core::ids::{BlockId, VolumeId};
+use us_proto::v1::BlockSummary;
+
+use crate::keys;
+use crate::records::{BlockRecord, bit, decode};
+use crate::store::{KeyRange, StoreError, View};
+
+/// Blocks in one slice of the background count.
+pub const COUNT_SLICE_BLOCKS: usize = 4096;
+
+/// What is known of a fragment.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub enum FragmentState {
+    /// Its provider has confirmed it.
+    Durable,
+    /// On its way.
+    Pending,
+    /// Not confirmed for too long.
+    Late,
+    /// Wrong bytes, or its provider does not have it.
+    Gone,
+}
+
+/// What blocks that are counted together have in common.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub struct Signature {
+    s: u32,
+    r: u32,
+    /// Sorted.
+    fragments: Box<[(u32, FragmentState)]>,
+}
+
+impl Signature {
+    /// The signature of a coded block; `late` when it has been unsettled for too long.
+    pub fn of(block: &BlockRecord, late: bool) -> Self {
+        let mut fragments: Box<[(u32, FragmentState)]> = block
+            .providers
+            .iter()
+            .enumerate()
+            .map(|(index, provider)| (*provider, fragment_state(block, index, late)))
+            .collect();
+        fragments.sort_unstable();
+        Self { s: block.s, r: block.r, fragments }
+    }
+}
+
+/// The state of one fragment of a block.
+pub fn fragment_state(block: &BlockRecord, index: usize, late: bool) -> FragmentState {
+    if bit(&block.damaged, index) || bit(&block.missing, index) {
+        FragmentState::Gone
+    } else if bit(&block.durable, index) {
+        FragmentState::Durable
+    } else if late {
+        FragmentState::Late
+    } else {
+        FragmentState::Pending
+    }
+}
+
+/// What the count knows of a provider.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Reach {
+    /// Its fragments can be read now.
+    pub reachable: bool,
+    /// Its fragments still exist, as far as anyone knows.
+    pub expected: bool,
+}
+
+/// A part of the stored blocks, counted from a snapshot.
+#[derive(Debug, Default)]
+pub struct CountedSlice {
+    /// Coded blocks by signature.
+    pub signatures: HashMap<Signature, i64>,
+    /// Inline blocks.
+    pub inline: i64,
+    /// Blocks that are not settled.
+    pub unsettled: Vec<(VolumeId, BlockId)>,
+    /// Fragments that wait for deletion.
+    pub deletes: u64,
+    /// This was the last slice.
+    pub last: bool,
+}
+
+/// The counters.
+#[derive(Debug, Default)]
+pub struct Counts {
+    signatures: HashMap<Signature, i64>,
+    inline: i64,
+    /// The stored blocks are all counted.
+    pub complete: bool,
+}
+
+/// The sums a screen shows.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Totals {
+    /// For the screen.
+    pub summary: BlockSummary,
+    /// Blocks that lack something although nothing of them is merely on its way.
+    pub degraded: u64,
+    /// Fragments expected at each provider.
+    pub fragments: HashMap<u32, u64>,
+    /// Of them known to be damaged or missing.
+    pub damaged: HashMap<u32, u64>,
+}
+
+impl Counts {
+    /// A block appeared, or its record or lateness is this now.
+    pub fn add(&mut self, block: &BlockRecord, late: bool) {
+        self.change(block, late, 1);
+    }
+
+    /// A block went, or its record or lateness was this until now.
+    pub fn remove(&mut self, block: &BlockRecord, late: bool) {
+        self.change(block, late, -1);
+    }
+
+    fn change(&mut self, block: &BlockRecord, late: bool, by: i64) {
+        if block.is_inline() {
+            self.inline += by;
+        } else {
+            self.change_signature(Signature::of(block, late), by);
+        }
+    }
+
+    fn change_signature(&mut self, signature: Signature, by: i64) {
+        match self.signatures.entry(signature) {
+            Entry::Occupied(entry) if *entry.get() + by == 0 => {
+                entry.remove();
+            }
+            Entry::Occupied(mut entry) => *entry.get_mut() += by,
+            Entry::Vacant(entry) => {
+                entry.insert(by);
+            }
+        }
+    }
+
+    /// Adds what the background count found.
+    pub fn merge(&mut self, slice: &mut CountedSlice) {
+        self.inline += slice.inline;
+        for (signature, count) in slice.signatures.drain() {
+            *self.signatures.entry(signature).or_default() += count;
+        }
+        self.complete |= slice.last;
+    }
+
+    /// How many distinct signatures there are.
+    pub fn signatures(&self) -> usize {
+        self.signatures.len()
+    }
+
+    /// Sums up, as providers are now.
+    pub fn totals(&self, reach: impl Fn(u32) -> Reach) -> Totals {
+        let mut totals = Totals::default();
+        let inline = self.inline.max(0) as u64;
+        totals.summary.total = inline;
+        totals.summary.inline = inline;
+        totals.summary.readable = inline;
+        for (signature, count) in self.signatures.iter().filter(|(_, count)| **count > 0) {
+            totals.add(signature, *count as u64, &reach);
+        }
+        totals
+    }
+}
+
+impl Totals {
+    fn add(&mut self, signature: &Signature, count: u64, reach: &impl Fn(u32) -> Reach) {
+        use FragmentState::{Durable, Gone, Late, Pending};
+        let (mut reachable, mut expected, mut pending, mut young) = (0i64, 0i64, false, 0i64);
+        let (mut crowded, mut previous) = (false, None);
+        for (provider, state) in &signature.fragments {
+            let at = reach(*provider);
+            *self.fragments.entry(*provider).or_default() += count;
+            crowded |= previous == Some(*provider);
+            previous = Some(*provider);
+            match state {
+                Durable => reachable += i64::from(at.reachable),
+                Pending => young += i64::from(at.reachable),
+                Late => {}
+                Gone => {
+                    *self.damaged.entry(*provider).or_default() += count;
+                    self.summary.damaged_fragments += count;
+                }
+            }
+            pending |= matches!(state, Pending | Late);
+            expected += i64::from(*state != Gone && at.expected);
+        }
+        let s = i64::from(signature.s);
+        let fragments = signature.fragments.len() as i64;
+        let left = (reachable - s).max(-1) as i32;
+        let summary = &mut self.summary;
+        summary.total += count;
+        *summary.by_redundancy.entry(left).or_default() += count;
+        summary.unsettled += if pending { count } else { 0 };
+        summary.crowded += if crowded { count } else { 0 };
+        if left >= 0 {
+            summary.readable += count;
+        } else if expected >= s {
+            summary.waiting += count;
+        } else {
+            summary.lost += count;
+        }
+        if reachable + young < fragments {
+            self.degraded += count;
+        }
+    }
+}
+
+/// Where the background count stands.
+#[derive(Clone, Debug)]
+pub struct CountCursor {
+    ranges: BTreeMap<usize, (Option<VolumeId>, KeyRange)>,
+}
+
+impl CountCursor {
+    /// At the start of everything that is to be counted.
+    pub fn new(volumes: &[VolumeId]) -> Self {
+        let blocks = volumes
+            .iter()
+            .map(|volume| (Some(*volume), KeyRange::prefix(&keys::tag(volume, b'b'))));
+        let deletes =
+            [b'g', b'q'].map(|tag| (None, KeyRange::prefix(&keys::tag(&keys::CLUSTER, tag))));
+        Self { ranges: blocks.chain(deletes).enumerate().collect() }
+    }
+}
+
+/// Counts the next slice of a snapshot. Slow where the snapshot lies on disk: not for the engine's
+/// thread.
+///
+/// # Errors
+/// [`StoreError`] when the disk fails or a record cannot be decoded.
+pub fn count_slice(view: &dyn View, cursor: &mut CountCursor) -> Result<CountedSlice, StoreError> {
+    let mut slice = CountedSlice::default();
+    let Some(mut entry) = cursor.ranges.first_entry() else {
+        slice.last = true;
+        return Ok(slice);
+    };
+    let (volume, range) = entry.get_mut();
+    let pairs = view.scan(range, COUNT_SLICE_BLOCKS)?;
+    for (key, value) in &pairs {
+        let (Some(volume), Some(block)) = (*volume, keys::last_block(key)) else {
+            slice.deletes += 1;
+            continue;
+        };
+        let record: BlockRecord = decode(key, value)?;
+        if record.is_inline() {
+            slice.inline += 1;
+            continue;
+        }
+        if !record.is_settled() {
+            slice.unsettled.push((volume, block));
+        }
+        *slice.signatures.entry(Signature::of(&record, false)).or_default() += 1;
+    }
+    match pairs.last() {
+        Some((key, _)) if pairs.len() == COUNT_SLICE_BLOCKS => *range = range.after(key),
+        _ => {
+            entry.remove();
+        }
+    }
+    slice.last = cursor.ranges.is_empty();
+    Ok(slice)
+}

@@ -1,0 +1,211 @@
+//! What sessions lease ahead: placements with births, ranges of inode numbers; and statfs.
+
+use us_core::geometry::{BlockGeometry, Code};
+use us_core::ids::ProviderId;
+use us_core::placement::{Candidate, PlacementError, PlacementRequest};
+use us_proto::v1::session_down::Event as Down;
+use us_proto::v1::{
+    InodesLeased, LeaseInodes, LeasePlacements, PlacementLease, PlacementsLeased, SessionDown,
+    StatfsReply, StatfsRequest,
+};
+
+use super::{BIRTHS_AHEAD, ConnId, Durability, Engine, Then};
+use crate::keys;
+use crate::records::{InodeRange, UsageRecord, decode, encode};
+use crate::store::{StoreError, WriteBatch};
+
+/// The most placements one request leases.
+const PLACEMENTS_MAX: u32 = 256;
+/// The most inode numbers one request leases.
+const INODES_MAX: u32 = 65_536;
+/// The most separate ranges of inode numbers a session may have.
+const INODE_RANGES_MAX: usize = 1024;
+/// Header, slot checks and trailer of a fragment's record, at most.
+const RECORD_OVERHEAD_BYTES: u64 = 16 << 10;
+/// Blocks the cleaner and deletes keep for themselves, at least.
+const RESERVE_BLOCKS_MIN: u64 = 64;
+/// One block in this many is kept for the cleaner and deletes.
+const RESERVE_SHARE: u64 = 50;
+
+/// The most bytes a fragment of this code takes at a provider.
+pub(super) fn fragment_bytes_max(code: Code) -> u64 {
+    let geometry = BlockGeometry::new(code, code.block_bytes_max())
+        .expect("the largest block of a code has a geometry");
+    geometry.fragment_bytes() as u64 + RECORD_OVERHEAD_BYTES
+}
+
+/// The most blocks of `fragments` each that fit where provider i has space for `room[i]` fragments
+/// and takes at most `share` of one block: the largest B with Σ min(room_i, share·B) ≥ fragments·B.
+pub fn blocks_that_fit(room: &[u64], fragments: u64) -> u64 {
+    let usable = room.iter().filter(|room| **room > 0).count() as u64;
+    if usable == 0 || fragments == 0 {
+        return 0;
+    }
+    let share = fragments.div_ceil(usable);
+    let fits = |blocks: u64| {
+        let each = share.saturating_mul(blocks);
+        let sum = room.iter().fold(0u64, |sum, room| sum.saturating_add(each.min(*room)));
+        sum >= fragments.saturating_mul(blocks)
+    };
+    let (mut low, mut high) = (0, room.iter().fold(0u64, |a, b| a.saturating_add(*b)) + 1);
+    while low + 1 < high {
+        let middle = low + (high - low) / 2;
+        if fits(middle) { low = middle } else { high = middle }
+    }
+    low
+}
+
+impl Engine {
+    pub(super) fn lease_placements(
+        &mut self,
+        session: u64,
+        conn: ConnId,
+        ask: &LeasePlacements,
+    ) -> Result<(), StoreError> {
+        let volume = self.sessions.get(&session).and_then(|s| self.volumes.get(&s.volume));
+        let Some(code) = volume.map(|volume| volume.code) else { return Ok(()) };
+        let fragment_bytes = fragment_bytes_max(code);
+        let mut reply = PlacementsLeased { request: ask.request, ..Default::default() };
+        let mut candidates = self.candidates();
+        for _ in 0..ask.count.min(PLACEMENTS_MAX) {
+            let seed = self.next_birth.wrapping_mul(0x2545_f491_4f6c_dd1d) ^ self.cluster.run;
+            let request = PlacementRequest { code, fragment_bytes, seed };
+            match self.chooser.choose(&candidates, &request) {
+                Ok(providers) => {
+                    self.promise(&mut candidates, &providers, fragment_bytes);
+                    let providers = providers.iter().map(|provider| provider.0).collect();
+                    reply.leases.push(PlacementLease { birth: self.next_birth, providers });
+                    self.next_birth += 1;
+                }
+                Err(error) => {
+                    reply.no_space = matches!(error, PlacementError::NoSpace { .. });
+                    reply.error = error.to_string();
+                    break;
+                }
+            }
+        }
+        // Births below the durable mark are safe to give; the mark moves well ahead of them.
+        if self.next_birth + BIRTHS_AHEAD / 2 > self.cluster.births_end {
+            self.cluster.births_end = self.next_birth + BIRTHS_AHEAD;
+            self.births_promised = self.commit_cluster(Durability::Durable)?;
+        }
+        let down = Box::new(SessionDown { event: Some(Down::Placements(reply)) });
+        self.then(self.births_promised, Then::Send(conn, down))
+    }
+
+    fn candidates(&self) -> Vec<Candidate> {
+        self.members
+            .iter()
+            .map(|(provider, member)| Candidate {
+                provider: ProviderId(*provider),
+                site: member.record.site.clone(),
+                metapeer: *provider,
+                free_bytes: member.free_bytes(),
+                usable: member.is_usable(),
+            })
+            .collect()
+    }
+
+    /// Space that was promised is not free until the provider's next reports say so.
+    fn promise(&mut self, candidates: &mut [Candidate], providers: &[ProviderId], bytes: u64) {
+        for provider in providers {
+            if let Some(member) = self.members.get_mut(&provider.0) {
+                member.promised_bytes += bytes;
+            }
+            let candidate = candidates.binary_search_by_key(provider, |known| known.provider);
+            if let Ok(index) = candidate {
+                let free = &mut candidates[index].free_bytes;
+                *free = free.saturating_sub(bytes);
+            }
+        }
+    }
+
+    pub(super) fn lease_inodes(
+        &mut self,
+        session: u64,
+        conn: ConnId,
+        ask: &LeaseInodes,
+    ) -> Result<(), StoreError> {
+        let Some(known) = self.sessions.get_mut(&session) else { return Ok(()) };
+        let volume_id = known.volume;
+        let Some(volume) = self.volumes.get_mut(&volume_id) else { return Ok(()) };
+        let count = ask.count.clamp(1, INODES_MAX);
+        let first = volume.record.next_ino;
+        volume.record.next_ino += u64::from(count);
+        let ranges = &mut known.record.inodes;
+        let full = ranges.len() >= INODE_RANGES_MAX;
+        match ranges.last_mut().filter(|last| last.first + last.count == first) {
+            Some(last) => last.count += u64::from(count),
+            None if full => {
+                return self.refuse(session, "too many ranges of inode numbers".to_owned());
+            }
+            None => ranges.push(InodeRange { first, count: u64::from(count) }),
+        }
+        let mut batch = WriteBatch::new();
+        batch.put(keys::volume(&volume_id), encode(&volume.record));
+        batch.put(keys::session(session), encode(&known.record));
+        let seq = self.commit(batch, Durability::Durable)?;
+        let leased = InodesLeased { request: ask.request, first, count };
+        let down = Box::new(SessionDown { event: Some(Down::Inodes(leased)) });
+        self.then(seq, Then::Send(conn, down))
+    }
+
+    pub(super) fn statfs(
+        &mut self,
+        session: u64,
+        conn: ConnId,
+        ask: &StatfsRequest,
+    ) -> Result<(), StoreError> {
+        let Some(volume_id) = self.sessions.get(&session).map(|known| known.volume) else {
+            return Ok(());
+        };
+        let Some(volume) = self.volumes.get(&volume_id) else { return Ok(()) };
+        let key = keys::usage(&volume_id);
+        let usage: UsageRecord = self
+            .store
+            .get(&key)?
+            .map(|value| decode(&key, &value))
+            .transpose()?
+            .unwrap_or_default();
+        let (code, quota) = (volume.code, volume.record.quota_bytes);
+        let fragment_bytes = fragment_bytes_max(code);
+        let fragments = code.fragments() as u64;
+        let block_bytes = code.block_bytes_max() as u64;
+        let room = |bytes: fn(&super::Member) -> u64| -> Vec<u64> {
+            let usable = self.members.values().filter(|member| member.is_usable());
+            usable.map(|member| bytes(member) / fragment_bytes).collect()
+        };
+        let total_blocks = blocks_that_fit(&room(|m| m.report.capacity_bytes), fragments);
+        let free_blocks = blocks_that_fit(&room(super::Member::free_bytes), fragments);
+        let reserve = (total_blocks / RESERVE_SHARE).max(RESERVE_BLOCKS_MIN);
+        let mut reply = StatfsReply {
+            request: ask.request,
+            total_bytes: (total_blocks * block_bytes).max(usage.live_bytes),
+            free_bytes: free_blocks * block_bytes,
+            available_bytes: free_blocks.saturating_sub(reserve) * block_bytes,
+            inodes: usage.inodes,
+        };
+        if quota > 0 {
+            let left = quota.saturating_sub(usage.live_bytes);
+            reply.total_bytes = reply.total_bytes.min(quota);
+            reply.free_bytes = reply.free_bytes.min(left);
+            reply.available_bytes = reply.available_bytes.min(left);
+        }
+        self.send(conn, Down::Statfs(reply));
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_plain_sum_lies_when_disks_differ() {
+        assert_eq!(blocks_that_fit(&[10; 6], 6), 10);
+        assert_eq!(blocks_that_fit(&[1000, 10, 10, 10, 10, 10], 6), 10);
+        assert_eq!(blocks_that_fit(&[10; 12], 6), 20);
+        assert_eq!(blocks_that_fit(&[12; 4], 6), 8);
+        assert_eq!(blocks_that_fit(&[], 6), 0);
+    }
+}

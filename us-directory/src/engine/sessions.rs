@@ -1,0 +1,424 @@
+//! Sessions: opened, resumed, closed, shut out.
+
+use std::collections::{HashSet, VecDeque};
+
+use bytes::Bytes;
+use us_core::ids::VolumeId;
+use us_proto::v1::session_down::Event as Down;
+use us_proto::v1::session_up::Event as Up;
+use us_proto::v1::{
+    Durable, EndReason, LeaseReturn, OpenSession, Recall, Reclaim, Renewed, SessionDown,
+    SessionEnded, SessionOpened, SessionUp,
+};
+
+use super::leases::{InodeKey, Level, Returned};
+use super::{ConnId, Effect, Engine, SESSIONS_MAX, Then};
+use crate::keys;
+use crate::records::{SessionRecord, encode, volume_id};
+use crate::store::{Durability, KeyRange, Seq, StoreError};
+
+/// The most leases one message may reclaim or return.
+const LEASES_A_MESSAGE_MAX: usize = 65_536;
+/// The most sessions one open may replace.
+const REPLACES_MAX: usize = 64;
+/// The longest host name kept.
+const HOST_BYTES_MAX: usize = 256;
+
+/// A session, as far as it need not survive the directory.
+#[derive(Debug)]
+pub(super) struct Session {
+    pub record: SessionRecord,
+    pub volume: VolumeId,
+    pub conn: Option<ConnId>,
+    /// When it was last heard.
+    pub heard_ms: u64,
+    /// It has said what it holds since the directory started.
+    pub claimed: bool,
+    /// After it came back: what it holds and has not yet claimed again.
+    pub unclaimed: Option<HashSet<InodeKey>>,
+    /// Commits that are not yet durable, and the batches in them.
+    pub undurable: VecDeque<(Seq, u64)>,
+    /// Inodes it has open, although it may hold no lease on them.
+    pub open: HashSet<u64>,
+    /// It is being ended: nothing more is taken from it.
+    pub ending: bool,
+}
+
+/// How a session ends.
+#[derive(Clone, Debug)]
+pub(super) struct Ending {
+    pub reason: EndReason,
+    pub detail: String,
+}
+
+impl Session {
+    /// A session the store knows, not yet heard of since the start.
+    pub fn restored(record: SessionRecord) -> Self {
+        let volume = volume_id(&record.volume);
+        Self {
+            volume,
+            conn: None,
+            heard_ms: 0,
+            claimed: record.fenced,
+            unclaimed: None,
+            undurable: VecDeque::new(),
+            open: HashSet::new(),
+            ending: false,
+            record,
+        }
+    }
+
+    /// Whether it can hold leases.
+    pub fn is_alive(&self) -> bool {
+        !self.record.fenced && !self.ending
+    }
+}
+
+impl Engine {
+    pub(super) fn session_says(&mut self, conn: ConnId, up: SessionUp) -> Result<(), StoreError> {
+        let Some(connection) = self.connections.get(&conn) else { return Ok(()) };
+        let Some(event) = up.event else {
+            return self.end_connection(conn, EndReason::Refused, "a message without content");
+        };
+        let Some(session) = connection.session else {
+            return match event {
+                Up::Open(open) => self.open(conn, open),
+                _ => self.end_connection(conn, EndReason::Refused, "the first message must open"),
+            };
+        };
+        let now_ms = self.now_ms();
+        let Some(known) = self.sessions.get_mut(&session) else { return Ok(()) };
+        if known.ending || known.conn != Some(conn) {
+            return Ok(());
+        }
+        known.heard_ms = now_ms;
+        match event {
+            Up::Open(_) => self.refuse(session, "a session is opened once".to_owned()),
+            Up::Reclaim(reclaim) => self.reclaim(session, &reclaim),
+            Up::Batch(batch) => self.batch(session, &batch),
+            Up::Fetch(fetch) => self.fetch(session, conn, fetch),
+            Up::LeaseReturn(returned) => self.lease_return(session, &returned),
+            Up::LeasePlacements(ask) => self.lease_placements(session, conn, &ask),
+            Up::LeaseInodes(ask) => self.lease_inodes(session, conn, &ask),
+            Up::Lock(ask) => self.lock(session, conn, ask),
+            Up::Statfs(ask) => self.statfs(session, conn, &ask),
+            Up::Damage(damage) => self.client_damage(session, &damage),
+            Up::Renew(_) => {
+                self.send(conn, Down::Renewed(Renewed { grant: Bytes::new() }));
+                Ok(())
+            }
+            Up::Close(_) => {
+                let detail = "closed by the mount".to_owned();
+                self.end_session(session, Ending { reason: EndReason::Closed, detail })
+            }
+            Up::Sync(_) => self.sync(),
+        }
+    }
+
+    /// Ends a connection that has no session.
+    fn end_connection(
+        &mut self,
+        conn: ConnId,
+        reason: EndReason,
+        detail: impl Into<String>,
+    ) -> Result<(), StoreError> {
+        let ended = SessionEnded { reason: reason as i32, detail: detail.into() };
+        self.send(conn, Down::Ended(ended));
+        self.effects.push(Effect::End { conn });
+        self.connections.remove(&conn);
+        Ok(())
+    }
+
+    /// The session broke a rule.
+    pub(super) fn refuse(&mut self, session: u64, detail: String) -> Result<(), StoreError> {
+        tracing::warn!(session, %detail, "session refused");
+        self.end_session(session, Ending { reason: EndReason::Refused, detail })
+    }
+
+    fn open(&mut self, conn: ConnId, open: OpenSession) -> Result<(), StoreError> {
+        let by_id = open.volume.parse::<VolumeId>().ok();
+        let found = self.volumes.iter().find(|(id, volume)| {
+            !volume.record.deleting && (Some(**id) == by_id || volume.record.name == open.volume)
+        });
+        let Some((volume, _)) = found else {
+            let detail = format!("there is no volume {:?}", open.volume);
+            return self.end_connection(conn, EndReason::NoVolume, detail);
+        };
+        let volume = *volume;
+        let key_hash = self.connections.get(&conn).map(|known| known.peer.key_hash.clone());
+        let key_hash = key_hash.unwrap_or_default();
+        if open.session != 0 {
+            return self.resume(conn, &open, volume, &key_hash);
+        }
+        if self.sessions.len() >= SESSIONS_MAX {
+            return self.end_connection(conn, EndReason::Refused, "too many sessions");
+        }
+        for replaced in open.replaces.iter().take(REPLACES_MAX) {
+            let known = self.sessions.get(replaced);
+            if known.is_some_and(|known| known.is_alive() && known.record.key_hash == key_hash) {
+                let detail = "replaced: its mount is dead".to_owned();
+                self.end_session(*replaced, Ending { reason: EndReason::Fenced, detail })?;
+            }
+        }
+        let session = self.cluster.next_session;
+        self.cluster.next_session += 1;
+        let mut host = open.host;
+        host.truncate(
+            (0..=HOST_BYTES_MAX).rev().find(|at| host.is_char_boundary(*at)).unwrap_or(0),
+        );
+        let record = SessionRecord {
+            volume: Bytes::copy_from_slice(volume.as_bytes()),
+            host,
+            read_only: open.read_only,
+            key_hash: key_hash.into(),
+            ..Default::default()
+        };
+        let mut known = Session::restored(record);
+        known.claimed = true;
+        known.conn = Some(conn);
+        known.heard_ms = self.now_ms();
+        let mut batch = crate::store::WriteBatch::new();
+        batch.put(keys::session(session), encode(&known.record));
+        batch.put(keys::cluster(), encode(&self.cluster));
+        self.sessions.insert(session, known);
+        if let Some(connection) = self.connections.get_mut(&conn) {
+            connection.session = Some(session);
+        }
+        let seq = self.commit(batch, Durability::Durable)?;
+        self.greet(conn, session, false, seq)
+    }
+
+    fn resume(
+        &mut self,
+        conn: ConnId,
+        open: &OpenSession,
+        volume: VolumeId,
+        key_hash: &[u8],
+    ) -> Result<(), StoreError> {
+        let session = open.session;
+        let incarnation = self.cluster.incarnation;
+        let now_ms = self.now_ms();
+        let known = self.sessions.get_mut(&session).filter(|known| {
+            known.volume == volume && known.record.key_hash == key_hash && !known.ending
+        });
+        let Some(known) = known.filter(|_| open.incarnation == incarnation) else {
+            let detail = format!("there is no session {session} to resume");
+            return self.end_connection(conn, EndReason::Unknown, detail);
+        };
+        if known.record.fenced {
+            let detail = "it was silent too long and another mount wanted what it held";
+            return self.end_connection(conn, EndReason::Fenced, detail);
+        }
+        known.heard_ms = now_ms;
+        let old = known.conn.replace(conn);
+        known.unclaimed = Some(self.leases.held_by(session).into_iter().collect());
+        if let Some(old) = old.filter(|old| *old != conn) {
+            self.connections.remove(&old);
+            self.drop_requests(old);
+            self.effects.push(Effect::End { conn: old });
+        }
+        if let Some(connection) = self.connections.get_mut(&conn) {
+            connection.session = Some(session);
+        }
+        // Everything applied so far is durable before the mount hears how far it was applied.
+        let last_seq = self.last_seq;
+        if last_seq > self.durable {
+            self.sync_store()?;
+        }
+        self.greet(conn, session, true, last_seq)
+    }
+
+    fn greet(
+        &mut self,
+        conn: ConnId,
+        session: u64,
+        resumed: bool,
+        seq: Seq,
+    ) -> Result<(), StoreError> {
+        let Some(known) = self.sessions.get(&session) else { return Ok(()) };
+        let Some(volume) = self.volumes.get(&known.volume) else { return Ok(()) };
+        let applied = known.record.applied;
+        let opened = SessionOpened {
+            session,
+            incarnation: self.cluster.incarnation,
+            resumed,
+            applied,
+            volume: Bytes::copy_from_slice(known.volume.as_bytes()),
+            volume_name: volume.record.name.clone(),
+            s: volume.record.s,
+            r: volume.record.r,
+            volume_key: volume.record.key.clone(),
+            lease_ms: self.config.lease_ms as u32,
+            fence_ms: self.config.fence_ms as u32,
+            grant: Bytes::new(),
+            now_unix_ms: self.at.unix_ms,
+        };
+        let mut first = vec![Down::Opened(opened), Down::Providers(self.provider_table())];
+        if resumed {
+            first.push(Down::Durable(Durable { number: applied }));
+        }
+        for event in first {
+            let down = Box::new(SessionDown { event: Some(event) });
+            self.then(seq, Then::Send(conn, down))?;
+        }
+        Ok(())
+    }
+
+    fn reclaim(&mut self, session: u64, reclaim: &Reclaim) -> Result<(), StoreError> {
+        let Some(known) = self.sessions.get_mut(&session) else { return Ok(()) };
+        let volume = known.volume;
+        if reclaim.leases.len() > LEASES_A_MESSAGE_MAX {
+            return self.refuse(session, "too many leases in one message".to_owned());
+        }
+        for lease in &reclaim.leases {
+            if lease.open {
+                known.open.insert(lease.ino);
+            }
+            let key = (volume, lease.ino);
+            if let Some(unclaimed) = &mut known.unclaimed {
+                unclaimed.remove(&key);
+            }
+            let level = Level::from_wire(lease.level);
+            let more = level > self.leases.level(session, &key);
+            if more && !self.leases.reclaim(session, &key, level, lease.grant) {
+                let detail = format!("inode {} was leased to another meanwhile", lease.ino);
+                return self.refuse(session, detail);
+            }
+        }
+        if reclaim.last {
+            self.claimed(session);
+        }
+        Ok(())
+    }
+
+    /// The session has said all it holds.
+    pub(super) fn claimed(&mut self, session: u64) {
+        let Some(known) = self.sessions.get_mut(&session) else { return };
+        let unclaimed = known.unclaimed.take();
+        let first = !std::mem::replace(&mut known.claimed, true);
+        for key in unclaimed.into_iter().flatten() {
+            self.leases.forget(session, &key);
+            self.wake_inode(&key);
+        }
+        if first {
+            self.wake_grace();
+        }
+        // Recalls that were on their way when the connection broke are sent again.
+        for key in self.leases.held_by(session) {
+            self.wake_inode(&key);
+        }
+    }
+
+    fn lease_return(&mut self, session: u64, returned: &LeaseReturn) -> Result<(), StoreError> {
+        let Some(known) = self.sessions.get_mut(&session) else { return Ok(()) };
+        let volume = known.volume;
+        if returned.leases.len() > LEASES_A_MESSAGE_MAX {
+            return self.refuse(session, "too many leases in one message".to_owned());
+        }
+        for lease in &returned.leases {
+            if lease.open {
+                known.open.insert(lease.ino);
+            } else {
+                known.open.remove(&lease.ino);
+            }
+        }
+        for lease in &returned.leases {
+            let key = (volume, lease.ino);
+            match self.leases.lower(session, &key, Level::from_wire(lease.level), lease.grant) {
+                Returned::Lowered => self.wake_inode(&key),
+                Returned::Ignored { again: Some((keep, grant)) } => {
+                    self.recall(session, &key, keep, grant);
+                }
+                Returned::Ignored { again: None } | Returned::Unknown => {}
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn recall(&mut self, session: u64, key: &InodeKey, keep: Level, grant: u64) {
+        let recall = Recall { ino: key.1, level: keep.to_wire(), grant };
+        self.send_session(session, Down::Recall(recall));
+    }
+
+    /// Shuts a silent session out; what it held is free when the fence is durable.
+    pub(super) fn fence(&mut self, session: u64) -> Result<(), StoreError> {
+        let detail = "it was silent too long and another mount wanted what it held".to_owned();
+        tracing::warn!(session, "session fenced");
+        self.end_session(session, Ending { reason: EndReason::Fenced, detail })
+    }
+
+    /// Ends a session: its open unlinked files go, its record goes (of a fenced one it stays, marked,
+    /// so that its replay is refused), and when that is durable its leases are free.
+    pub(super) fn end_session(&mut self, session: u64, end: Ending) -> Result<(), StoreError> {
+        let Some(known) = self.sessions.get_mut(&session) else { return Ok(()) };
+        if std::mem::replace(&mut known.ending, true) {
+            return Ok(());
+        }
+        let volume = known.volume;
+        let fenced = matches!(end.reason, EndReason::Fenced);
+        known.record.fenced = fenced;
+        let record = known.record.clone();
+        let Some(mut tx) = self.tx(volume) else { return Ok(()) };
+        let range = KeyRange::prefix(&keys::orphans(&volume, session));
+        let orphans = tx.scan(&range, usize::MAX)?;
+        for (key, _) in &orphans {
+            let released = tx.release(session, keys::last_number(key));
+            released.or_else(|error| match error {
+                crate::namespace::ApplyError::Store(error) => Err(error),
+                crate::namespace::ApplyError::Rule(rule) => {
+                    tracing::error!(session, %rule, "an open unlinked inode is gone");
+                    Ok(())
+                }
+            })?;
+        }
+        if fenced {
+            tx.put(keys::session(session), &record);
+        } else {
+            tx.delete(keys::session(session));
+        }
+        let outcome = tx.finish()?;
+        let seq = self.commit(outcome.batch, Durability::Durable)?;
+        self.pending_deletes += outcome.graves as i64;
+        self.note_blocks(volume, outcome.blocks);
+        self.then(seq, Then::Ended { session, end })
+    }
+
+    /// The end of a session is durable.
+    pub(super) fn ended(&mut self, session: u64, end: Ending) {
+        let Some(known) = self.sessions.get_mut(&session) else { return };
+        let conn = known.conn.take();
+        known.claimed = true;
+        known.unclaimed = None;
+        known.undurable.clear();
+        known.open.clear();
+        known.ending = false;
+        if !known.record.fenced {
+            self.sessions.remove(&session);
+        }
+        if let Some(conn) = conn {
+            let ended = SessionEnded { reason: end.reason as i32, detail: end.detail };
+            self.send(conn, Down::Ended(ended));
+            self.effects.push(Effect::End { conn });
+            self.connections.remove(&conn);
+            self.drop_requests(conn);
+        }
+        for key in self.leases.drop_session(session) {
+            self.wake_inode(&key);
+        }
+        self.wake_grace();
+        self.drop_locks(session);
+    }
+
+    pub(super) fn disconnected(&mut self, conn: ConnId) {
+        self.drop_requests(conn);
+        let Some(connection) = self.connections.remove(&conn) else { return };
+        if let Some(session) = connection.session.and_then(|id| self.sessions.get_mut(&id)) {
+            if session.conn == Some(conn) {
+                session.conn = None;
+            }
+        }
+        if let Some(provider) = connection.provider {
+            self.provider_gone(conn, provider);
+        }
+    }
+}
