@@ -4,7 +4,8 @@
 //! `cargo bench -p us-core --bench code` prints everything in about a minute; `-- --help` tells how
 //! to ask for less. All contenders of a row run in turns in one process, and the best round of each
 //! counts. GB/s (10^9) are of data in: the s data fragments. The copy moves half of the bytes that
-//! an encode touches to the other half, so that both work in caches of the same size.
+//! an encode touches to the other half, so that both work in caches of the same size. All buffers
+//! lie on 64-byte lines unless `--stagger-bytes` says otherwise.
 
 use std::hint::black_box;
 use std::time::{Duration, Instant};
@@ -36,6 +37,9 @@ struct Options {
     /// Rounds; the best one counts.
     #[arg(long, default_value_t = 15)]
     rounds: usize,
+    /// Moves each fragment this many bytes further off its 64-byte line than the one before.
+    #[arg(long, default_value_t = 0)]
+    stagger_bytes: usize,
     /// Leave out the slow contenders: the portable kernel and the crate.
     #[arg(long)]
     fast_only: bool,
@@ -44,74 +48,103 @@ struct Options {
     bench: bool,
 }
 
+/// Slices of one length in one allocation, the first on a 64-byte line.
+struct Buffers {
+    memory: Vec<u8>,
+    lead: usize,
+    stride: usize,
+    bytes: usize,
+}
+
+impl Buffers {
+    const LINE_BYTES: usize = 64;
+
+    fn new(count: usize, bytes: usize, stagger_bytes: usize) -> Self {
+        let stride = bytes.next_multiple_of(Self::LINE_BYTES) + stagger_bytes;
+        let memory: Vec<u8> = (0..count * stride + Self::LINE_BYTES)
+            .map(|i| (i.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 40) as u8)
+            .collect();
+        let lead = memory.as_ptr().align_offset(Self::LINE_BYTES);
+        Self { memory, lead, stride, bytes }
+    }
+
+    fn slices(&self) -> Vec<&[u8]> {
+        let chunks = self.memory[self.lead..].chunks_exact(self.stride);
+        chunks.map(|chunk| &chunk[..self.bytes]).collect()
+    }
+
+    fn slices_mut(&mut self) -> Vec<&mut [u8]> {
+        let chunks = self.memory[self.lead..].chunks_exact_mut(self.stride);
+        chunks.map(|chunk| &mut chunk[..self.bytes]).collect()
+    }
+}
+
 /// One code at one block size, with room for all inputs and results.
 struct Subject {
     code: Code,
     own: ErasureCode,
     portable: ErasureCode,
     oracle: ReedSolomon,
-    /// The s data fragments, then the r of parity.
-    fragments: Vec<Vec<u8>>,
-    rebuilt: Vec<Vec<u8>>,
-    copy: Vec<u8>,
+    data: Buffers,
+    parity: Buffers,
+    rebuilt: Buffers,
+    copy: Buffers,
 }
 
 impl Subject {
-    fn new(code: Code, block_bytes: usize, kernel: Kernel) -> Self {
+    fn new(code: Code, block_bytes: usize, kernel: Kernel, stagger_bytes: usize) -> Self {
         let bytes = block_bytes.div_ceil(code.s());
-        let byte = |i: usize| (i.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 40) as u8;
-        let fragment = |index: usize| (0..bytes).map(|i| byte(index * bytes + i)).collect();
         Self {
             code,
             own: ErasureCode::with_kernel(code, kernel),
             portable: ErasureCode::with_kernel(code, Kernel::PORTABLE),
             oracle: ReedSolomon::new(code.s(), code.r()).expect("a valid code"),
-            fragments: (0..code.fragments()).map(fragment).collect(),
-            rebuilt: vec![vec![1; bytes]; code.r()],
-            copy: vec![1; bytes * code.fragments()],
+            data: Buffers::new(code.s(), bytes, stagger_bytes),
+            parity: Buffers::new(code.r(), bytes, stagger_bytes),
+            rebuilt: Buffers::new(code.r(), bytes, stagger_bytes),
+            copy: Buffers::new(2, bytes * code.fragments() / 2, 0),
         }
     }
 
-    /// Bytes of all data fragments.
-    fn data_bytes(&self) -> usize {
-        self.fragments[0].len() * self.code.s()
-    }
-
     fn memcpy(&mut self) {
-        let half = self.copy.len() / 2;
-        let (from, to) = self.copy.split_at_mut(half);
-        to[..half].copy_from_slice(black_box(from));
-        black_box(to);
+        let mut copy = self.copy.slices_mut();
+        let [from, to] = &mut copy[..] else { unreachable!("two buffers") };
+        to.copy_from_slice(black_box(from));
+        black_box(copy);
     }
 
     fn encode(&mut self, portable: bool) {
-        let (data, parity) = self.fragments.split_at_mut(self.code.s());
-        let data: Vec<&[u8]> = data.iter().map(Vec::as_slice).collect();
-        let mut parity: Vec<&mut [u8]> = parity.iter_mut().map(Vec::as_mut_slice).collect();
         let erasure_code = if portable { &self.portable } else { &self.own };
-        erasure_code.encode(black_box(&data), &mut parity).expect("the slices fit the code");
+        let mut parity = self.parity.slices_mut();
+        erasure_code
+            .encode(black_box(&self.data.slices()), &mut parity)
+            .expect("the slices fit the code");
         black_box(parity);
     }
 
     fn encode_by_crate(&mut self) {
-        self.oracle.encode(black_box(&mut self.fragments)).expect("the slices fit the code");
+        let mut parity = self.parity.slices_mut();
+        self.oracle
+            .encode_sep(black_box(&self.data.slices()), &mut parity)
+            .expect("the slices fit the code");
+        black_box(parity);
     }
 
     /// Rebuilds the first `losses` fragments from the s that follow.
     fn decode(&mut self, losses: usize) {
-        let present = self.fragments.iter().enumerate().skip(losses).take(self.code.s());
-        let present: Vec<(usize, &[u8])> = present.map(|(i, f)| (i, f.as_slice())).collect();
-        let wanted = self.rebuilt.iter_mut().take(losses).enumerate();
-        let mut wanted: Vec<(usize, &mut [u8])> =
-            wanted.map(|(i, f)| (i, f.as_mut_slice())).collect();
+        let fragments = self.data.slices().into_iter().chain(self.parity.slices());
+        let present: Vec<(usize, &[u8])> =
+            fragments.enumerate().skip(losses).take(self.code.s()).collect();
+        let rebuilt = self.rebuilt.slices_mut().into_iter();
+        let mut wanted: Vec<(usize, &mut [u8])> = rebuilt.take(losses).enumerate().collect();
         self.own.reconstruct(black_box(&present), &mut wanted).expect("s are present");
         black_box(wanted);
     }
 
     fn decode_by_crate(&mut self, losses: usize) {
-        let fragments = self.fragments.iter_mut().enumerate();
+        let fragments = self.data.slices_mut().into_iter().chain(self.parity.slices_mut());
         let mut fragments: Vec<(&mut [u8], bool)> =
-            fragments.map(|(i, f)| (f.as_mut_slice(), i >= losses)).collect();
+            fragments.enumerate().map(|(i, fragment)| (fragment, i >= losses)).collect();
         self.oracle.reconstruct(black_box(&mut fragments)).expect("s are present");
     }
 
@@ -120,8 +153,9 @@ impl Subject {
         self.encode(false);
         let losses = self.code.r();
         self.decode(losses);
-        assert!(self.oracle.verify(&self.fragments).expect("the slices fit the code"));
-        assert!(self.rebuilt[..] == self.fragments[..losses]);
+        let fragments = [self.data.slices(), self.parity.slices()].concat();
+        assert!(self.oracle.verify(&fragments).expect("the slices fit the code"));
+        assert!(self.rebuilt.slices() == fragments[..losses]);
     }
 }
 
@@ -168,8 +202,8 @@ impl Contender {
 
     fn bytes(self, subject: &Subject) -> usize {
         match self {
-            Self::Memcpy => subject.copy.len() / 2,
-            _ => subject.data_bytes(),
+            Self::Memcpy => subject.copy.bytes,
+            _ => subject.data.bytes * subject.code.s(),
         }
     }
 }
@@ -211,7 +245,7 @@ fn print_throughput(options: &Options, codes: &[Code], kernel: Kernel) {
     let contenders = if options.fast_only { &contenders[..Contender::FAST] } else { contenders };
     for code in codes {
         for kib in &options.blocks_kib {
-            let mut subject = Subject::new(*code, kib << 10, kernel);
+            let mut subject = Subject::new(*code, kib << 10, kernel, options.stagger_bytes);
             subject.check();
             let best = measure(&mut subject, contenders, options.rounds);
             let rates = contenders.iter().zip(best);
@@ -231,7 +265,7 @@ fn print_fixed_costs(codes: &[Code], kernel: Kernel, rounds: usize) {
     println!("| code | make the code | encode | decode 1 | decode r |");
     println!("|---|--:|--:|--:|--:|");
     for code in codes {
-        let mut subject = Subject::new(*code, SMALL_BYTES * code.s(), kernel);
+        let mut subject = Subject::new(*code, SMALL_BYTES * code.s(), kernel, 0);
         let start = Instant::now();
         black_box(ErasureCode::with_kernel(*code, kernel));
         let make = start.elapsed().as_secs_f64() * 1e6;
