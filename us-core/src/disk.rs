@@ -22,18 +22,32 @@
 //! Called by usfs, repair of content, and tools. What may fail: [`StoreError`], [`ReadError`].
 
 mod block;
+mod cpu;
 mod error;
+mod gather;
+mod latency;
 mod margin;
+pub mod memory;
+mod placing;
+mod read;
 mod read_ahead;
 mod seams;
+mod slots;
 mod store;
+#[cfg(test)]
+mod tests;
 
+use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use parking_lot::Mutex;
+use tokio::sync::Semaphore;
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 pub use block::{BlockInfo, FragmentBits, InlineBlock, StoredBlock};
 pub use error::{FragmentFailure, FragmentLoss, PlacementError, ReadError, Retry, StoreError};
@@ -42,6 +56,7 @@ pub use read_ahead::{ReadAhead, ReadAheadLimits};
 pub use seams::{BlockDirectory, Damage, FragmentTransport, PlacementLease, SlotRange};
 pub use store::LateFragments;
 
+use crate::code::ErasureCode;
 use crate::geometry::Code;
 use crate::ids::VolumeId;
 use crate::seal::VolumeKey;
@@ -104,10 +119,38 @@ pub struct VirtualDisk {
 struct Shared {
     volume: VolumeId,
     key: VolumeKey,
-    code: Code,
+    code: ErasureCode,
+    /// Codes of blocks written under another code of the volume.
+    other_codes: Mutex<HashMap<Code, ErasureCode>>,
     config: DiskConfig,
     directory: Arc<dyn BlockDirectory>,
     transport: Arc<dyn FragmentTransport>,
+    cpu: cpu::CpuJobs,
+    latencies: Mutex<latency::Latencies>,
+    cache: quick_cache::sync::Cache<read::PageKey, Bytes, read::PageWeight>,
+    flights: read::Flights,
+    /// In units of [`PERMIT_BYTES`], as the next two.
+    store_permits: Arc<Semaphore>,
+    read_permits: Arc<Semaphore>,
+    rebuild_permits: Arc<Semaphore>,
+    closed: CancellationToken,
+    tasks: TaskTracker,
+}
+
+/// What one permit of memory stands for.
+const PERMIT_BYTES: usize = 4096;
+
+/// Permits for `bytes`, and never more than there are.
+const fn permits_for(bytes: usize, bytes_max: usize) -> u32 {
+    let (wanted, all) = (bytes.div_ceil(PERMIT_BYTES), permits_of(bytes_max));
+    if wanted < all { wanted as u32 } else { all as u32 }
+}
+
+/// All permits of a limit; one at least.
+const fn permits_of(bytes_max: usize) -> usize {
+    let permits = bytes_max.div_ceil(PERMIT_BYTES);
+    let permits = if permits == 0 { 1 } else { permits };
+    if permits < u32::MAX as usize >> 3 { permits } else { u32::MAX as usize >> 3 }
 }
 
 impl VirtualDisk {
@@ -120,12 +163,37 @@ impl VirtualDisk {
         directory: Arc<dyn BlockDirectory>,
         transport: Arc<dyn FragmentTransport>,
     ) -> Self {
-        Self { shared: Arc::new(Shared { volume, key, code, config, directory, transport }) }
+        let permits = |bytes_max| Arc::new(Semaphore::new(permits_of(bytes_max)));
+        let cache_items = (config.cache_bytes / (16 << 10)).max(16);
+        Self {
+            shared: Arc::new(Shared {
+                volume,
+                key,
+                code: ErasureCode::new(code),
+                other_codes: Mutex::default(),
+                directory,
+                transport,
+                cpu: cpu::CpuJobs::new(config.cpu_jobs_max),
+                latencies: Mutex::default(),
+                cache: quick_cache::sync::Cache::with_weighter(
+                    cache_items,
+                    config.cache_bytes as u64,
+                    read::PageWeight,
+                ),
+                flights: read::Flights::default(),
+                store_permits: permits(config.store_bytes_max),
+                read_permits: permits(config.read_bytes_max),
+                rebuild_permits: permits(config.read_bytes_max),
+                closed: CancellationToken::new(),
+                tasks: TaskTracker::new(),
+                config,
+            }),
+        }
     }
 
     /// The code of new blocks.
     pub fn code(&self) -> Code {
-        self.shared.code
+        self.shared.code.code()
     }
 
     /// Stores the concatenation of `plaintext` (at most [`Code::block_bytes_max`]) as one block.
@@ -138,8 +206,7 @@ impl VirtualDisk {
         plaintext: Vec<Bytes>,
         deadline: Instant,
     ) -> Result<StoredBlock, StoreError> {
-        let _ = (plaintext, deadline);
-        Err(StoreError::Closed)
+        self.shared.store(plaintext, deadline).await
     }
 
     /// Seals the concatenation of `plaintext` (at most [`crate::seal::INLINE_BYTES_MAX`]) for the
@@ -148,8 +215,7 @@ impl VirtualDisk {
     /// # Errors
     /// [`StoreError::InlineBytes`].
     pub fn seal_inline(&self, plaintext: &[Bytes]) -> Result<InlineBlock, StoreError> {
-        let _ = plaintext;
-        Err(StoreError::Closed)
+        self.shared.seal_inline(plaintext)
     }
 
     /// Reads `range` of the block's plaintext: consecutive pieces, which together are exactly the
@@ -162,8 +228,7 @@ impl VirtualDisk {
         block: &BlockInfo,
         range: Range<usize>,
     ) -> Result<Vec<Bytes>, ReadError> {
-        let _ = (block, range);
-        Err(ReadError::Closed)
+        self.shared.read(block, range).await
     }
 
     /// Reads many ranges at once; the answers come in the order of the ranges.
@@ -179,9 +244,13 @@ impl VirtualDisk {
 
     /// Brings `range` into the cache in the background, unless memory for reads is short.
     pub fn prefetch(&self, block: &BlockInfo, range: Range<usize>) {
-        let _ = (block, range);
+        self.shared.prefetch(block, range);
     }
 
     /// Refuses new work and waits until every put and get is over.
-    pub async fn close(&self) {}
+    pub async fn close(&self) {
+        self.shared.closed.cancel();
+        self.shared.tasks.close();
+        self.shared.tasks.wait().await;
+    }
 }

@@ -1,7 +1,32 @@
-//! Storing a block.
+//! Storing a block: seal and encode on the CPU pool, put everywhere at once, answer when the margin
+//! holds.
+//!
+//! One task drives the puts of a block to their end, whether or not anybody still waits; it owns the
+//! fragments and the permits for their bytes.
 
-use super::FragmentBits;
-use tokio::sync::watch;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::FutureExt;
+use futures::future::BoxFuture;
+use futures::stream::{FuturesUnordered, StreamExt};
+use tokio::sync::{OwnedSemaphorePermit, oneshot, watch};
+use tokio::time::{Instant, sleep_until, timeout_at};
+
+use super::placing::{Placing, Replacement};
+use super::{
+    BlockInfo, FragmentBits, FragmentFailure, InlineBlock, PlacementError, PlacementLease, Retry,
+    Shared, StoreError, StoredBlock, permits_for,
+};
+use crate::code::ErasureCode;
+use crate::fragment::{FingerprintKind, FragmentRecord, records_of_block};
+use crate::geometry::BlockGeometry;
+use crate::ids::{Birth, BlockId, ProviderId};
+use crate::seal::{BlockSealer, FreshBlockId, INLINE_BYTES_MAX, VolumeKey};
+
+/// How long a provider that asked to try later is left alone.
+const RETRY_AFTER: Duration = Duration::from_millis(200);
 
 /// Fragments of an acknowledged block that become durable later.
 #[derive(Debug)]
@@ -22,5 +47,339 @@ impl LateFragments {
             }
             self.progress.changed().await.ok()?;
         }
+    }
+}
+
+/// What the CPU makes of a plaintext.
+struct Encoded {
+    block: BlockId,
+    geometry: BlockGeometry,
+    records: Vec<FragmentRecord>,
+    fingerprint_hash: [u8; 32],
+}
+
+/// What the putting task answers: the places and what is durable.
+type Acknowledged = (Vec<ProviderId>, FragmentBits);
+
+impl Shared {
+    pub(super) async fn store(
+        self: &Arc<Self>,
+        plaintext: Vec<Bytes>,
+        deadline: Instant,
+    ) -> Result<StoredBlock, StoreError> {
+        if self.closed.is_cancelled() {
+            return Err(StoreError::Closed);
+        }
+        let bytes = plaintext.iter().map(Bytes::len).sum();
+        let geometry = BlockGeometry::new(self.code.code(), bytes)?;
+        let on_the_way = geometry.fragment_bytes() * self.code.code().fragments();
+        let units = permits_for(on_the_way, self.config.store_bytes_max);
+        let waiting = Arc::clone(&self.store_permits).acquire_many_owned(units);
+        let late = |what: &str| PlacementError::Unavailable { detail: what.to_owned() };
+        let permit = match timeout_at(deadline, waiting).await {
+            Ok(permit) => permit.map_err(|_| StoreError::Closed)?,
+            Err(_) => return Err(late("earlier blocks are not stored in time").into()),
+        };
+        let leased = timeout_at(deadline, self.directory.lease_placement()).await;
+        let lease = leased.map_err(|_| late("no placement lease in time"))??;
+        if lease.providers.len() != self.code.code().fragments() {
+            return Err(late("a placement lease of another code").into());
+        }
+        let encoded = self.encode(plaintext, geometry, lease.birth).await?;
+        self.put_all(encoded, lease, permit, deadline).await
+    }
+
+    /// Seals and encodes on the CPU pool.
+    async fn encode(
+        &self,
+        plaintext: Vec<Bytes>,
+        geometry: BlockGeometry,
+        birth: Birth,
+    ) -> Result<Encoded, StoreError> {
+        let (key, volume, code) = (self.key.clone(), self.volume, self.code.clone());
+        let job = move || encode(&key, volume, &code, plaintext, geometry, birth);
+        self.cpu.run(job).await.ok_or(StoreError::Closed)
+    }
+
+    async fn put_all(
+        self: &Arc<Self>,
+        encoded: Encoded,
+        lease: PlacementLease,
+        permit: OwnedSemaphorePermit,
+        deadline: Instant,
+    ) -> Result<StoredBlock, StoreError> {
+        let (code, acknowledge) = (self.code.code(), self.config.acknowledge);
+        let placing = Placing::new(encoded.block, code, acknowledge, lease.providers);
+        placing.check()?;
+        let (answer, answered) = oneshot::channel();
+        let (progress, late) = watch::channel(FragmentBits::EMPTY);
+        let puts = Puts {
+            shared: Arc::clone(self),
+            records: encoded.records,
+            placing,
+            deadline,
+            answer: Some(answer),
+            progress,
+            running: FuturesUnordered::new(),
+            started: vec![Vec::new(); code.fragments()],
+            leasing: None,
+            waiting: Vec::new(),
+            _permit: permit,
+        };
+        self.tasks.spawn(puts.run());
+        let (providers, durable) = answered.await.map_err(|_| StoreError::Closed)??;
+        Ok(StoredBlock {
+            info: BlockInfo {
+                id: encoded.block,
+                geometry: encoded.geometry,
+                providers: providers.into(),
+                durable,
+                fingerprint_kind: FingerprintKind::Crc32c as u32,
+                fingerprint_hash: encoded.fingerprint_hash,
+                inline: None,
+            },
+            birth: lease.birth,
+            late: LateFragments { progress: late, seen: durable },
+        })
+    }
+
+    pub(super) fn seal_inline(&self, plaintext: &[Bytes]) -> Result<InlineBlock, StoreError> {
+        let slices: Vec<&[u8]> = plaintext.iter().map(AsRef::as_ref).collect();
+        let bytes = slices.iter().map(|slice| slice.len()).sum();
+        if bytes == 0 || bytes > INLINE_BYTES_MAX {
+            return Err(StoreError::InlineBytes { bytes });
+        }
+        let sealer = BlockSealer::new(&self.key, self.volume, FreshBlockId::generate());
+        let block = sealer.block();
+        let sealed = sealer.seal_inline(&slices).expect("the length was checked");
+        let info = InlineBlock::info(block, bytes, sealed.into());
+        Ok(InlineBlock { info: info.ok_or(StoreError::InlineBytes { bytes })? })
+    }
+}
+
+/// Seals the pages into the data fragments and encodes the parity: all in one buffer.
+fn encode(
+    key: &VolumeKey,
+    volume: crate::ids::VolumeId,
+    code: &ErasureCode,
+    plaintext: Vec<Bytes>,
+    geometry: BlockGeometry,
+    birth: Birth,
+) -> Encoded {
+    let (s, fragment_bytes) = (geometry.code().s(), geometry.fragment_bytes());
+    let mut buffer = vec![0u8; geometry.code().fragments() * fragment_bytes];
+    let (data, parity) = buffer.split_at_mut(s * fragment_bytes);
+    let slices: Vec<&[u8]> = plaintext.iter().map(AsRef::as_ref).collect();
+    let sealer = BlockSealer::new(key, volume, FreshBlockId::generate());
+    let block = sealer
+        .seal_block(&geometry, &slices, data)
+        .expect("the geometry was made for these lengths");
+    drop(slices);
+    drop(plaintext);
+    let data: Vec<&[u8]> = data.chunks_exact(fragment_bytes).collect();
+    let mut parity: Vec<&mut [u8]> = parity.chunks_exact_mut(fragment_bytes).collect();
+    code.encode(&data, &mut parity).expect("s and r slices of one length");
+    let mut buffer = Bytes::from(buffer);
+    let bodies = (0..geometry.code().fragments()).map(|_| buffer.split_to(fragment_bytes));
+    let records = records_of_block(volume, block, birth, geometry, bodies.collect());
+    let fingerprint_hash = records[0].trailer.fingerprints.hash();
+    Encoded { block, geometry, records, fingerprint_hash }
+}
+
+type Put = BoxFuture<'static, (usize, ProviderId, Result<(), FragmentFailure>)>;
+type Leasing = BoxFuture<'static, Result<PlacementLease, PlacementError>>;
+
+/// The puts of one block, from the first to the last.
+struct Puts {
+    shared: Arc<Shared>,
+    records: Vec<FragmentRecord>,
+    placing: Placing,
+    /// Until the acknowledgement: of the caller. Afterwards: of the background.
+    deadline: Instant,
+    /// Until the acknowledgement: who waits for it.
+    answer: Option<oneshot::Sender<Result<Acknowledged, StoreError>>>,
+    progress: watch::Sender<FragmentBits>,
+    running: FuturesUnordered<Put>,
+    /// For each fragment the tries that are under way: where, since when.
+    started: Vec<Vec<(ProviderId, Instant)>>,
+    leasing: Option<Leasing>,
+    /// Fragments that wait for the lease.
+    waiting: Vec<usize>,
+    _permit: OwnedSemaphorePermit,
+}
+
+/// What happened next.
+enum Event {
+    Put(usize, ProviderId, Result<(), FragmentFailure>),
+    Lease(Result<PlacementLease, PlacementError>),
+    Patience,
+    Deadline,
+}
+
+impl Puts {
+    async fn run(mut self) {
+        for (index, provider) in self.placing.providers.clone().into_iter().enumerate() {
+            self.put(index, provider, Duration::ZERO);
+        }
+        while !self.placing.is_settled() && !self.is_over() {
+            let event = self.next_event().await;
+            if let Err(error) = self.apply(event) {
+                if let Some(answer) = self.answer.take() {
+                    // Refused only where the caller is gone.
+                    let _ = answer.send(Err(error));
+                }
+                return;
+            }
+        }
+        // Places were given up, nothing is under way any more, and the margin does not hold.
+        if let Some(answer) = self.answer.take() {
+            let _ = answer.send(Err(self.placing.hopeless()));
+        }
+    }
+
+    /// Nothing runs and nothing will be started.
+    fn is_over(&self) -> bool {
+        self.running.is_empty() && self.leasing.is_none()
+    }
+
+    async fn next_event(&mut self) -> Event {
+        let patience = self.shared.config.put_patience;
+        let oldest = self.started.iter().filter_map(|tries| tries.last());
+        let oldest = oldest.map(|(_, since)| *since + patience).min();
+        let impatient = self.answer.is_some().then_some(oldest).flatten();
+        let leasing = async {
+            match self.leasing.as_mut() {
+                Some(leasing) => leasing.await,
+                None => std::future::pending().await,
+            }
+        };
+        // Every branch is cancel-safe: the puts and the lease stay in `self` and go on at the next
+        // call; the sleeps are made anew from the same instants.
+        tokio::select! {
+            Some((index, provider, result)) = self.running.next() => {
+                Event::Put(index, provider, result)
+            }
+            lease = leasing => Event::Lease(lease),
+            () = sleep_until(impatient.unwrap_or(self.deadline)), if impatient.is_some() => {
+                Event::Patience
+            }
+            () = sleep_until(self.deadline) => Event::Deadline,
+        }
+    }
+
+    fn apply(&mut self, event: Event) -> Result<(), StoreError> {
+        match event {
+            Event::Put(index, provider, result) => {
+                self.started[index].retain(|(at, _)| *at != provider);
+                match result {
+                    Ok(()) => self.stored(index, provider),
+                    Err(failure) => self.failed(index, provider, failure)?,
+                }
+            }
+            Event::Lease(lease) => {
+                self.leasing = None;
+                match lease {
+                    Ok(lease) => self.placing.leased(&lease.providers),
+                    Err(_) => self.placing.no_more_leases(),
+                }
+                for index in std::mem::take(&mut self.waiting) {
+                    self.replace(index)?;
+                }
+            }
+            Event::Patience => self.lose_patience()?,
+            Event::Deadline if self.answer.is_some() => return Err(self.placing.timeout()),
+            // What is not durable now is left to repair.
+            Event::Deadline => {
+                self.running.clear();
+                self.leasing = None;
+            }
+        }
+        Ok(())
+    }
+
+    fn stored(&mut self, index: usize, provider: ProviderId) {
+        self.placing.stored(index, provider, self.answer.is_none());
+        self.progress.send_replace(self.placing.durable);
+        if self.placing.is_acknowledged()
+            && let Some(answer) = self.answer.take()
+        {
+            let places = (self.placing.providers.clone(), self.placing.durable);
+            // The caller may be gone; the block is then garbage, and its puts end with the task.
+            let _ = answer.send(Ok(places));
+            self.deadline = Instant::now() + self.shared.config.put_background;
+        }
+    }
+
+    fn failed(
+        &mut self,
+        index: usize,
+        provider: ProviderId,
+        failure: FragmentFailure,
+    ) -> Result<(), StoreError> {
+        let later = failure.retry() == Retry::SamePeerLater;
+        self.placing.failed(index, provider, failure);
+        if self.placing.durable.contains(index) || self.placing.providers[index] != provider {
+            return Ok(());
+        }
+        if later {
+            self.put(index, provider, RETRY_AFTER);
+            return Ok(());
+        }
+        if self.answer.is_some() { self.replace(index) } else { Ok(()) }
+    }
+
+    /// Gives up the places that have been silent for too long.
+    fn lose_patience(&mut self) -> Result<(), StoreError> {
+        let patience = self.shared.config.put_patience;
+        let now = Instant::now();
+        for index in 0..self.started.len() {
+            let Some((provider, since)) = self.started[index].last().copied() else { continue };
+            if since + patience > now {
+                continue;
+            }
+            // Looked at once: the try itself goes on and still counts if it succeeds.
+            self.started[index].clear();
+            self.placing.slow(index, provider, patience.as_millis() as u64);
+            self.replace(index)?;
+        }
+        Ok(())
+    }
+
+    /// Finds another place for a fragment that is not durable.
+    fn replace(&mut self, index: usize) -> Result<(), StoreError> {
+        if self.placing.durable.contains(index) || self.answer.is_none() {
+            return Ok(());
+        }
+        if self.leasing.is_some() {
+            self.waiting.push(index);
+            return Ok(());
+        }
+        match self.placing.replace(index) {
+            Replacement::Put(provider) => self.put(index, provider, Duration::ZERO),
+            Replacement::Lease => {
+                let shared = Arc::clone(&self.shared);
+                let leasing = async move { shared.directory.lease_placement().await };
+                self.leasing = Some(leasing.boxed());
+                self.waiting.push(index);
+            }
+            // The puts under way may still reach the margin.
+            Replacement::Nobody if !self.running.is_empty() => {}
+            Replacement::Nobody => return Err(self.placing.hopeless()),
+        }
+        Ok(())
+    }
+
+    fn put(&mut self, index: usize, provider: ProviderId, after: Duration) {
+        let deadline = self.deadline + self.shared.config.put_background;
+        self.started[index].push((provider, Instant::now()));
+        let shared = Arc::clone(&self.shared);
+        let record = self.records[index].clone();
+        let put = async move {
+            if !after.is_zero() {
+                tokio::time::sleep(after).await;
+            }
+            (index, provider, shared.transport.put(provider, record, deadline).await)
+        };
+        self.running.push(put.boxed());
     }
 }

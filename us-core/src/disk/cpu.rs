@@ -1,0 +1,42 @@
+//! CPU work off the async runtime: a bounded number of jobs at once, the rest waits in order.
+
+use std::sync::Arc;
+
+use tokio::sync::Semaphore;
+
+/// The most jobs at once where the configuration leaves it open.
+const JOBS_MAX: usize = 8;
+
+/// Runs jobs on the runtime's blocking threads.
+#[derive(Debug)]
+pub(super) struct CpuJobs {
+    permits: Arc<Semaphore>,
+}
+
+impl CpuJobs {
+    /// At most `jobs_max` jobs at once; 0: one for each CPU.
+    pub fn new(jobs_max: usize) -> Self {
+        let cpus = || std::thread::available_parallelism().map_or(1, usize::from).min(JOBS_MAX);
+        let jobs = if jobs_max == 0 { cpus() } else { jobs_max };
+        Self { permits: Arc::new(Semaphore::new(jobs)) }
+    }
+
+    /// Runs `job` and returns its result; `None` when the runtime is shutting down. Dropping the
+    /// future before the job started drops the job; later it runs to its end.
+    pub async fn run<T: Send + 'static>(
+        &self,
+        job: impl FnOnce() -> T + Send + 'static,
+    ) -> Option<T> {
+        let permit = Arc::clone(&self.permits).acquire_owned().await.ok()?;
+        let running = tokio::task::spawn_blocking(move || {
+            let result = job();
+            drop(permit);
+            result
+        });
+        match running.await {
+            Ok(result) => Some(result),
+            Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
+            Err(_) => None,
+        }
+    }
+}

@@ -1,0 +1,473 @@
+//! Fetching pages of one block: data fragments first, parity where it helps.
+//!
+//! ```text
+//! ask the data fragments for the wanted slots
+//!   answered, seal holds        -> the page lands
+//!   NOT_FOUND                   -> locate the block once more, ask the new place
+//!   failed, wrong               -> the fragment is lost: rebuild its pages' rows
+//!   nothing by the p95          -> the fragment is late: rebuild too, and take what comes first
+//! rebuild a row: ask others until s slots are there; if the result fails its seal, ask all
+//! ```
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures::FutureExt;
+use futures::future::BoxFuture;
+use futures::stream::{FuturesUnordered, StreamExt};
+use tokio::sync::OwnedSemaphorePermit;
+use tokio::time::{Instant, sleep_until};
+
+use super::slots::{Opening, Rebuilt, Row};
+use super::{
+    BlockInfo, Damage, FragmentFailure, FragmentLoss, ReadError, Shared, SlotRange, permits_for,
+};
+
+/// Below this many bytes pages are opened where they arrive: a trip to the CPU pool costs more.
+const INLINE_CPU_BYTES: usize = 64 << 10;
+
+/// An answered get.
+struct Answer {
+    fragment: usize,
+    slots: Range<usize>,
+    /// The place that was asked, for telling an old place from a new one.
+    place: crate::ids::ProviderId,
+    result: Result<Opened, FragmentFailure>,
+    elapsed: std::time::Duration,
+}
+
+/// The slots that came, and the pages opened from them.
+struct Opened {
+    bytes: Bytes,
+    pages: Vec<(usize, Option<Bytes>)>,
+}
+
+/// A get under way.
+struct Asked {
+    slots: Range<usize>,
+    late_at: Instant,
+    late: bool,
+}
+
+/// One read of some pages of one block, from asking to reporting.
+pub(super) struct Gather {
+    shared: Arc<Shared>,
+    info: BlockInfo,
+    opening: Arc<Opening>,
+    deadline: Instant,
+    /// Pages that have not landed.
+    wanted: BTreeSet<usize>,
+    rows: BTreeMap<usize, Row>,
+    running: FuturesUnordered<BoxFuture<'static, Answer>>,
+    asked: BTreeMap<usize, Vec<Asked>>,
+    /// Fragments that cannot be used.
+    lost: BTreeMap<usize, FragmentFailure>,
+    /// Rows in which a rebuild failed its seal: everybody is asked.
+    contested: BTreeSet<usize>,
+    /// (page, slots in its row) of rebuilds that failed: not tried again with the same.
+    tried: BTreeSet<(usize, usize)>,
+    located: bool,
+    rebuild_permit: Option<OwnedSemaphorePermit>,
+}
+
+impl Gather {
+    pub fn new(shared: Arc<Shared>, info: BlockInfo, pages: BTreeSet<usize>) -> Self {
+        let deadline = Instant::now() + shared.config.read_deadline;
+        let opening = Arc::new(shared.opening(&info));
+        Self {
+            shared,
+            info,
+            opening,
+            deadline,
+            wanted: pages,
+            rows: BTreeMap::new(),
+            running: FuturesUnordered::new(),
+            asked: BTreeMap::new(),
+            lost: BTreeMap::new(),
+            contested: BTreeSet::new(),
+            tried: BTreeSet::new(),
+            located: false,
+            rebuild_permit: None,
+        }
+    }
+
+    /// Fetches the pages; each goes to `land` as soon as it is there. Damage is reported by
+    /// [`Gather::report`], after the reader was served.
+    ///
+    /// # Errors
+    /// [`ReadError`] for the pages that did not land.
+    pub async fn run(&mut self, mut land: impl FnMut(usize, Bytes)) -> Result<(), ReadError> {
+        let mut by_fragment: BTreeMap<usize, BTreeSet<usize>> = BTreeMap::new();
+        for page in &self.wanted {
+            let (fragment, slot) = self.info.geometry.locate_page(*page);
+            by_fragment.entry(fragment).or_default().insert(slot);
+        }
+        for (fragment, slots) in by_fragment {
+            self.ask(fragment, &slots);
+        }
+        while !self.wanted.is_empty() {
+            self.help().await?;
+            let late_at = self.asked.values().flatten().filter(|asked| !asked.late);
+            let late_at = late_at.map(|asked| asked.late_at).min();
+            // Every branch is cancel-safe: gets stay in `running`, sleeps are made anew.
+            tokio::select! {
+                Some(answer) = self.running.next() => self.answered(answer, &mut land).await,
+                () = sleep_until(late_at.unwrap_or(self.deadline)), if late_at.is_some() => {
+                    self.mark_late();
+                }
+                () = sleep_until(self.deadline) => return Err(self.out_of_time()),
+            }
+            self.rebuild(&mut land).await?;
+        }
+        Ok(())
+    }
+
+    /// Tells the directory about damage, and remembers who did not answer.
+    pub fn report(self) {
+        for (fragment, asked) in &self.asked {
+            if asked.iter().any(|asked| asked.late) {
+                self.shared.latencies.lock().missed(self.info.providers[*fragment]);
+            }
+        }
+        for (fragment, failure) in self.lost {
+            if failure.is_damage() {
+                let (provider, block) = (self.info.providers[fragment], self.info.id);
+                tracing::warn!(%block, fragment, %provider, %failure, "fragment damaged");
+                let fragment = self.info.fragment(fragment);
+                self.shared.directory.report(Damage { fragment, provider, failure });
+            }
+        }
+    }
+
+    /// Asks for slots of a fragment, in runs.
+    fn ask(&mut self, fragment: usize, slots: &BTreeSet<usize>) {
+        let mut run: Option<Range<usize>> = None;
+        for slot in slots {
+            match &mut run {
+                Some(run) if run.end == *slot => run.end += 1,
+                _ => {
+                    let before = run.replace(*slot..slot + 1);
+                    before.into_iter().for_each(|run| self.ask_run(fragment, run));
+                }
+            }
+        }
+        run.into_iter().for_each(|run| self.ask_run(fragment, run));
+    }
+
+    fn ask_run(&mut self, fragment: usize, slots: Range<usize>) {
+        let range = SlotRange {
+            fragment: self.info.fragment(fragment),
+            first_slot: slots.start as u32,
+            slots: slots.len() as u32,
+            slot_bytes: self.info.geometry.slot_bytes() as u32,
+        };
+        let place = self.info.providers[fragment];
+        let bounds = &self.shared.config.hedge_after;
+        let patience = self.shared.latencies.lock().hedge_after(place, range.bytes(), bounds);
+        let started = Instant::now();
+        let asked = Asked { slots: slots.clone(), late_at: started + patience, late: false };
+        self.asked.entry(fragment).or_default().push(asked);
+        let get = self.shared.transport.get(place, range, self.deadline);
+        let (shared, opening) = (Arc::clone(&self.shared), Arc::clone(&self.opening));
+        // Helpers of a rebuild are not opened: their pages are not wanted.
+        let wanted: Vec<usize> = slots
+            .clone()
+            .filter_map(|slot| opening.page_at(fragment, slot))
+            .filter(|page| self.wanted.contains(page))
+            .collect();
+        let first_slot = slots.start;
+        let answer = async move {
+            let result = get.await;
+            let elapsed = started.elapsed();
+            let result = match result {
+                Ok(bytes) if bytes.len() != range.bytes() => {
+                    Err(FragmentFailure::Length { expected: range.bytes(), found: bytes.len() })
+                }
+                Ok(bytes) => Ok(open_run(&shared, opening, first_slot, wanted, bytes).await),
+                Err(failure) => Err(failure),
+            };
+            Answer { fragment, slots, place, result, elapsed }
+        };
+        self.running.push(answer.boxed());
+    }
+
+    async fn answered(&mut self, answer: Answer, land: &mut impl FnMut(usize, Bytes)) {
+        let Answer { fragment, slots, place, result, elapsed } = answer;
+        if let Some(asked) = self.asked.get_mut(&fragment) {
+            asked.retain(|asked| asked.slots != slots);
+        }
+        match result {
+            Ok(opened) => {
+                let bytes = opened.bytes.len();
+                self.shared.latencies.lock().answered(place, bytes, elapsed);
+                self.arrived(fragment, slots, opened, land);
+            }
+            Err(FragmentFailure::NotFound) if !self.located => {
+                self.located = true;
+                let fresh = self.shared.directory.locate(self.info.id).await;
+                let moved = fresh.filter(|fresh| {
+                    fresh.geometry == self.info.geometry
+                        && fresh.providers.len() == self.info.providers.len()
+                });
+                match moved {
+                    Some(fresh) if fresh.providers[fragment] != place => {
+                        self.info = fresh;
+                        self.ask(fragment, &slots.collect());
+                    }
+                    _ => self.lose(fragment, FragmentFailure::NotFound),
+                }
+            }
+            // Asked at its old place before the block was located again.
+            Err(FragmentFailure::NotFound) if self.info.providers[fragment] != place => {
+                self.ask(fragment, &slots.collect());
+            }
+            Err(failure) => {
+                self.shared.latencies.lock().missed(place);
+                self.lose(fragment, failure);
+            }
+        }
+    }
+
+    fn arrived(
+        &mut self,
+        fragment: usize,
+        slots: Range<usize>,
+        opened: Opened,
+        land: &mut impl FnMut(usize, Bytes),
+    ) {
+        for (page, plaintext) in opened.pages {
+            match plaintext {
+                Some(plaintext) => self.land(page, plaintext, land),
+                None => self.lose(fragment, FragmentFailure::Lying { page }),
+            }
+        }
+        if self.lost.contains_key(&fragment) {
+            return;
+        }
+        let slot_bytes = self.info.geometry.slot_bytes();
+        for (at, slot) in slots.enumerate() {
+            let bytes = opened.bytes.slice(at * slot_bytes..(at + 1) * slot_bytes);
+            let bytes = self.opening.normal(fragment, slot, bytes);
+            self.rows.entry(slot).or_default().slots.insert(fragment, bytes);
+        }
+    }
+
+    fn land(&mut self, page: usize, plaintext: Bytes, land: &mut impl FnMut(usize, Bytes)) {
+        if self.wanted.remove(&page) {
+            land(page, plaintext);
+        }
+    }
+
+    /// The fragment is of no use; what came of it neither.
+    fn lose(&mut self, fragment: usize, failure: FragmentFailure) {
+        self.lost.entry(fragment).or_insert(failure);
+        self.rows.values_mut().for_each(|row| drop(row.slots.remove(&fragment)));
+    }
+
+    fn mark_late(&mut self) {
+        let now = Instant::now();
+        for asked in self.asked.values_mut().flatten() {
+            asked.late |= asked.late_at <= now;
+        }
+    }
+
+    /// Whether a slot was asked for, has not come, and is still expected soon.
+    fn is_expected(&self, fragment: usize, slot: usize) -> bool {
+        let asked = self.asked.get(&fragment).into_iter().flatten();
+        asked.clone().any(|asked| asked.slots.contains(&slot) && !asked.late)
+    }
+
+    fn is_asked(&self, fragment: usize, slot: usize) -> bool {
+        let mut asked = self.asked.get(&fragment).into_iter().flatten();
+        asked.any(|asked| asked.slots.contains(&slot))
+    }
+
+    /// The rows of wanted pages whose own fragment is lost or late.
+    fn rows_in_need(&self) -> BTreeMap<usize, Vec<usize>> {
+        let mut rows: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
+        for page in &self.wanted {
+            let (fragment, slot) = self.info.geometry.locate_page(*page);
+            if self.lost.contains_key(&fragment) || !self.is_expected(fragment, slot) {
+                rows.entry(slot).or_default().push(*page);
+            }
+        }
+        rows
+    }
+
+    /// Asks others for the rows in need, so that s slots of each are there or expected.
+    async fn help(&mut self) -> Result<(), ReadError> {
+        let rows = self.rows_in_need();
+        if rows.is_empty() {
+            return Ok(());
+        }
+        self.acquire_rebuild(rows.len()).await?;
+        let code = self.info.geometry.code();
+        let mut ranked: Vec<usize> = (0..code.fragments()).collect();
+        {
+            let latencies = self.shared.latencies.lock();
+            let bytes = rows.len() * self.info.geometry.slot_bytes();
+            ranked.sort_by_cached_key(|fragment| {
+                let provider = self.info.providers[*fragment];
+                let known = self.info.durable.contains(*fragment);
+                let reachable = self.shared.transport.is_reachable(provider);
+                (!reachable, !known, latencies.rank(provider, bytes))
+            });
+        }
+        let mut asks: BTreeMap<usize, BTreeSet<usize>> = BTreeMap::new();
+        for slot in rows.keys().copied() {
+            self.fill_padding(slot);
+            let row = self.rows.entry(slot).or_default().slots.keys().copied().collect();
+            let row: BTreeSet<usize> = row;
+            let expected = (0..code.fragments())
+                .filter(|at| !row.contains(at) && !self.lost.contains_key(at))
+                .filter(|at| self.is_expected(*at, slot));
+            let mut missing = code.s().saturating_sub(row.len() + expected.count());
+            if self.contested.contains(&slot) {
+                missing = code.fragments();
+            }
+            let fresh = ranked.iter().filter(|at| {
+                !self.lost.contains_key(at) && !row.contains(at) && !self.is_asked(**at, slot)
+            });
+            for fragment in fresh.take(missing) {
+                asks.entry(*fragment).or_default().insert(slot);
+            }
+        }
+        for (fragment, slots) in asks {
+            self.ask(fragment, &slots);
+        }
+        if self.running.is_empty() { Err(self.lost_error()) } else { Ok(()) }
+    }
+
+    /// Padding of data fragments is zeros: implied, not asked for.
+    fn fill_padding(&mut self, slot: usize) {
+        let slot_bytes = self.info.geometry.slot_bytes();
+        for fragment in 0..self.info.geometry.code().s() {
+            if self.opening.is_padding(fragment, slot) {
+                let row = self.rows.entry(slot).or_default();
+                row.slots.entry(fragment).or_insert_with(|| vec![0; slot_bytes].into());
+            }
+        }
+    }
+
+    /// Rebuilding holds more bytes than reading; they are waited for once, apart from those of
+    /// reads, so that no two reads wait for each other.
+    async fn acquire_rebuild(&mut self, rows: usize) -> Result<(), ReadError> {
+        if self.rebuild_permit.is_none() {
+            let fragments = self.info.geometry.code().fragments();
+            let bytes = rows * fragments * self.info.geometry.slot_bytes();
+            let units = permits_for(bytes, self.shared.config.read_bytes_max);
+            let permits = Arc::clone(&self.shared.rebuild_permits);
+            let permit = permits.acquire_many_owned(units).await.map_err(|_| ReadError::Closed)?;
+            self.rebuild_permit = Some(permit);
+        }
+        Ok(())
+    }
+
+    /// Rebuilds what can be rebuilt from the slots that are there.
+    async fn rebuild(&mut self, land: &mut impl FnMut(usize, Bytes)) -> Result<(), ReadError> {
+        let s = self.info.geometry.code().s();
+        let mut jobs: Vec<(usize, usize, usize, Row)> = Vec::new();
+        for (slot, pages) in self.rows_in_need() {
+            let Some(row) = self.rows.get(&slot).filter(|row| row.slots.len() >= s) else {
+                continue;
+            };
+            for page in pages {
+                let (fragment, _) = self.info.geometry.locate_page(page);
+                if self.tried.insert((page, row.slots.len())) {
+                    jobs.push((page, fragment, slot, row.clone()));
+                }
+            }
+        }
+        if jobs.is_empty() {
+            return Ok(());
+        }
+        let opening = Arc::clone(&self.opening);
+        let bytes = jobs.len() * self.info.geometry.slot_bytes();
+        let run = move || -> Vec<(usize, usize, Rebuilt)> {
+            let rebuild = |(page, fragment, slot, row): (usize, usize, usize, Row)| {
+                (page, slot, opening.rebuild(fragment, slot, &row))
+            };
+            jobs.into_iter().map(rebuild).collect()
+        };
+        let rebuilt = if bytes <= INLINE_CPU_BYTES {
+            run()
+        } else {
+            self.shared.cpu.run(run).await.ok_or(ReadError::Closed)?
+        };
+        for (page, slot, Rebuilt { plaintext, liars }) in rebuilt {
+            match plaintext {
+                Some(plaintext) => self.land(page, plaintext, land),
+                None => drop(self.contested.insert(slot)),
+            }
+            liars.into_iter().for_each(|(fragment, failure)| self.lose(fragment, failure));
+        }
+        Ok(())
+    }
+
+    fn losses(&self) -> Vec<FragmentLoss> {
+        let losses = self.lost.iter().map(|(fragment, failure)| FragmentLoss {
+            fragment: self.info.fragment(*fragment),
+            provider: self.info.providers[*fragment],
+            failure: failure.clone(),
+        });
+        losses.collect()
+    }
+
+    /// Nobody is left to ask.
+    fn lost_error(&self) -> ReadError {
+        let code = self.info.geometry.code();
+        let have = code.fragments() - self.lost.len();
+        let losses = self.losses();
+        if have >= code.s() {
+            return ReadError::Tampered { block: self.info.id, losses };
+        }
+        ReadError::Lost { block: self.info.id, needed: code.s(), have, losses }
+    }
+
+    fn out_of_time(&mut self) -> ReadError {
+        let waited_ms = self.shared.config.read_deadline.as_millis() as u64;
+        let silent: Vec<usize> = self
+            .asked
+            .iter()
+            .filter(|(_, asked)| !asked.is_empty())
+            .map(|(fragment, _)| *fragment)
+            .collect();
+        for fragment in silent {
+            self.lost.entry(fragment).or_insert(FragmentFailure::Timeout { waited_ms });
+        }
+        let code = self.info.geometry.code();
+        let have = code.fragments() - self.lost.len();
+        let losses = self.losses();
+        ReadError::Lost { block: self.info.id, needed: code.s(), have, losses }
+    }
+}
+
+/// Opens the wanted pages of slots that came, on the CPU pool where there are many.
+async fn open_run(
+    shared: &Shared,
+    opening: Arc<Opening>,
+    first_slot: usize,
+    wanted: Vec<usize>,
+    bytes: Bytes,
+) -> Opened {
+    let cpu_bytes = wanted.len() * opening.geometry.slot_bytes();
+    let slots = bytes.clone();
+    let open = move || -> Vec<(usize, Option<Bytes>)> {
+        let slot_bytes = opening.geometry.slot_bytes();
+        let pages = wanted.into_iter().map(|page| {
+            let (_, slot) = opening.geometry.locate_page(page);
+            let start = (slot - first_slot) * slot_bytes;
+            (page, opening.open(page, &slots[start..start + slot_bytes]))
+        });
+        pages.collect()
+    };
+    let pages = if cpu_bytes <= INLINE_CPU_BYTES {
+        open()
+    } else {
+        // Without a runtime nobody waits for the pages any more.
+        shared.cpu.run(open).await.unwrap_or_default()
+    };
+    Opened { bytes, pages }
+}

@@ -1,0 +1,276 @@
+//! Reading: cache first, then flights that concurrent readers share.
+//!
+//! A flight fetches some pages of one block in a task of its own. A reader claims the pages that
+//! nobody fetches yet, waits for those that somebody does, and takes each as it lands. When a reader
+//! goes away its flight goes on: others may wait for it, and the cache will have the pages.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::ops::Range;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+use tokio::sync::{OwnedSemaphorePermit, watch};
+
+use super::gather::Gather;
+use super::slots::Opening;
+use super::{BlockInfo, ReadError, Shared, permits_for};
+use crate::code::ErasureCode;
+use crate::ids::BlockId;
+use crate::seal::BlockOpener;
+
+/// A page of a block.
+pub(super) type PageKey = (BlockId, u32);
+
+/// Pages on their way, shared by those who wait for them.
+pub(super) struct Flight {
+    landed: Mutex<HashMap<usize, Bytes>>,
+    /// How many pages have landed; and, at the end, how it ended.
+    progress: watch::Sender<(usize, Option<Result<(), ReadError>>)>,
+}
+
+/// The flights under way, by page.
+pub(super) type Flights = Mutex<HashMap<PageKey, Arc<Flight>>>;
+
+/// Weighs a cached page by its bytes and what the cache spends on it.
+#[derive(Clone)]
+pub(super) struct PageWeight;
+
+impl quick_cache::Weighter<PageKey, Bytes> for PageWeight {
+    fn weight(&self, _key: &PageKey, page: &Bytes) -> u64 {
+        page.len() as u64 + 128
+    }
+}
+
+/// Where a reader gets a page from.
+enum Source {
+    Here(Bytes),
+    Flight(Arc<Flight>),
+}
+
+impl Shared {
+    pub(super) async fn read(
+        self: &Arc<Self>,
+        block: &BlockInfo,
+        range: Range<usize>,
+    ) -> Result<Vec<Bytes>, ReadError> {
+        self.check_range(block, &range)?;
+        if let Some(sealed) = &block.inline {
+            let page = self.open_inline(block, sealed)?;
+            return Ok(vec![page.slice(range)]);
+        }
+        let pages = block.geometry.pages_of(range.clone());
+        let mut sources: BTreeMap<usize, Source> = BTreeMap::new();
+        let mut missing = BTreeSet::new();
+        for page in pages.clone() {
+            match self.cache.get(&(block.id, page as u32)) {
+                Some(bytes) => drop(sources.insert(page, Source::Here(bytes))),
+                None => drop(missing.insert(page)),
+            }
+        }
+        let (joined, claimed) = self.join_or_claim(block, missing);
+        sources.extend(joined.into_iter().map(|(page, flight)| (page, Source::Flight(flight))));
+        if let Some((flight, pages)) = claimed {
+            let on_board = pages.iter().map(|page| (*page, Source::Flight(Arc::clone(&flight))));
+            sources.extend(on_board);
+            self.depart(block.clone(), flight, pages, None);
+        }
+        let mut pieces = Vec::with_capacity(sources.len());
+        for (page, source) in sources {
+            let bytes = match source {
+                Source::Here(bytes) => bytes,
+                Source::Flight(flight) => flight.page(page).await?,
+            };
+            let start = page * block.geometry.page_bytes();
+            let from = range.start.saturating_sub(start);
+            let to = (range.end - start).min(bytes.len());
+            pieces.push(bytes.slice(from..to));
+        }
+        Ok(pieces)
+    }
+
+    pub(super) fn prefetch(self: &Arc<Self>, block: &BlockInfo, range: Range<usize>) {
+        if block.inline.is_some() || self.check_range(block, &range).is_err() {
+            return;
+        }
+        let pages = block.geometry.pages_of(range);
+        let is_cached = |page: &usize| self.cache.peek(&(block.id, *page as u32)).is_some();
+        let missing: BTreeSet<usize> = pages.filter(|page| !is_cached(page)).collect();
+        let units = self.flight_units(block, missing.len());
+        let Ok(permit) = Arc::clone(&self.read_permits).try_acquire_many_owned(units) else {
+            return;
+        };
+        let (_, claimed) = self.join_or_claim(block, missing);
+        if let Some((flight, pages)) = claimed {
+            self.depart(block.clone(), flight, pages, Some(permit));
+        }
+    }
+
+    fn check_range(&self, block: &BlockInfo, range: &Range<usize>) -> Result<(), ReadError> {
+        if self.closed.is_cancelled() {
+            return Err(ReadError::Closed);
+        }
+        let bytes = block.plaintext_bytes();
+        if range.start >= range.end || range.end > bytes {
+            let (start, end) = (range.start, range.end);
+            return Err(ReadError::Range { block: block.id, start, end, bytes });
+        }
+        Ok(())
+    }
+
+    fn open_inline(&self, block: &BlockInfo, sealed: &[u8]) -> Result<Bytes, ReadError> {
+        let tampered = ReadError::InlineTampered { block: block.id };
+        let key = (block.id, 0);
+        if let Some(page) = self.cache.get(&key) {
+            return Ok(page);
+        }
+        let opener = BlockOpener::new(&self.key, self.volume, block.id);
+        let page = Bytes::from(opener.open_inline(sealed).map_err(|_| tampered.clone())?);
+        if page.len() != block.plaintext_bytes() {
+            return Err(tampered);
+        }
+        self.cache.insert(key, page.clone());
+        Ok(page)
+    }
+
+    /// Divides pages into those that a flight already brings and those that a new one shall.
+    #[expect(clippy::type_complexity, reason = "two lists, each used once")]
+    fn join_or_claim(
+        &self,
+        block: &BlockInfo,
+        missing: BTreeSet<usize>,
+    ) -> (Vec<(usize, Arc<Flight>)>, Option<(Arc<Flight>, BTreeSet<usize>)>) {
+        if missing.is_empty() {
+            return (Vec::new(), None);
+        }
+        let mut flights = self.flights.lock();
+        let mut joined = Vec::new();
+        let mut claimed = BTreeSet::new();
+        for page in missing {
+            match flights.get(&(block.id, page as u32)) {
+                Some(flight) => joined.push((page, Arc::clone(flight))),
+                None => drop(claimed.insert(page)),
+            }
+        }
+        if claimed.is_empty() {
+            return (joined, None);
+        }
+        let landed = Mutex::new(HashMap::new());
+        let flight = Arc::new(Flight { landed, progress: watch::Sender::new((0, None)) });
+        for page in &claimed {
+            flights.insert((block.id, *page as u32), Arc::clone(&flight));
+        }
+        (joined, Some((flight, claimed)))
+    }
+
+    fn flight_units(&self, block: &BlockInfo, pages: usize) -> u32 {
+        // Slots as they come, and pages as they are opened.
+        permits_for(2 * pages * block.geometry.slot_bytes(), self.config.read_bytes_max)
+    }
+
+    /// Starts a flight's task.
+    fn depart(
+        self: &Arc<Self>,
+        block: BlockInfo,
+        flight: Arc<Flight>,
+        pages: BTreeSet<usize>,
+        permit: Option<OwnedSemaphorePermit>,
+    ) {
+        let shared = Arc::clone(self);
+        let units = self.flight_units(&block, pages.len());
+        self.tasks.spawn(async move {
+            // Clears up even when the runtime drops the task half-way.
+            let landing = Landing {
+                shared: Arc::clone(&shared),
+                block: block.id,
+                left: pages.clone(),
+                flight,
+            };
+            let permit = match permit {
+                Some(permit) => Ok(permit),
+                None => Arc::clone(&shared.read_permits).acquire_many_owned(units).await,
+            };
+            let Ok(_permit) = permit else { return };
+            let mut landing = landing;
+            let mut gather = Gather::new(shared, block, pages);
+            let result = gather.run(|page, bytes| landing.land(page, bytes)).await;
+            landing.end(result);
+            gather.report();
+        });
+    }
+
+    /// What opening and rebuilding a block needs.
+    pub(super) fn opening(&self, block: &BlockInfo) -> Opening {
+        let code = block.geometry.code();
+        let code = if code == self.code.code() {
+            self.code.clone()
+        } else {
+            let mut others = self.other_codes.lock();
+            others.entry(code).or_insert_with(|| ErasureCode::new(code)).clone()
+        };
+        let opener = BlockOpener::new(&self.key, self.volume, block.id);
+        Opening { geometry: block.geometry, code, opener }
+    }
+}
+
+impl Flight {
+    /// Waits for a page. Cancel-safe.
+    async fn page(&self, page: usize) -> Result<Bytes, ReadError> {
+        let mut progress = self.progress.subscribe();
+        loop {
+            let end = progress.borrow_and_update().1.clone();
+            if let Some(bytes) = self.landed.lock().get(&page) {
+                return Ok(bytes.clone());
+            }
+            match end {
+                Some(Err(error)) => return Err(error),
+                // A flight that ended well has landed all its pages.
+                Some(Ok(())) => return Err(ReadError::Closed),
+                None => {}
+            }
+            progress.changed().await.map_err(|_| ReadError::Closed)?;
+        }
+    }
+}
+
+/// Takes pages out of the flight plan: each as it lands, the rest at the end.
+struct Landing {
+    shared: Arc<Shared>,
+    block: BlockId,
+    left: BTreeSet<usize>,
+    flight: Arc<Flight>,
+}
+
+impl Landing {
+    fn land(&mut self, page: usize, bytes: Bytes) {
+        let key = (self.block, page as u32);
+        self.shared.cache.insert(key, bytes.clone());
+        self.flight.landed.lock().insert(page, bytes);
+        self.shared.flights.lock().remove(&key);
+        self.left.remove(&page);
+        self.flight.progress.send_modify(|(landed, _)| *landed += 1);
+    }
+
+    fn end(mut self, result: Result<(), ReadError>) {
+        self.forget();
+        self.flight.progress.send_modify(|(_, end)| *end = Some(result));
+    }
+
+    fn forget(&mut self) {
+        let mut flights = self.shared.flights.lock();
+        for page in std::mem::take(&mut self.left) {
+            flights.remove(&(self.block, page as u32));
+        }
+    }
+}
+
+impl Drop for Landing {
+    fn drop(&mut self) {
+        self.forget();
+        self.flight.progress.send_if_modified(|(_, end)| {
+            let dropped = end.is_none();
+            end.get_or_insert(Err(ReadError::Closed));
+            dropped
+        });
+    }
+}

@@ -1,0 +1,397 @@
+//! The pipeline over providers in memory: every loss that the code allows, every fault, and the
+//! books kept straight afterwards.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use proptest::prelude::*;
+use rand::rngs::StdRng;
+use rand::{Rng, RngCore, SeedableRng};
+use tokio::time::Instant;
+
+use super::memory::{Fault, MemoryDirectory, MemoryProviders};
+use super::*;
+use crate::ids::ProviderId;
+
+const SECOND: Duration = Duration::from_secs(1);
+
+struct World {
+    providers: MemoryProviders,
+    directory: MemoryDirectory,
+    disk: VirtualDisk,
+    volume: VolumeId,
+    key: VolumeKey,
+    code: Code,
+}
+
+fn ids(count: u32) -> impl Iterator<Item = ProviderId> {
+    (1..=count).map(ProviderId)
+}
+
+impl World {
+    fn new(s: usize, r: usize, providers: u32) -> Self {
+        Self::with_config(s, r, providers, DiskConfig::default())
+    }
+
+    fn with_config(s: usize, r: usize, providers: u32, config: DiskConfig) -> Self {
+        let code = Code::new(s, r).unwrap();
+        let directory = MemoryDirectory::new(code, ids(providers));
+        let providers = MemoryProviders::new();
+        let (volume, key) = (VolumeId::generate(), VolumeKey::generate());
+        let disk = VirtualDisk::new(
+            volume,
+            key.clone(),
+            code,
+            config,
+            Arc::new(directory.clone()),
+            Arc::new(providers.clone()),
+        );
+        Self { providers, directory, disk, volume, key, code }
+    }
+
+    /// A second mount: nothing cached, nothing learnt.
+    fn fresh_disk(&self) -> VirtualDisk {
+        VirtualDisk::new(
+            self.volume,
+            self.key.clone(),
+            self.code,
+            DiskConfig { read_deadline: 5 * SECOND, ..DiskConfig::default() },
+            Arc::new(self.directory.clone()),
+            Arc::new(self.providers.clone()),
+        )
+    }
+
+    async fn store(&self, bytes: usize) -> (BlockInfo, Vec<u8>) {
+        let content = random_bytes(bytes, bytes as u64);
+        let pieces = content.chunks(10_007).map(Bytes::copy_from_slice).collect();
+        let mut stored = self.disk.store(pieces, Instant::now() + 60 * SECOND).await.unwrap();
+        while stored.late.next().await.is_some() {}
+        self.directory.commit(stored.info.clone());
+        (stored.info, content)
+    }
+
+    /// Makes fragment `index` of the block unusable in one of many ways.
+    fn spoil(&self, block: &BlockInfo, index: usize, way: u32) {
+        let (at, fragment) = (block.providers[index], block.fragment(index));
+        let slot_bytes = block.geometry.slot_bytes();
+        match way % 8 {
+            0 => self.providers.set_fault(at, Fault::Dead),
+            1 => self.providers.set_fault(at, Fault::Silent),
+            2 => self.providers.set_fault(at, Fault::Lying),
+            3 => self.providers.set_fault(at, Fault::Truncating),
+            4 => self.providers.set_fault(at, Fault::Busy),
+            5 => self.providers.remove(at, fragment),
+            6 => self.providers.change(at, fragment, |body| {
+                body.chunks_mut(slot_bytes).for_each(|slot| slot[slot_bytes / 2] ^= 1);
+            }),
+            _ => self.providers.change(at, fragment, |body| {
+                StdRng::seed_from_u64(7).fill_bytes(body);
+            }),
+        }
+    }
+
+    fn check_permits(&self, disk: &VirtualDisk) {
+        let all = permits_of(disk.shared.config.read_bytes_max);
+        assert_eq!(disk.shared.read_permits.available_permits(), all);
+        assert_eq!(disk.shared.rebuild_permits.available_permits(), all);
+        let all = permits_of(disk.shared.config.store_bytes_max);
+        assert_eq!(disk.shared.store_permits.available_permits(), all);
+        assert!(disk.shared.flights.lock().is_empty());
+    }
+}
+
+fn random_bytes(bytes: usize, seed: u64) -> Vec<u8> {
+    let mut content = vec![0; bytes];
+    StdRng::seed_from_u64(seed).fill_bytes(&mut content);
+    content
+}
+
+async fn read_all(disk: &VirtualDisk, block: &BlockInfo) -> Result<Vec<u8>, ReadError> {
+    Ok(disk.read(block, 0..block.plaintext_bytes()).await?.concat())
+}
+
+#[tokio::test(start_paused = true)]
+async fn every_loss_up_to_r_reads_right_and_one_more_is_an_error() {
+    for (s, r) in [(1, 1), (1, 2), (2, 1), (2, 2), (3, 2), (4, 2)] {
+        let fragments = s + r;
+        let world = World::new(s, r, fragments as u32);
+        let (block, content) = world.store(s * 40_000 + 123).await;
+        for lost in 0u32..1 << fragments {
+            for seed in 0..if lost.count_ones() as usize > r { 1 } else { 3 } {
+                world.providers.restore(block.id);
+                let fresh = world.fresh_disk();
+                let mut rng = StdRng::seed_from_u64(u64::from(lost) * 31 + seed);
+                for index in (0..fragments).filter(|index| lost >> index & 1 == 1) {
+                    world.spoil(&block, index, rng.next_u32());
+                }
+                let read = read_all(&fresh, &block).await;
+                if lost.count_ones() as usize <= r {
+                    assert!(read.unwrap() == content, "{s}+{r} lost {lost:b} seed {seed}");
+                } else {
+                    let error = read.unwrap_err();
+                    assert!(
+                        matches!(error, ReadError::Lost { .. } | ReadError::Tampered { .. }),
+                        "{s}+{r} lost {lost:b}: {error}"
+                    );
+                    let (ReadError::Lost { losses, .. } | ReadError::Tampered { losses, .. }) =
+                        error
+                    else {
+                        continue;
+                    };
+                    assert!(losses.iter().all(|loss| lost >> loss.fragment.index & 1 == 1));
+                }
+                fresh.close().await;
+                world.check_permits(&fresh);
+                world.providers.heal();
+            }
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn damage_is_reported_after_the_reader_was_served_and_only_where_it_is() {
+    let world = World::new(4, 2, 6);
+    let (block, content) = world.store(300_000).await;
+    // A data fragment is gone and a parity that is asked instead lies: both must be named.
+    world.spoil(&block, 1, 5);
+    world.providers.set_fault(block.providers[4], Fault::Lying);
+    let disk = world.fresh_disk();
+    assert!(read_all(&disk, &block).await.unwrap() == content);
+    disk.close().await;
+    let mut damaged: Vec<u8> =
+        world.directory.damage().iter().map(|damage| damage.fragment.index).collect();
+    damaged.sort_unstable();
+    assert_eq!(damaged, [1, 4]);
+    world.check_permits(&disk);
+}
+
+#[tokio::test(start_paused = true)]
+async fn slow_and_dead_providers_are_no_damage() {
+    let world = World::new(4, 2, 6);
+    let (block, content) = world.store(300_000).await;
+    world.providers.set_fault(block.providers[0], Fault::Dead);
+    world.providers.set_fault(block.providers[3], Fault::Slow(20 * SECOND));
+    let disk = world.fresh_disk();
+    let started = Instant::now();
+    assert!(read_all(&disk, &block).await.unwrap() == content);
+    assert!(started.elapsed() < SECOND, "hedged: {:?}", started.elapsed());
+    disk.close().await;
+    assert_eq!(world.directory.damage(), []);
+    // Learnt: after a few misses nobody waits for it at all.
+    for _ in 0..4 {
+        let disk = world.fresh_disk();
+        for _ in 0..4 {
+            let again = disk.read(&block, 0..block.plaintext_bytes()).await.unwrap();
+            assert!(again.concat() == content);
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_small_read_touches_one_provider_and_one_flight_serves_all_readers() {
+    let world = World::new(4, 2, 6);
+    let (block, content) = world.store(1 << 20).await;
+    let disk = world.fresh_disk();
+    let before = world.providers.gets();
+    let at = 500_000;
+    let reads = (0..100).map(|by| disk.read(&block, at + by..at + by + 4096));
+    for (by, read) in futures::future::join_all(reads).await.into_iter().enumerate() {
+        assert!(read.unwrap().concat() == content[at + by..at + by + 4096]);
+    }
+    assert_eq!(world.providers.gets() - before, 1);
+    // And the cache serves what comes later.
+    disk.read(&block, at..at + 10).await.unwrap();
+    assert_eq!(world.providers.gets() - before, 1);
+    // A lost small read asks for one slot of s others.
+    world.providers.set_fault(block.providers[0], Fault::Dead);
+    let before = world.providers.gets();
+    assert!(disk.read(&block, 0..100).await.unwrap().concat() == content[..100]);
+    assert_eq!(world.providers.gets() - before, 1 + 4);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_moved_block_is_located_once_more_before_it_counts_as_damage() {
+    let world = World::new(2, 1, 3);
+    let (block, content) = world.store(100_000).await;
+    // The directory knows better: in the reader's map two places are mixed up.
+    let mut stale = block.clone();
+    let mut places = block.providers.to_vec();
+    places.swap(0, 2);
+    stale.providers = places.into();
+    let disk = world.fresh_disk();
+    assert!(read_all(&disk, &stale).await.unwrap() == content);
+    disk.close().await;
+    assert_eq!(world.directory.damage(), []);
+}
+
+#[tokio::test(start_paused = true)]
+async fn fragments_swapped_between_blocks_are_found_out() {
+    let world = World::new(4, 2, 6);
+    let (one, content) = world.store(300_000).await;
+    let (other, other_content) = world.store(300_000).await;
+    for index in [0, 2] {
+        let (at, from) = (one.providers[index], other.providers[index]);
+        let foreign = world.providers.body(from, other.fragment(index)).unwrap();
+        world.providers.change(at, one.fragment(index), |body| *body = foreign.to_vec());
+    }
+    let disk = world.fresh_disk();
+    assert!(read_all(&disk, &one).await.unwrap() == content);
+    assert!(read_all(&disk, &other).await.unwrap() == other_content);
+    disk.close().await;
+    assert_eq!(world.directory.damage().len(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_block_is_acknowledged_with_its_margin_and_settles_later() {
+    let world = World::new(4, 2, 6);
+    world.providers.set_fault(ProviderId(3), Fault::Slow(2 * SECOND));
+    let content = Bytes::from(random_bytes(200_000, 1));
+    let started = Instant::now();
+    let mut stored = world.disk.store(vec![content], started + 30 * SECOND).await.unwrap();
+    assert!(started.elapsed() < SECOND);
+    assert_eq!(stored.info.durable.count(), 5);
+    assert!(margin_holds(world.code, &stored.info.providers, &stored.info.durable));
+    assert_eq!(stored.late.next().await, Some(FragmentBits::all(6)));
+    assert_eq!(stored.late.next().await, None);
+    world.disk.close().await;
+    world.check_permits(&world.disk);
+    assert!(matches!(
+        world.disk.store(vec![Bytes::from_static(b"x")], Instant::now() + SECOND).await,
+        Err(StoreError::Closed)
+    ));
+}
+
+#[tokio::test(start_paused = true)]
+async fn full_acknowledgement_waits_for_every_fragment() {
+    let config = DiskConfig { acknowledge: Acknowledge::Full, ..DiskConfig::default() };
+    let world = World::with_config(4, 2, 6, config);
+    world.providers.set_fault(ProviderId(3), Fault::Slow(2 * SECOND));
+    let content = Bytes::from(random_bytes(200_000, 1));
+    let stored = world.disk.store(vec![content], Instant::now() + 30 * SECOND).await.unwrap();
+    assert_eq!(stored.info.durable, FragmentBits::all(6));
+}
+
+#[tokio::test(start_paused = true)]
+async fn failing_and_silent_places_are_replaced() {
+    for fault in [Fault::Dead, Fault::Silent, Fault::Full] {
+        let world = World::new(4, 2, 9);
+        // The first placement is on providers 7 8 9 1 2 3.
+        world.providers.set_fault(ProviderId(8), fault);
+        world.providers.set_fault(ProviderId(1), fault);
+        let content = Bytes::from(random_bytes(200_000, 1));
+        let deadline = Instant::now() + 30 * SECOND;
+        let stored = world.disk.store(vec![content.clone()], deadline).await.unwrap();
+        assert!(margin_holds(world.code, &stored.info.providers, &stored.info.durable));
+        assert!(stored.info.durable.count() >= 5, "{fault:?}");
+        world.disk.close().await;
+        world.providers.heal();
+        let disk = world.fresh_disk();
+        assert!(read_all(&disk, &stored.info).await.unwrap() == content);
+        world.check_permits(&world.disk);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn without_a_margin_there_is_an_error_and_never_an_acknowledgement() {
+    let content = Bytes::from(random_bytes(100_000, 1));
+    let store = async |world: &World| {
+        let deadline = Instant::now() + 10 * SECOND;
+        let error = world.disk.store(vec![content.clone()], deadline).await.unwrap_err();
+        assert!(Instant::now() <= deadline + SECOND);
+        world.disk.close().await;
+        world.check_permits(&world.disk);
+        error
+    };
+    let alone = World::new(4, 2, 1);
+    assert!(matches!(store(&alone).await, StoreError::TooFewProviders { providers: 1, .. }));
+    let full = World::new(4, 2, 6);
+    ids(6).for_each(|id| full.providers.set_fault(id, Fault::Full));
+    assert!(matches!(store(&full).await, StoreError::NoSpace { .. }));
+    let dead = World::new(4, 2, 6);
+    ids(5).for_each(|id| dead.providers.set_fault(id, Fault::Dead));
+    assert!(matches!(store(&dead).await, StoreError::TooFewProviders { .. }));
+    let silent = World::new(4, 2, 6);
+    ids(6).for_each(|id| silent.providers.set_fault(id, Fault::Silent));
+    assert!(matches!(
+        store(&silent).await,
+        StoreError::Timeout { .. } | StoreError::TooFewProviders { .. }
+    ));
+    let no_lease = World::new(4, 2, 6);
+    no_lease.directory.limit_leases(0);
+    assert!(matches!(
+        store(&no_lease).await,
+        StoreError::Placement(PlacementError::NoSpace { .. })
+    ));
+}
+
+#[tokio::test]
+async fn inline_blocks_read_back_and_refuse_wrong_bytes() {
+    let world = World::new(4, 2, 6);
+    let content = random_bytes(20_000, 4);
+    let pieces: Vec<Bytes> = content.chunks(777).map(Bytes::copy_from_slice).collect();
+    let block = world.disk.seal_inline(&pieces).unwrap();
+    let disk = world.fresh_disk();
+    assert!(read_all(&disk, &block.info).await.unwrap() == content);
+    assert!(disk.read(&block.info, 19_000..20_001).await.is_err());
+    let mut wrong = block.info.clone();
+    let mut sealed = wrong.inline.unwrap().to_vec();
+    sealed[5] ^= 1;
+    wrong.inline = Some(sealed.into());
+    assert!(matches!(
+        read_all(&world.fresh_disk(), &wrong).await,
+        Err(ReadError::InlineTampered { .. })
+    ));
+    let too_much = Bytes::from(vec![0; crate::seal::INLINE_BYTES_MAX + 1]);
+    assert!(matches!(world.disk.seal_inline(&[too_much]), Err(StoreError::InlineBytes { .. })));
+}
+
+#[test]
+fn bits_go_over_the_wire_and_back() {
+    let mut bits = FragmentBits::EMPTY;
+    [0, 7, 8, 63, 64, 254].into_iter().for_each(|index| bits.insert(index));
+    assert_eq!(bits.to_bytes(255).len(), 32);
+    assert_eq!(FragmentBits::from_bytes(&bits.to_bytes(255)), bits);
+    assert_eq!(FragmentBits::all(6).to_bytes(6), [0b11_1111]);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+
+    #[test]
+    fn a_disk_is_a_byte_array(seed: u64, s in 1usize..6, r in 0usize..4) {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .start_paused(true)
+            .build()
+            .unwrap();
+        runtime.block_on(async {
+            let mut rng = StdRng::seed_from_u64(seed);
+            let config = DiskConfig { cache_bytes: 1 << 20, ..DiskConfig::default() };
+            let world = World::with_config(s, r, (s + r) as u32, config);
+            let mut blocks: Vec<(BlockInfo, Vec<u8>)> = Vec::new();
+            for _ in 0..4 {
+                let bytes_max = world.code.block_bytes_max();
+                let bytes = rng.random_range(1..=[5000, 200_000, bytes_max][rng.random_range(0..3)]);
+                blocks.push(world.store(bytes).await);
+            }
+            // Within the fault budget of the code: r providers in trouble at any time.
+            for _ in 0..30 {
+                world.providers.heal();
+                for _ in 0..r {
+                    let faults = [Fault::Dead, Fault::Silent, Fault::Lying, Fault::Truncating];
+                    let at = ProviderId(rng.random_range(1..=(s + r) as u32));
+                    world.providers.set_fault(at, faults[rng.random_range(0..4)]);
+                }
+                let (block, content) = &blocks[rng.random_range(0..blocks.len())];
+                let start = rng.random_range(0..content.len());
+                let end = rng.random_range(start + 1..=content.len());
+                let pieces = world.disk.read(block, start..end).await.unwrap();
+                assert!(pieces.concat() == content[start..end]);
+                world.disk.prefetch(block, start..end);
+            }
+            world.disk.close().await;
+            world.check_permits(&world.disk);
+        });
+    }
+}
