@@ -1,1 +1,189 @@
-fn main() {}
+//! `us-provider`: the daemon on an idle desktop, and its owner's commands.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context, bail};
+use clap::{Args, Parser, Subcommand};
+use serde::Serialize;
+use us_core::daemon::config::{Layers, load};
+use us_core::daemon::logging::{self, LogArgs};
+use us_core::daemon::shutdown::Shutdown;
+use us_core::daemon::size::Size;
+use us_provider::config::{ENVIRONMENT_PREFIX, ProviderConfig, default_data};
+use us_provider::control::{self, Answer, Request, Status};
+use us_provider::daemon::{Daemon, DaemonError, ready_line};
+use us_provider::guest::lower_priority;
+
+/// Keep fragments of Us volumes on this machine's idle disk.
+///
+/// Exit codes: 0 done; 1 failed; 2 wrong usage; 3 the directory refuses this provider; 4 another
+/// process uses the data folder.
+#[derive(Parser, Debug)]
+#[command(name = "us-provider", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    #[command(flatten)]
+    log: LogArgs,
+}
+
+#[derive(Subcommand, Debug)]
+enum Command {
+    /// Run the daemon
+    Run(Box<RunArgs>),
+    /// Show how the daemon is
+    Status(StatusArgs),
+    /// Take no new fragments and rest, until resumed; what is stored stays readable
+    Pause(DataArgs),
+    /// End a pause
+    Resume(DataArgs),
+}
+
+#[derive(Args, Debug)]
+struct RunArgs {
+    /// Configuration file (TOML)
+    #[arg(long, value_name = "FILE", env = "US_CONFIG")]
+    config: Option<PathBuf>,
+    #[command(flatten)]
+    settings: Settings,
+}
+
+/// Flags of the same names as the configuration's keys. None given says nothing.
+#[derive(Args, Debug, Serialize)]
+struct Settings {
+    /// Folder of the store [default: /var/lib/us/provider as root, else in the user's data folder]
+    #[arg(long, value_name = "DIR")]
+    data: Option<PathBuf>,
+    /// Address of the directory
+    #[arg(long, value_name = "HOST:PORT", help_heading = "Network")]
+    directory: Option<String>,
+    /// Folder of the certificate [default: identity in the data folder]
+    #[arg(long, value_name = "DIR", help_heading = "Network")]
+    identity: Option<PathBuf>,
+    /// Address to listen on; port 0 takes any [default: 0.0.0.0:7602]
+    #[arg(long, value_name = "IP:PORT", help_heading = "Network")]
+    listen: Option<std::net::SocketAddr>,
+    /// What clients dial, where it differs from the address listened on
+    #[arg(long, value_name = "HOST:PORT", help_heading = "Network")]
+    advertise: Option<String>,
+    /// Serve /metrics and /healthz here
+    #[arg(long, value_name = "IP:PORT", help_heading = "Network")]
+    metrics: Option<std::net::SocketAddr>,
+    /// The most that fragments may take, for example 100G [default: what the reserve leaves]
+    #[arg(long, value_name = "SIZE", help_heading = "Space")]
+    capacity: Option<Size>,
+    /// What stays free on the disk [default: 5G]
+    #[arg(long, value_name = "SIZE", help_heading = "Space")]
+    reserve: Option<Size>,
+    /// Where this machine stands, for example campus/building/room
+    #[arg(long, value_name = "PATH", help_heading = "Space")]
+    site: Option<String>,
+}
+
+#[derive(Args, Debug)]
+struct DataArgs {
+    /// Folder of the store the daemon runs on
+    #[arg(long, value_name = "DIR", env = "US_PROVIDER_DATA")]
+    data: Option<PathBuf>,
+}
+
+#[derive(Args, Debug)]
+struct StatusArgs {
+    #[command(flatten)]
+    data: DataArgs,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    if let Err(error) = logging::init(&cli.log, "info") {
+        eprintln!("us-provider: {error}");
+        return ExitCode::FAILURE;
+    }
+    let result = match cli.command {
+        Command::Run(args) => run(*args),
+        Command::Status(args) => {
+            ask(&args.data, Request::Status).and_then(|status| show(&status, args.json))
+        }
+        Command::Pause(args) => ask(&args, Request::Pause).map(|_| {
+            println!("paused: no new fragments; what is stored stays readable");
+        }),
+        Command::Resume(args) => ask(&args, Request::Resume).map(|_| println!("resumed")),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("us-provider: {error:#}");
+            let code = error.downcast_ref::<DaemonError>().map_or(1, DaemonError::exit_code);
+            ExitCode::from(code)
+        }
+    }
+}
+
+fn run(args: RunArgs) -> anyhow::Result<()> {
+    let layers = Layers {
+        file: args.config.as_deref(),
+        environment_prefix: Some(ENVIRONMENT_PREFIX),
+        flags: args.settings,
+    };
+    let config: ProviderConfig = load(&layers).context("configuration")?;
+    // Threads inherit it, so it comes before the first.
+    if let Err(error) = lower_priority(&config.guest) {
+        tracing::warn!(%error, "the priority stays as it is");
+    }
+    let data = config.data.clone();
+    let daemon = Daemon::open(config)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .thread_name("us-provider")
+        .build()
+        .context("start the runtime")?;
+    let result = runtime.block_on(async {
+        let shutdown = Shutdown::on_signals().context("handle signals")?;
+        let ready = |address: &str, store: &_| println!("{}", ready_line(address, store, &data));
+        daemon.run(shutdown, ready).await.map_err(anyhow::Error::from)
+    });
+    // A read that hangs in the disk must not keep the process.
+    runtime.shutdown_timeout(std::time::Duration::from_secs(1));
+    result
+}
+
+fn ask(args: &DataArgs, request: Request) -> anyhow::Result<Box<Status>> {
+    let data = args.data.clone().unwrap_or_else(default_data);
+    match control::ask(&data, request).with_context(|| not_running(&data))? {
+        Answer::Ok(status) => Ok(status),
+        Answer::Error { message } => bail!(message),
+    }
+}
+
+fn not_running(data: &Path) -> String {
+    format!(
+        "no provider answers in {}: start it with us-provider run, or say where it runs with --data",
+        data.display()
+    )
+}
+
+fn show(status: &Status, json: bool) -> anyhow::Result<()> {
+    if json {
+        println!("{}", serde_json::to_string_pretty(status)?);
+        return Ok(());
+    }
+    let state = if status.accepts_puts { "taking fragments" } else { status.note.as_str() };
+    let size = |bytes| Size(bytes).to_string();
+    println!("state      {state}");
+    println!("address    {}   directory {}", status.address, status.directory);
+    println!(
+        "space      {} used of {}, {} free",
+        size(status.used_bytes),
+        size(status.capacity_bytes),
+        size(status.free_bytes)
+    );
+    println!(
+        "fragments  {} kept, {} in the trash, {} damaged",
+        status.fragments, status.trashed, status.damaged
+    );
+    Ok(())
+}

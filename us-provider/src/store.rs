@@ -181,6 +181,9 @@ pub enum StoreError {
     /// The index failed; the segments are not affected.
     #[error("{0}")]
     Index(#[from] IndexError),
+    /// Too much is under way; later there is room.
+    #[error("too many reads at once")]
+    Busy,
     /// The store is closed, or its writer has stopped.
     #[error("the store is closed")]
     Closed,

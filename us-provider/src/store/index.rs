@@ -20,6 +20,7 @@ mod sound;
 
 use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use us_core::ids::{Birth, FragmentId, VolumeId};
 
@@ -170,6 +171,7 @@ pub enum IndexError {
 pub struct Index {
     db: sled::Db,
     soundness: Soundness,
+    damaged: AtomicU64,
 }
 
 impl Index {
@@ -188,7 +190,8 @@ impl Index {
             remove_tree(&path);
             open_caught(&path, cache_bytes)
         })?;
-        let index = Self { db, soundness: soundness.clone() };
+        let damaged = AtomicU64::new(db.scan_prefix(b"x").count() as u64);
+        let index = Self { db, soundness: soundness.clone(), damaged };
         if !index.is_consistent(soundness.was_closed()) {
             index.clear()?;
         }
@@ -214,7 +217,9 @@ impl Index {
     /// # Errors
     /// [`IndexError`].
     pub fn clear(&self) -> Result<(), IndexError> {
-        Ok(self.db.clear()?)
+        self.db.clear()?;
+        self.damaged.store(0, Ordering::Relaxed);
+        Ok(())
     }
 
     /// How far the segments are indexed; `None` when nothing is.
@@ -330,6 +335,7 @@ impl Index {
                 segments.insert(entry.place.segment);
             }
             put_change(&mut batch, id, old, new);
+            self.count_damage(old, new);
         }
         for number in segments {
             match accounts.segment(number) {
@@ -340,6 +346,19 @@ impl Index {
         let fragments = accounts.live().records + accounts.trashed().records;
         batch.insert(b"m", Mark { place, next_seq, fragments }.encode());
         Ok(self.db.apply_batch(batch)?)
+    }
+
+    fn count_damage(&self, old: Option<Entry>, new: Option<Entry>) {
+        match (is_damaged(old), is_damaged(new)) {
+            (false, true) => drop(self.damaged.fetch_add(1, Ordering::Relaxed)),
+            (true, false) => drop(self.damaged.fetch_sub(1, Ordering::Relaxed)),
+            (true, true) | (false, false) => {}
+        }
+    }
+
+    /// How many fragments are known to be damaged.
+    pub fn damaged_count(&self) -> u64 {
+        self.damaged.load(Ordering::Relaxed)
     }
 
     /// Writes everything out and notes that the next start may trust it.
@@ -414,12 +433,15 @@ fn put_change(batch: &mut sled::Batch, id: FragmentId, old: Option<Entry>, new: 
         was.into_iter().for_each(|at_s| batch.remove(trash_key(at_s, id)));
         is.into_iter().for_each(|at_s| batch.insert(trash_key(at_s, id), &[]));
     }
-    let damaged = |entry: Option<Entry>| entry.is_some_and(|entry| entry.damaged);
-    match (damaged(old), damaged(new)) {
+    match (is_damaged(old), is_damaged(new)) {
         (false, true) => batch.insert(&key(b'x', id), &[]),
         (true, false) => batch.remove(&key(b'x', id)),
         (true, true) | (false, false) => {}
     }
+}
+
+fn is_damaged(entry: Option<Entry>) -> bool {
+    entry.is_some_and(|entry| entry.damaged)
 }
 
 fn key(tag: u8, id: FragmentId) -> [u8; 18] {

@@ -23,6 +23,8 @@ pub struct StoreState {
     pub trashed: u64,
     /// Bytes of the trash.
     pub trashed_bytes: u64,
+    /// Fragments known to be damaged.
+    pub damaged: u64,
     /// Segment files.
     pub segments: u64,
     /// Why puts fail; `None` while they do not.
@@ -81,6 +83,7 @@ impl Store {
             fragments: live.records,
             trashed: trashed.records,
             trashed_bytes: trashed.bytes,
+            damaged: shared.index.damaged_count(),
             segments,
             trouble: shared.trouble.lock().clone(),
         }

@@ -1,0 +1,301 @@
+//! The daemon: store, service, membership, background work and control put together, and taken
+//! apart in order.
+//!
+//! ```text
+//! begin: lock and open the store -> listen -> serve -> join
+//! end:   say goodbye -> refuse and drain requests -> stop background work -> close the store
+//! ```
+
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use tokio::net::TcpListener;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+use tonic::service::Routes;
+use us_core::daemon::files::{Access, write_atomic};
+use us_core::daemon::shutdown::Shutdown;
+use us_core::daemon::{http, logging, size::Size};
+use us_core::tls::{Identity, TlsError};
+use us_core::wire::{GRPC_MESSAGE_BYTES_MAX, Server, ServerLimits};
+use us_proto::v1::fragments_server::FragmentsServer;
+
+use crate::config::ProviderConfig;
+use crate::control::{self, Controlled};
+use crate::guest::{Pause, run_background};
+use crate::membership::{About, LinkConfig, LinkEnd};
+use crate::service::FragmentService;
+use crate::store::{OpenError, Store};
+
+/// How often the figures of /metrics are brought up to date.
+const GAUGES_EVERY: Duration = Duration::from_secs(2);
+/// Requests under way get this long at the end.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Why the daemon does not run, or no longer.
+#[derive(Debug, thiserror::Error)]
+pub enum DaemonError {
+    /// A setting is missing.
+    #[error("{setting} is not set: give --{setting}, or set it in the configuration")]
+    Setting {
+        /// Its name.
+        setting: &'static str,
+    },
+    /// The certificate cannot be used.
+    #[error("no usable identity in {}: {source}", dir.display())]
+    Identity {
+        /// Where it was looked for.
+        dir: PathBuf,
+        /// What is wrong.
+        #[source]
+        source: TlsError,
+    },
+    /// The store does not open.
+    #[error(transparent)]
+    Store(#[from] OpenError),
+    /// An address, a file or the system refuses.
+    #[error("cannot {action}")]
+    Io {
+        /// What was being done.
+        action: String,
+        /// What the system said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// TLS refuses the identity.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    /// Membership ended for good.
+    #[error(transparent)]
+    Membership(#[from] LinkEnd),
+}
+
+impl DaemonError {
+    fn io(action: impl Into<String>) -> impl FnOnce(std::io::Error) -> Self {
+        let action = action.into();
+        move |source| Self::Io { action, source }
+    }
+
+    /// The exit code: 3 refused by the directory, 4 the store is in use, 1 all else.
+    pub fn exit_code(&self) -> u8 {
+        use us_core::daemon::files::LockError;
+        match self {
+            Self::Membership(LinkEnd::Refused { .. }) => 3,
+            Self::Store(OpenError::Lock(LockError::InUse { .. })) => 4,
+            Self::Setting { .. }
+            | Self::Identity { .. }
+            | Self::Store(_)
+            | Self::Io { .. }
+            | Self::Tls(_)
+            | Self::Membership(LinkEnd::Files(_)) => 1,
+        }
+    }
+}
+
+/// A daemon that has its store and has not begun to serve.
+#[derive(Debug)]
+pub struct Daemon {
+    config: ProviderConfig,
+    directory: String,
+    identity: Identity,
+    store: Store,
+}
+
+impl Daemon {
+    /// Checks the configuration and opens the store. Blocks; call it before there is a runtime.
+    ///
+    /// # Errors
+    /// [`DaemonError`].
+    pub fn open(config: ProviderConfig) -> Result<Self, DaemonError> {
+        let directory =
+            config.directory.clone().ok_or(DaemonError::Setting { setting: "directory" })?;
+        let dir = config.identity_dir();
+        let identity =
+            Identity::load(&dir).map_err(|source| DaemonError::Identity { dir, source })?;
+        let store = Store::open(&config.data, config.store_options())?;
+        let recovery = store.recovery();
+        tracing::info!(
+            data = %config.data.display(), fragments = store.state().fragments,
+            took_ms = recovery.took.as_millis(), rebuilt = recovery.rebuilt,
+            walked = recovery.records, cut = recovery.cut_bytes, damaged = recovery.damaged,
+            "store open"
+        );
+        rebuild_after_panic(&store);
+        Ok(Self { config, directory, identity, store })
+    }
+
+    /// Serves until `shutdown`; calls `ready` with the address once requests are answered.
+    ///
+    /// # Errors
+    /// [`DaemonError`].
+    pub async fn run(
+        self,
+        shutdown: Shutdown,
+        ready: impl FnOnce(&str, &Store),
+    ) -> Result<(), DaemonError> {
+        let pause = Pause::load(&self.config.data);
+        let listener = TcpListener::bind(self.config.listen)
+            .await
+            .map_err(DaemonError::io(format!("listen on {}", self.config.listen)))?;
+        let bound = listener.local_addr().map_err(DaemonError::io("learn the own address"))?;
+        let address = match &self.config.advertise {
+            Some(address) => address.clone(),
+            None => reachable(bound, &self.directory).to_string(),
+        };
+        self.serve_metrics(&shutdown).await?;
+        let (serving_stop, background_stop) = (CancellationToken::new(), CancellationToken::new());
+        let service = FragmentService::new(self.store.clone(), pause.clone());
+        let serving =
+            tokio::spawn(server(&self.identity, service).serve(listener, serving_stop.clone()));
+        write_atomic(&self.config.data.join("address"), address.as_bytes(), Access::Public)
+            .map_err(DaemonError::io("write the file of the address"))?;
+        self.serve_control(&pause, &address, &background_stop);
+        let background = tokio::spawn(run_background(
+            self.store.clone(),
+            self.config.guest,
+            pause.clone(),
+            background_stop.clone(),
+        ));
+        let gauges = tokio::spawn(keep_gauges(self.store.clone(), background_stop.clone()));
+        let about = About {
+            address: address.clone(),
+            site: self.config.site.clone(),
+            store: self.store.id(),
+        };
+        let link = LinkConfig {
+            directory: self.directory.clone(),
+            identity: self.identity.clone(),
+            about,
+        };
+        ready(&address, &self.store);
+        let membership =
+            crate::membership::run(link, self.store.clone(), pause, shutdown.token().clone());
+        let joined = membership.await;
+        // From here on the end, in order. The goodbye is said.
+        shutdown.request();
+        serving_stop.cancel();
+        ended("requests", DRAIN_TIMEOUT, serving).await;
+        background_stop.cancel();
+        ended("background work", DRAIN_TIMEOUT, background).await;
+        ended("figures", DRAIN_TIMEOUT, gauges).await;
+        let store = self.store.clone();
+        ended("store", Duration::from_secs(60), tokio::task::spawn_blocking(move || store.close()))
+            .await;
+        let _ = std::fs::remove_file(control::socket_path(&self.config.data));
+        Ok(joined?)
+    }
+
+    async fn serve_metrics(&self, shutdown: &Shutdown) -> Result<(), DaemonError> {
+        let Some(address) = self.config.metrics else { return Ok(()) };
+        let store = self.store.clone();
+        let health = move || store.state().trouble.map_or(Ok(()), Err);
+        let router = http::router(std::sync::Arc::new(health));
+        let bound = http::serve(address, router, shutdown)
+            .await
+            .map_err(DaemonError::io(format!("serve metrics on {address}")))?;
+        tracing::info!(%bound, "metrics");
+        Ok(())
+    }
+
+    /// Without the socket the daemon works; its owner only cannot talk to it.
+    fn serve_control(&self, pause: &Pause, address: &str, stop: &CancellationToken) {
+        match control::bind(&self.config.data) {
+            Ok(listener) => {
+                let controlled = Controlled {
+                    store: self.store.clone(),
+                    pause: pause.clone(),
+                    address: address.to_owned(),
+                    directory: self.directory.clone(),
+                };
+                tokio::spawn(control::serve(listener, controlled, stop.clone()));
+            }
+            Err(error) => tracing::warn!(%error, "no control socket: status and pause do not work"),
+        }
+    }
+}
+
+fn server(identity: &Identity, service: FragmentService) -> Server {
+    let fragments = FragmentsServer::new(service.clone())
+        .max_decoding_message_size(GRPC_MESSAGE_BYTES_MAX)
+        .max_encoding_message_size(GRPC_MESSAGE_BYTES_MAX);
+    Server::new(identity, ServerLimits::default())
+        .grpc(Routes::new(fragments))
+        .bulk(std::sync::Arc::new(service))
+}
+
+/// Waits for a part to end, not for ever.
+async fn ended<T>(part: &'static str, deadline: Duration, task: JoinHandle<T>) {
+    match tokio::time::timeout(deadline, task).await {
+        Ok(Ok(_)) => {}
+        Ok(Err(error)) => tracing::warn!(part, %error, "ended badly"),
+        Err(_elapsed) => tracing::warn!(part, "still runs; left behind"),
+    }
+}
+
+/// The index is not believed after a panic: it may have been the index's.
+fn rebuild_after_panic(store: &Store) {
+    logging::abort_on_panic();
+    let store = store.clone();
+    let abort = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        store.distrust_index();
+        abort(panic);
+    }));
+}
+
+async fn keep_gauges(store: Store, stop: CancellationToken) {
+    // Cancel-safe: a dropped sleep loses nothing.
+    while stop.run_until_cancelled(tokio::time::sleep(GAUGES_EVERY)).await.is_some() {
+        let state = store.state();
+        let gauges = [
+            ("us_provider_capacity_bytes", state.capacity_bytes),
+            ("us_provider_used_bytes", state.used_bytes),
+            ("us_provider_free_bytes", state.free_bytes),
+            ("us_provider_fragments", state.fragments),
+            ("us_provider_trashed_fragments", state.trashed),
+            ("us_provider_trashed_bytes", state.trashed_bytes),
+            ("us_provider_damaged_fragments", state.damaged),
+            ("us_provider_segments", state.segments),
+            ("us_provider_write_trouble", state.trouble.is_some().into()),
+        ];
+        for (name, value) in gauges {
+            metrics::gauge!(name).set(value as f64);
+        }
+    }
+}
+
+/// What others dial: the address bound or, where that is every address of the machine, the one that
+/// the way to the directory starts from.
+fn reachable(bound: SocketAddr, directory: &str) -> SocketAddr {
+    if !bound.ip().is_unspecified() {
+        return bound;
+    }
+    let any: SocketAddr = match bound.ip() {
+        IpAddr::V4(_) => ([0, 0, 0, 0], 0).into(),
+        IpAddr::V6(_) => ([0u16; 8], 0).into(),
+    };
+    // Connecting a datagram socket sends nothing; it only chooses the way.
+    let own = UdpSocket::bind(any).and_then(|socket| {
+        socket.connect(directory)?;
+        socket.local_addr()
+    });
+    match own {
+        Ok(own) => SocketAddr::new(own.ip(), bound.port()),
+        Err(error) => {
+            tracing::warn!(%error, "cannot tell the own address: set --advertise");
+            bound
+        }
+    }
+}
+
+/// A line for people and for programs, printed when the daemon is ready.
+pub fn ready_line(address: &str, store: &Store, data: &Path) -> String {
+    let state = store.state();
+    format!(
+        "us-provider ready address={address} fragments={} free={} data={}",
+        state.fragments,
+        Size(state.free_bytes).bytes(),
+        data.display()
+    )
+}

@@ -1,0 +1,318 @@
+//! The provider's one stream with the directory.
+//!
+//! [`Member`] is the protocol: it takes what happened and says what to do; it does no I/O.
+//! [`link::run`] is the shell around it: it dials, keeps files, asks the store, and dials again for
+//! ever when the stream ends.
+//!
+//! Invariants:
+//! - The directory's cookie is durable before anything that follows the welcome is done (rule 12).
+//! - A store that belongs to one cluster never serves another.
+//! - `DeleteDone` and `RootStored` are sent after the deletion, the root, is durable; a deletion
+//!   that fails is not answered, and the directory asks again.
+
+mod files;
+mod link;
+
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use us_core::ids::FragmentId;
+use us_proto::v1::provider_down::Event as Down;
+use us_proto::v1::provider_up::Event as Up;
+use us_proto::v1::{
+    CheckReply, DamageReport, DeleteDone, FragmentStatus, ProviderGoodbye, ProviderHello,
+    ProviderReport, RootStored,
+};
+
+use crate::service::{id_of, wire_id};
+
+pub use files::{FileError, Joined, MembershipFiles, decode_root, encode_root};
+pub(crate) use link::report;
+pub use link::{LinkConfig, LinkEnd, run};
+
+/// Fragments named in one message.
+const IDS_MAX: usize = 4096;
+/// Heartbeats before the directory said how often it wants them.
+const REPORT_EVERY: Duration = Duration::from_secs(2);
+/// Bounds of what the directory may ask for.
+const REPORT_EVERY_RANGE: (Duration, Duration) =
+    (Duration::from_millis(50), Duration::from_secs(60));
+/// The first wait after a lost stream; doubles up to the last.
+const RETRY_FIRST: Duration = Duration::from_millis(200);
+/// The longest wait between two tries.
+const RETRY_MAX: Duration = Duration::from_secs(15);
+
+/// What this provider says of itself when it joins.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct About {
+    /// Where clients reach it.
+    pub address: String,
+    /// Its site, a label path; may be empty.
+    pub site: String,
+    /// The id of its store.
+    pub store: [u8; 16],
+}
+
+/// What the shell is to do, in this order.
+#[derive(Clone, PartialEq, Debug)]
+pub enum Effect {
+    /// Send this.
+    Send(Up),
+    /// Make this durable before the next effect.
+    KeepJoined(Joined),
+    /// Send [`Member::damage`] of everything known to be damaged.
+    ReportAllDamage,
+    /// Put these into the trash, then send [`Member::deleted`].
+    Delete {
+        /// The directory's number for it.
+        ticket: u64,
+        /// The fragments.
+        ids: Vec<FragmentId>,
+    },
+    /// Look for these, then send [`Member::checked`].
+    Check {
+        /// The directory's number for it.
+        query: u64,
+        /// The fragments; `None` for one whose id makes no sense.
+        ids: Vec<Option<FragmentId>>,
+    },
+    /// Make this root durable, then send [`Member::root_stored`].
+    KeepRoot {
+        /// Its number.
+        sequence: u64,
+        /// Its bytes.
+        root: Bytes,
+    },
+    /// End for good: the directory does not want this provider, or this is another cluster.
+    Stop {
+        /// Why, for people.
+        reason: String,
+    },
+}
+
+/// The protocol of one provider, over all its streams.
+#[derive(Clone, Debug)]
+pub struct Member {
+    about: About,
+    joined: Option<Joined>,
+    /// Whether the directory has welcomed the present stream.
+    is_welcome: bool,
+    report_every: Duration,
+    reported: Option<(Instant, ProviderReport)>,
+    failures: u32,
+}
+
+impl Member {
+    /// A provider that joined before as `joined`, or never.
+    pub fn new(about: About, joined: Option<Joined>) -> Self {
+        Self {
+            about,
+            joined,
+            is_welcome: false,
+            report_every: REPORT_EVERY,
+            reported: None,
+            failures: 0,
+        }
+    }
+
+    /// The first message of a new stream.
+    pub fn connected(&mut self, now: Instant, report: ProviderReport) -> Up {
+        self.is_welcome = false;
+        self.reported = Some((now, report.clone()));
+        Up::Hello(ProviderHello {
+            address: self.about.address.clone(),
+            site: self.about.site.clone(),
+            store: self.about.store.to_vec().into(),
+            cookie: self.joined.as_ref().map(|joined| joined.cookie.clone()).unwrap_or_default(),
+            report: Some(report),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+        })
+    }
+
+    /// The directory sent something.
+    pub fn received(&mut self, event: Down) -> Vec<Effect> {
+        match event {
+            Down::Welcome(welcome) => {
+                if let Some(joined) = &self.joined
+                    && joined.cluster != welcome.cluster
+                {
+                    return vec![Effect::Stop {
+                        reason: "this store belongs to another cluster: give the provider a new \
+                                 data directory, or join it to its own directory"
+                            .to_owned(),
+                    }];
+                }
+                let joined = Joined {
+                    provider: welcome.provider,
+                    cookie: welcome.cookie,
+                    cluster: welcome.cluster,
+                };
+                self.joined = Some(joined.clone());
+                self.is_welcome = true;
+                self.failures = 0;
+                let asked = Duration::from_millis(welcome.report_every_ms);
+                if !asked.is_zero() {
+                    self.report_every = asked.clamp(REPORT_EVERY_RANGE.0, REPORT_EVERY_RANGE.1);
+                }
+                vec![Effect::KeepJoined(joined), Effect::ReportAllDamage]
+            }
+            Down::Refused(refused) => vec![Effect::Stop { reason: refused.reason }],
+            // Nothing is done for a directory that has not said who we are to it.
+            Down::Delete(_) | Down::Check(_) | Down::StoreRoot(_) if !self.is_welcome => Vec::new(),
+            Down::Delete(delete) => {
+                let ids = delete.fragments.iter().filter_map(id_of).take(IDS_MAX).collect();
+                vec![Effect::Delete { ticket: delete.ticket, ids }]
+            }
+            Down::Check(check) => {
+                let ids = check.fragments.iter().map(id_of).take(IDS_MAX).collect();
+                vec![Effect::Check { query: check.query, ids }]
+            }
+            Down::StoreRoot(store) => {
+                vec![Effect::KeepRoot { sequence: store.sequence, root: store.root }]
+            }
+        }
+    }
+
+    /// Time has passed, or something changed: a report where one is due, or where it tells
+    /// something that cannot wait.
+    pub fn tick(&mut self, now: Instant, report: &ProviderReport) -> Option<Up> {
+        if !self.is_welcome {
+            return None;
+        }
+        let is_due = self.reported.as_ref().is_none_or(|(at, last)| {
+            now.duration_since(*at) >= self.report_every || cannot_wait(last, report)
+        });
+        is_due.then(|| {
+            self.reported = Some((now, report.clone()));
+            Up::Report(report.clone())
+        })
+    }
+
+    /// Whether the directory has welcomed the present stream.
+    pub fn is_welcome(&self) -> bool {
+        self.is_welcome
+    }
+
+    /// How often the directory wants reports.
+    pub fn report_every(&self) -> Duration {
+        self.report_every
+    }
+
+    /// The stream ended: how long to wait before the next try. `jitter` is random in 0..1, so that
+    /// providers that lost the same directory do not all come back at once.
+    pub fn disconnected(&mut self, jitter: f64) -> Duration {
+        self.is_welcome = false;
+        let doubled = RETRY_FIRST.saturating_mul(1 << self.failures.min(16));
+        self.failures = self.failures.saturating_add(1);
+        doubled.min(RETRY_MAX).mul_f64(0.5 + jitter.clamp(0.0, 1.0) / 2.0)
+    }
+
+    /// Messages that name damaged fragments.
+    pub fn damage(ids: &[FragmentId]) -> impl Iterator<Item = Up> {
+        ids.chunks(IDS_MAX).map(|ids| {
+            Up::Damage(DamageReport {
+                fragments: ids.iter().copied().map(wire_id).collect(),
+                detail: "its sums do not hold".to_owned(),
+            })
+        })
+    }
+
+    /// The deletion with this ticket is durable.
+    pub fn deleted(ticket: u64) -> Up {
+        Up::Deleted(DeleteDone { ticket })
+    }
+
+    /// The answer to a check.
+    pub fn checked(query: u64, statuses: &[FragmentStatus]) -> Up {
+        let statuses = statuses.iter().copied().map(i32::from).collect();
+        Up::Checked(CheckReply { query, statuses })
+    }
+
+    /// The root with this number is durable.
+    pub fn root_stored(sequence: u64) -> Up {
+        Up::RootStored(RootStored { sequence })
+    }
+
+    /// The last message.
+    pub fn goodbye() -> Up {
+        Up::Goodbye(ProviderGoodbye { back_in_s: 0 })
+    }
+}
+
+/// Whether the directory should know at once: it would place blocks where they are refused.
+fn cannot_wait(last: &ProviderReport, now: &ProviderReport) -> bool {
+    last.accepts_puts != now.accepts_puts
+        || last.damaged != now.damaged
+        || now.free_bytes < last.free_bytes / 2
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use us_proto::v1::{DeleteFragments, ProviderRefused, ProviderWelcome};
+
+    fn member() -> Member {
+        let about = About { address: "here:1".into(), site: "campus/b".into(), store: [5; 16] };
+        Member::new(about, None)
+    }
+
+    fn welcome(cluster: &'static [u8]) -> Down {
+        Down::Welcome(ProviderWelcome {
+            provider: 4,
+            cookie: Bytes::from_static(b"cookie"),
+            report_every_ms: 500,
+            grant_key: Bytes::new(),
+            cluster: Bytes::from_static(cluster),
+        })
+    }
+
+    fn delete() -> Down {
+        let id = FragmentId { block: us_core::ids::BlockId::from_bytes([1; 16]), index: 2 };
+        Down::Delete(DeleteFragments { ticket: 9, fragments: vec![wire_id(id)] })
+    }
+
+    #[test]
+    fn the_cookie_is_kept_first_and_shown_next_time() {
+        let mut member = member();
+        let now = Instant::now();
+        let Up::Hello(hello) = member.connected(now, ProviderReport::default()) else { panic!() };
+        assert!(hello.cookie.is_empty());
+        assert_eq!(member.received(delete()), [], "nothing is done before the welcome");
+        let effects = member.received(welcome(b"ours"));
+        assert!(matches!(&effects[0], Effect::KeepJoined(joined) if joined.provider == 4));
+        assert!(matches!(&member.received(delete())[..], [Effect::Delete { ticket: 9, .. }]));
+        member.disconnected(0.5);
+        let Up::Hello(hello) = member.connected(now, ProviderReport::default()) else { panic!() };
+        assert_eq!(&hello.cookie[..], b"cookie");
+        assert!(matches!(&member.received(welcome(b"others"))[..], [Effect::Stop { .. }]));
+        let refused = Down::Refused(ProviderRefused { reason: "no".into() });
+        assert_eq!(member.received(refused), [Effect::Stop { reason: "no".into() }]);
+    }
+
+    #[test]
+    fn reports_come_in_time_and_at_once_when_it_matters() {
+        let mut member = member();
+        let now = Instant::now();
+        let report = ProviderReport { accepts_puts: true, ..ProviderReport::default() };
+        member.connected(now, report.clone());
+        assert_eq!(member.tick(now + Duration::from_secs(100), &report), None, "not welcome yet");
+        member.received(welcome(b"ours"));
+        assert_eq!(member.tick(now + Duration::from_millis(400), &report), None);
+        assert!(member.tick(now + Duration::from_millis(500), &report).is_some());
+        assert_eq!(member.tick(now + Duration::from_millis(600), &report), None);
+        let full = ProviderReport { accepts_puts: false, ..report };
+        assert!(member.tick(now + Duration::from_millis(600), &full).is_some());
+    }
+
+    #[test]
+    fn it_tries_again_for_ever_ever_more_slowly() {
+        let mut member = member();
+        let waits: Vec<_> = (0..100).map(|_| member.disconnected(1.0)).collect();
+        assert!(waits.windows(2).all(|pair| pair[0] <= pair[1]));
+        assert_eq!((waits[0], waits[99]), (RETRY_FIRST, RETRY_MAX));
+        assert!(member.disconnected(0.0) >= RETRY_MAX / 2);
+        member.connected(Instant::now(), ProviderReport::default());
+        member.received(welcome(b"ours"));
+        assert_eq!(member.disconnected(1.0), RETRY_FIRST);
+    }
+}

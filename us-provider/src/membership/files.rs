@@ -1,0 +1,208 @@
+//! What a provider remembers of its directory: two small files, each replaced whole.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use bytes::Bytes;
+use us_core::daemon::files::{Access, write_atomic};
+use us_core::fragment::crc32c;
+
+/// How the file of the root begins.
+const ROOT_MAGIC: [u8; 8] = *b"UsRoot\x01\x00";
+/// How the file of the membership begins.
+const JOINED_MAGIC: [u8; 8] = *b"UsJoin\x01\x00";
+/// The most bytes a cookie, a cluster id or a root may have.
+const FIELD_BYTES_MAX: usize = 1 << 20;
+
+/// Who we are to the directory.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Joined {
+    /// Our number.
+    pub provider: u32,
+    /// What it gave us last; shown at the next hello.
+    pub cookie: Bytes,
+    /// Its cluster.
+    pub cluster: Bytes,
+}
+
+/// A file that cannot be read or written.
+#[derive(Debug, thiserror::Error)]
+pub enum FileError {
+    /// The disk failed.
+    #[error("cannot {action} {}", path.display())]
+    Io {
+        /// What was being done.
+        action: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// Its bytes are not what was written.
+    #[error("{} is damaged: remove it, and this provider joins as one whose fragments must be \
+             looked at again", path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+    },
+}
+
+/// The files `membership` and `root` of a data directory.
+#[derive(Clone, Debug)]
+pub struct MembershipFiles {
+    dir: PathBuf,
+}
+
+impl MembershipFiles {
+    /// Those in `dir`.
+    pub fn new(dir: &Path) -> Self {
+        Self { dir: dir.to_owned() }
+    }
+
+    /// Who we were; `None`: never joined. Blocks.
+    ///
+    /// # Errors
+    /// [`FileError`].
+    pub fn load_joined(&self) -> Result<Option<Joined>, FileError> {
+        let path = self.dir.join("membership");
+        let Some(bytes) = read(&path)? else { return Ok(None) };
+        decode_joined(&bytes).map(Some).ok_or(FileError::Damaged { path })
+    }
+
+    /// Keeps who we are, durably. Blocks.
+    ///
+    /// # Errors
+    /// [`FileError::Io`]; the old file is then still there.
+    pub fn keep_joined(&self, joined: &Joined) -> Result<(), FileError> {
+        self.write("membership", &encode_joined(joined))
+    }
+
+    /// The latest root of the directory and its number. Blocks.
+    ///
+    /// # Errors
+    /// [`FileError`].
+    pub fn load_root(&self) -> Result<Option<(u64, Bytes)>, FileError> {
+        let path = self.dir.join("root");
+        let Some(bytes) = read(&path)? else { return Ok(None) };
+        decode_root(&bytes).map(Some).ok_or(FileError::Damaged { path })
+    }
+
+    /// Keeps a root, durably, unless a newer one is kept. Blocks.
+    ///
+    /// # Errors
+    /// [`FileError::Io`]; the old file is then still there.
+    pub fn keep_root(&self, sequence: u64, root: &Bytes) -> Result<(), FileError> {
+        match self.load_root() {
+            Ok(Some((kept, _))) if kept > sequence => return Ok(()),
+            Ok(_) => {}
+            Err(error) => tracing::warn!(%error, "replaced"),
+        }
+        self.write("root", &encode_root(sequence, root))
+    }
+
+    fn write(&self, name: &str, bytes: &[u8]) -> Result<(), FileError> {
+        let path = self.dir.join(name);
+        write_atomic(&path, bytes, Access::Secret).map_err(|source| FileError::Io {
+            action: "write",
+            path,
+            source,
+        })
+    }
+}
+
+fn read(path: &Path) -> Result<Option<Vec<u8>>, FileError> {
+    match std::fs::read(path) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(FileError::Io { action: "read", path: path.to_owned(), source }),
+    }
+}
+
+/// The bytes of the file `root`: magic, number, bytes of the root, the root, CRC-32C of it all.
+pub fn encode_root(sequence: u64, root: &[u8]) -> Vec<u8> {
+    let mut bytes = ROOT_MAGIC.to_vec();
+    bytes.extend_from_slice(&sequence.to_le_bytes());
+    push_field(&mut bytes, root);
+    seal(bytes)
+}
+
+/// The inverse of [`encode_root`]; `None` for other bytes.
+pub fn decode_root(bytes: &[u8]) -> Option<(u64, Bytes)> {
+    let mut content = unseal(bytes)?.strip_prefix(&ROOT_MAGIC)?;
+    let sequence = u64::from_le_bytes(*content.split_off(..8)?.first_chunk()?);
+    let root = take_field(&mut content)?;
+    content.is_empty().then_some((sequence, root))
+}
+
+fn encode_joined(joined: &Joined) -> Vec<u8> {
+    let mut bytes = JOINED_MAGIC.to_vec();
+    bytes.extend_from_slice(&joined.provider.to_le_bytes());
+    push_field(&mut bytes, &joined.cookie);
+    push_field(&mut bytes, &joined.cluster);
+    seal(bytes)
+}
+
+fn decode_joined(bytes: &[u8]) -> Option<Joined> {
+    let mut content = unseal(bytes)?.strip_prefix(&JOINED_MAGIC)?;
+    let provider = u32::from_le_bytes(*content.split_off(..4)?.first_chunk()?);
+    let (cookie, cluster) = (take_field(&mut content)?, take_field(&mut content)?);
+    content.is_empty().then_some(Joined { provider, cookie, cluster })
+}
+
+fn push_field(bytes: &mut Vec<u8>, field: &[u8]) {
+    assert!(field.len() <= FIELD_BYTES_MAX, "a message's field is smaller");
+    bytes.extend_from_slice(&(field.len() as u32).to_le_bytes());
+    bytes.extend_from_slice(field);
+}
+
+fn take_field(content: &mut &[u8]) -> Option<Bytes> {
+    let length = u32::from_le_bytes(*content.split_off(..4)?.first_chunk()?) as usize;
+    content.split_off(..length).map(Bytes::copy_from_slice)
+}
+
+fn seal(mut bytes: Vec<u8>) -> Vec<u8> {
+    let sum = crc32c(&bytes);
+    bytes.extend_from_slice(&sum.to_le_bytes());
+    bytes
+}
+
+fn unseal(bytes: &[u8]) -> Option<&[u8]> {
+    let (content, sum) = bytes.split_last_chunk()?;
+    (crc32c(content) == u32::from_le_bytes(*sum)).then_some(content)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn files_come_back_and_damage_is_seen() {
+        let dir = tempfile::tempdir().unwrap();
+        let files = MembershipFiles::new(dir.path());
+        assert!(files.load_joined().unwrap().is_none());
+        let joined = Joined { provider: 7, cookie: "cookie".into(), cluster: "cluster".into() };
+        files.keep_joined(&joined).unwrap();
+        assert_eq!(files.load_joined().unwrap(), Some(joined));
+        files.keep_root(5, &Bytes::from_static(b"five")).unwrap();
+        files.keep_root(4, &Bytes::from_static(b"four")).unwrap();
+        assert_eq!(files.load_root().unwrap(), Some((5, Bytes::from_static(b"five"))));
+        let path = dir.path().join("membership");
+        let mut bytes = std::fs::read(&path).unwrap();
+        bytes[13] ^= 1;
+        std::fs::write(&path, bytes).unwrap();
+        assert!(matches!(files.load_joined(), Err(FileError::Damaged { .. })));
+    }
+
+    proptest! {
+        #[test]
+        fn decoders_survive_any_bytes(mut bytes in prop::collection::vec(any::<u8>(), 0..60), root: bool) {
+            let _ = (decode_root(&bytes), decode_joined(&bytes));
+            let magic = if root { ROOT_MAGIC } else { JOINED_MAGIC };
+            bytes.splice(..0, magic);
+            let bytes = seal(bytes);
+            let _ = (decode_root(&bytes), decode_joined(&bytes));
+        }
+    }
+}

@@ -1,0 +1,311 @@
+//! The shell of membership: dials the directory, carries out what [`Member`] says, dials again.
+
+use std::time::{Duration, Instant};
+
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use us_core::tls::{ExpectedPeer, Identity, Role};
+use us_core::wire::{ConnectError, connect_grpc};
+use us_proto::v1::membership_client::MembershipClient;
+use us_proto::v1::provider_up::Event as Up;
+use us_proto::v1::{FragmentStatus, ProviderReport, ProviderUp};
+
+use super::{About, Effect, FileError, Member, MembershipFiles};
+use crate::guest::Pause;
+use crate::service::status_of;
+use crate::store::{Store, StoreError};
+
+/// Messages waiting to be sent. Who sends waits when there are more.
+const OUTBOX: usize = 64;
+/// How often the state is looked at for changes that cannot wait.
+const LOOK_EVERY: Duration = Duration::from_millis(250);
+/// The directory must answer the call within this time.
+const JOIN_TIMEOUT: Duration = Duration::from_secs(10);
+/// A message that cannot be handed over in this time: the stream is dead.
+const SEND_TIMEOUT: Duration = Duration::from_secs(20);
+/// The last words get this long.
+const GOODBYE_TIMEOUT: Duration = Duration::from_secs(1);
+/// Damaged fragments named after a welcome, at most; the rest come as scrub finds them again.
+const DAMAGE_MAX: usize = 65_536;
+/// With less than this free, puts are not accepted: a fragment and its segment may not fit.
+const FREE_BYTES_MIN: u64 = 8 << 20;
+
+/// What the link works with.
+#[derive(Clone, Debug)]
+pub struct LinkConfig {
+    /// The directory's address, host:port.
+    pub directory: String,
+    /// Our certificate.
+    pub identity: Identity,
+    /// What we say of ourselves.
+    pub about: About,
+}
+
+/// Why the link ended for good.
+#[derive(Debug, thiserror::Error)]
+pub enum LinkEnd {
+    /// The directory does not want this provider.
+    #[error("the directory refuses this provider: {reason}")]
+    Refused {
+        /// In its words.
+        reason: String,
+    },
+    /// What it gave us cannot be kept.
+    #[error(transparent)]
+    Files(#[from] FileError),
+}
+
+/// Why one stream ended; the next try follows.
+#[derive(Debug, thiserror::Error)]
+enum Lost {
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
+    #[error("the directory ended the stream: {0}")]
+    Status(#[from] tonic::Status),
+    #[error("the directory closed the stream")]
+    Closed,
+    #[error("the directory did not answer in time")]
+    Silent,
+}
+
+/// How one stream ended.
+enum StreamEnd {
+    Lost(Lost),
+    Stopped,
+    Final(LinkEnd),
+}
+
+impl<E: Into<Lost>> From<E> for StreamEnd {
+    fn from(error: E) -> Self {
+        Self::Lost(error.into())
+    }
+}
+
+/// Stays joined until `stop`; says goodbye then.
+///
+/// # Errors
+/// [`LinkEnd`] when trying again makes no sense.
+pub async fn run(
+    config: LinkConfig,
+    store: Store,
+    pause: Pause,
+    stop: CancellationToken,
+) -> Result<(), LinkEnd> {
+    let files = MembershipFiles::new(store.dir());
+    let member = Member::new(config.about.clone(), files.load_joined()?);
+    let mut link = Link { config, store, pause, files, member };
+    loop {
+        // Not cancelled inside: `stream` watches `stop` itself and says goodbye.
+        match link.stream(&stop).await {
+            Err(StreamEnd::Lost(lost)) => {
+                let wait = link.member.disconnected(random_share());
+                metrics::gauge!("us_provider_joined").set(0.0);
+                tracing::warn!(
+                    directory = %link.config.directory, error = %lost, wait_ms = wait.as_millis(),
+                    "not joined; trying again"
+                );
+                // Cancel-safe: a dropped sleep loses nothing.
+                if stop.run_until_cancelled(tokio::time::sleep(wait)).await.is_none() {
+                    return Ok(());
+                }
+            }
+            Err(StreamEnd::Stopped) => return Ok(()),
+            Err(StreamEnd::Final(end)) => return Err(end),
+            Ok(never) => match never {},
+        }
+    }
+}
+
+struct Link {
+    config: LinkConfig,
+    store: Store,
+    pause: Pause,
+    files: MembershipFiles,
+    member: Member,
+}
+
+impl Link {
+    /// One stream, from the dial to its end.
+    async fn stream(
+        &mut self,
+        stop: &CancellationToken,
+    ) -> Result<std::convert::Infallible, StreamEnd> {
+        let (outbox, messages) = mpsc::channel(OUTBOX);
+        let hello = self.member.connected(Instant::now(), self.report());
+        send(&outbox, hello).await?;
+        let dial = async {
+            let (address, identity) = (&self.config.directory, &self.config.identity);
+            let channel =
+                connect_grpc(address, identity, ExpectedPeer::role(Role::Directory)).await?;
+            let join = MembershipClient::new(channel).join(ReceiverStream::new(messages)).await?;
+            Ok::<_, Lost>(join.into_inner())
+        };
+        // Cancel-safe: a dial that is dropped has changed nothing here.
+        let dialled = stop.run_until_cancelled(tokio::time::timeout(JOIN_TIMEOUT, dial)).await;
+        let mut inbox = dialled.ok_or(StreamEnd::Stopped)?.map_err(|_elapsed| Lost::Silent)??;
+        let mut look = tokio::time::interval(LOOK_EVERY);
+        look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            // Cancel-safe, all three: `message` keeps what it has read in the stream, a dropped
+            // tick comes again, and the token stays cancelled.
+            tokio::select! {
+                () = stop.cancelled() => {
+                    self.say_goodbye(&outbox, &mut inbox).await;
+                    return Err(StreamEnd::Stopped);
+                }
+                message = inbox.message() => {
+                    let event = message?.ok_or(Lost::Closed)?.event;
+                    for effect in event.map(|event| self.member.received(event)).unwrap_or_default() {
+                        self.carry_out(effect, &outbox).await?;
+                    }
+                }
+                _ = look.tick() => self.look(&outbox).await?,
+            }
+        }
+    }
+
+    /// Reports what is due.
+    async fn look(&mut self, outbox: &mpsc::Sender<ProviderUp>) -> Result<(), StreamEnd> {
+        let report = self.report();
+        if let Some(message) = self.member.tick(Instant::now(), &report) {
+            send(outbox, message).await?;
+        }
+        if self.member.is_welcome() {
+            for message in Member::damage(&self.store.take_fresh_damage()) {
+                send(outbox, message).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn say_goodbye(
+        &self,
+        outbox: &mpsc::Sender<ProviderUp>,
+        inbox: &mut tonic::Streaming<us_proto::v1::ProviderDown>,
+    ) {
+        let farewell = async {
+            send(outbox, Member::goodbye()).await.ok()?;
+            // The directory closes the stream when it has heard us.
+            while inbox.message().await.ok()?.is_some() {}
+            Some(())
+        };
+        if tokio::time::timeout(GOODBYE_TIMEOUT, farewell).await.is_err() {
+            tracing::debug!("the directory did not answer the goodbye");
+        }
+    }
+
+    async fn carry_out(
+        &mut self,
+        effect: Effect,
+        outbox: &mpsc::Sender<ProviderUp>,
+    ) -> Result<(), StreamEnd> {
+        match effect {
+            Effect::Send(message) => send(outbox, message).await,
+            Effect::Stop { reason } => Err(StreamEnd::Final(LinkEnd::Refused { reason })),
+            Effect::KeepJoined(joined) => {
+                let (files, provider) = (self.files.clone(), joined.provider);
+                let kept = tokio::task::spawn_blocking(move || files.keep_joined(&joined)).await;
+                // A task that does not end well was stopped with the runtime.
+                kept.map_err(|_stopped| StreamEnd::Stopped)?
+                    .map_err(|error| StreamEnd::Final(error.into()))?;
+                metrics::gauge!("us_provider_joined").set(1.0);
+                tracing::info!(provider, directory = %self.config.directory, "joined");
+                Ok(())
+            }
+            Effect::ReportAllDamage => {
+                let damaged = self.blocking(|store| store.damaged(DAMAGE_MAX)).await?;
+                self.store.take_fresh_damage();
+                for message in Member::damage(&damaged.unwrap_or_default()) {
+                    send(outbox, message).await?;
+                }
+                Ok(())
+            }
+            Effect::Delete { ticket, ids } => match self.store.delete(ids).await {
+                Ok(deleted) => {
+                    metrics::counter!("us_provider_deleted_total").increment(deleted as u64);
+                    send(outbox, Member::deleted(ticket)).await
+                }
+                Err(error) => {
+                    tracing::error!(%error, ticket, "deletion failed; the directory asks again");
+                    Ok(())
+                }
+            },
+            Effect::Check { query, ids } => {
+                let check = move |store: &Store| {
+                    ids.iter().map(|id| check_one(store, *id)).collect::<Vec<_>>()
+                };
+                let statuses = self.blocking(check).await?;
+                send(outbox, Member::checked(query, &statuses)).await
+            }
+            Effect::KeepRoot { sequence, root } => {
+                let files = self.files.clone();
+                let kept = tokio::task::spawn_blocking(move || files.keep_root(sequence, &root));
+                match kept.await.map_err(|_stopped| StreamEnd::Stopped)? {
+                    Ok(()) => send(outbox, Member::root_stored(sequence)).await,
+                    Err(error) => {
+                        tracing::error!(%error, sequence, "the directory's root is not kept");
+                        Ok(())
+                    }
+                }
+            }
+        }
+    }
+
+    async fn blocking<T: Send + 'static>(
+        &self,
+        ask: impl FnOnce(&Store) -> T + Send + 'static,
+    ) -> Result<T, StreamEnd> {
+        let store = self.store.clone();
+        // A task that does not end well was stopped with the runtime.
+        tokio::task::spawn_blocking(move || ask(&store)).await.map_err(|_| StreamEnd::Stopped)
+    }
+
+    fn report(&self) -> ProviderReport {
+        report(&self.store, &self.pause)
+    }
+}
+
+/// What the provider says of itself now.
+pub(crate) fn report(store: &Store, pause: &Pause) -> ProviderReport {
+    let state = store.state();
+    let note = if pause.is_on() {
+        "paused by its owner".to_owned()
+    } else if let Some(trouble) = state.trouble {
+        trouble
+    } else if state.free_bytes < FREE_BYTES_MIN {
+        "full".to_owned()
+    } else {
+        String::new()
+    };
+    ProviderReport {
+        capacity_bytes: state.capacity_bytes,
+        used_bytes: state.used_bytes,
+        free_bytes: state.free_bytes,
+        fragments: state.fragments,
+        damaged: state.damaged,
+        accepts_puts: note.is_empty(),
+        note,
+    }
+}
+
+fn check_one(store: &Store, id: Option<us_core::ids::FragmentId>) -> FragmentStatus {
+    let result = id.map_or(Err(StoreError::Request { detail: "no such id" }), |id| store.check(id));
+    result.map_or_else(|error| status_of(&error), |()| FragmentStatus::Ok)
+}
+
+async fn send(outbox: &mpsc::Sender<ProviderUp>, event: Up) -> Result<(), StreamEnd> {
+    let message = ProviderUp { event: Some(event) };
+    match outbox.send_timeout(message, SEND_TIMEOUT).await {
+        Ok(()) => Ok(()),
+        Err(mpsc::error::SendTimeoutError::Timeout(_)) => Err(Lost::Silent.into()),
+        Err(mpsc::error::SendTimeoutError::Closed(_)) => Err(Lost::Closed.into()),
+    }
+}
+
+fn random_share() -> f64 {
+    let mut bytes = [0u8; 4];
+    // Without randomness the wait is merely the same for all.
+    let _ = getrandom::fill(&mut bytes);
+    f64::from(u32::from_le_bytes(bytes)) / f64::from(u32::MAX)
+}
