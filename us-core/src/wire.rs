@@ -36,6 +36,7 @@ use std::time::Duration;
 use futures::stream::BoxStream;
 use us_proto::v1::{GetReply, GetRequest, PutReply, PutRequest};
 
+use crate::disk::Retry;
 use crate::tls::{PeerIdentity, TlsError, UnexpectedPeer};
 
 pub use client::{BulkClient, GetReplies};
@@ -101,17 +102,6 @@ impl Default for BulkLimits {
             progress_timeout: Duration::from_secs(30),
         }
     }
-}
-
-/// Whether it helps to try again.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Retry {
-    /// The same request fails everywhere.
-    Never,
-    /// The same peer may answer later, or over a new connection.
-    SamePeerLater,
-    /// This peer will not; another may.
-    AnotherPeer,
 }
 
 /// Why a connection came not to be.

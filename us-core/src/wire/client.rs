@@ -41,12 +41,10 @@ enum GetEvent {
     End,
 }
 
-struct Shared {
-    peer: PeerIdentity,
-    /// Address and name, for errors.
+/// What the connection's task and the callers both see.
+struct Status {
+    /// Address and name of the peer, for errors.
     label: Arc<str>,
-    commands: mpsc::Sender<Command>,
-    request_next: AtomicU64,
     inflight: Arc<Semaphore>,
     queued: Arc<Semaphore>,
     cause: OnceLock<Arc<CloseCause>>,
@@ -54,7 +52,16 @@ struct Shared {
     closed: CancellationToken,
 }
 
-impl Shared {
+impl Status {
+    /// From now on every new request fails with this cause (or with an earlier one).
+    fn close(&self, cause: CloseCause) {
+        // The cause must be there before anybody notices.
+        self.cause.get_or_init(|| Arc::new(cause));
+        self.inflight.close();
+        self.queued.close();
+        self.closed.cancel();
+    }
+
     fn closed_error(&self) -> BulkError {
         let cause = self.cause.get().cloned().unwrap_or_else(|| Arc::new(CloseCause::Local));
         BulkError::Closed { peer: Arc::clone(&self.label), cause }
@@ -63,6 +70,13 @@ impl Shared {
     fn deadline_error(&self) -> BulkError {
         BulkError::Deadline { peer: Arc::clone(&self.label) }
     }
+}
+
+struct Shared {
+    peer: PeerIdentity,
+    commands: mpsc::Sender<Command>,
+    request_next: AtomicU64,
+    status: Arc<Status>,
 }
 
 /// One framed connection to a provider. Requests travel on it in any number up to
@@ -76,7 +90,7 @@ pub struct BulkClient {
 
 impl std::fmt::Debug for BulkClient {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_tuple("BulkClient").field(&self.shared.label).finish()
+        f.debug_tuple("BulkClient").field(&self.shared.status.label).finish()
     }
 }
 
@@ -102,52 +116,28 @@ impl BulkClient {
         IO: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
         let (commands, receiver) = mpsc::channel(COMMANDS_MAX);
-        let (closing, closed) = (CancellationToken::new(), CancellationToken::new());
-        let shared = Arc::new(Shared {
+        let status = Arc::new(Status {
             label: format!("{} at {address}", peer.name).into(),
-            peer,
-            commands,
-            request_next: AtomicU64::new(1),
             inflight: Arc::new(Semaphore::new(limits.requests_inflight_max)),
             queued: byte_limit(limits.queued_bytes_max),
             cause: OnceLock::new(),
-            closing: closing.clone(),
-            closed: closed.clone(),
+            closing: CancellationToken::new(),
+            closed: CancellationToken::new(),
         });
-        // The task must not keep the handle alive: it ends when the last one is dropped.
-        let weak = Arc::downgrade(&shared);
-        tokio::spawn(async move {
-            let mut driver = Driver {
-                io,
-                reader: FrameReader::new(
-                    Side::Client,
-                    Admission::new(limits.received_bytes_max, None),
-                ),
-                writer: FrameWriter::new(),
-                watchdog: Watchdog::new(limits.progress_timeout),
-                limits,
-                commands: receiver,
-                waiters: HashMap::new(),
-            };
-            let cause = tokio::select! {
-                // Cancel-safe: dropped only when the connection is to end.
-                cause = std::future::poll_fn(|cx| driver.poll(cx)) => cause,
-                // Cancel-safe: a token stays cancelled.
-                () = closing.cancelled() => CloseCause::Local,
-            };
-            // The cause must be there before the waiters notice.
-            if let Some(shared) = weak.upgrade() {
-                shared.cause.get_or_init(|| Arc::new(cause));
-                shared.inflight.close();
-                shared.queued.close();
-            }
-            closed.cancel();
-            driver.commands.close();
-            driver.waiters.clear();
-            // The connection is over in any case.
-            let _ = tokio::time::timeout(dial::CLOSE_TIMEOUT, driver.io.shutdown()).await;
-        });
-        Self { shared }
+        let driver = Driver {
+            io,
+            reader: FrameReader::new(Side::Client, Admission::new(limits.received_bytes_max, None)),
+            writer: FrameWriter::new(),
+            watchdog: Watchdog::new(limits.progress_timeout),
+            limits,
+            commands: receiver,
+            waiters: HashMap::new(),
+            status: Arc::clone(&status),
+            leaving: false,
+        };
+        tokio::spawn(driver.run());
+        let request_next = AtomicU64::new(1);
+        Self { shared: Arc::new(Shared { peer, commands, request_next, status }) }
     }
 
     /// Who is at the other end.
@@ -155,20 +145,20 @@ impl BulkClient {
         &self.shared.peer
     }
 
-    /// Whether the connection has ended: every request fails from now on.
+    /// Whether the connection has ended, or its peer is going away: every new request fails.
     pub fn is_closed(&self) -> bool {
-        self.shared.closed.is_cancelled()
+        self.shared.status.closed.is_cancelled()
     }
 
-    /// Waits until the connection has ended; says why.
+    /// Waits until [`BulkClient::is_closed`]; says why.
     pub async fn closed(&self) -> BulkError {
-        self.shared.closed.cancelled().await;
-        self.shared.closed_error()
+        self.shared.status.closed.cancelled().await;
+        self.shared.status.closed_error()
     }
 
     /// Ends the connection; what is under way fails with [`CloseCause::Local`].
     pub fn close(&self) {
-        self.shared.closing.cancel();
+        self.shared.status.closing.cancel();
     }
 
     /// Stores a fragment; answers when the provider has it durably, or says why it has not.
@@ -182,14 +172,15 @@ impl BulkClient {
         check_size(HEADER_BYTES + put.grant.len(), body_bytes).map_err(BulkError::Request)?;
         let (reply, answer) = oneshot::channel();
         let answered = async {
-            let _inflight = self.acquire(&self.shared.inflight, 1).await?;
-            let queued = self.acquire(&self.shared.queued, units(body_bytes)).await?;
+            let _inflight = self.acquire(&self.shared.status.inflight, 1).await?;
+            let queued = self.acquire(&self.shared.status.queued, units(body_bytes)).await?;
             let waiter = Waiter::Put { reply, _inflight };
             self.send(self.request_number(), Payload::Put(put), waiter, Some(queued)).await?;
-            answer.await.map_err(|_| self.shared.closed_error())
+            answer.await.map_err(|_| self.shared.status.closed_error())
         };
-        let reply =
-            timeout_at(deadline, answered).await.map_err(|_| self.shared.deadline_error())??;
+        let reply = timeout_at(deadline, answered)
+            .await
+            .map_err(|_| self.shared.status.deadline_error())??;
         Ok(PutReply { request, ..reply })
     }
 
@@ -208,11 +199,11 @@ impl BulkClient {
         // One reply for each item and the end: the connection's task never waits for a caller.
         let (replies, events) = mpsc::channel(items + 1);
         let sent = async {
-            let _inflight = self.acquire(&self.shared.inflight, 1).await?;
+            let _inflight = self.acquire(&self.shared.status.inflight, 1).await?;
             let waiter = Waiter::Get { replies, missing: items, _inflight };
             self.send(request, Payload::Get(get), waiter, None).await
         };
-        timeout_at(deadline, sent).await.map_err(|_| self.shared.deadline_error())??;
+        timeout_at(deadline, sent).await.map_err(|_| self.shared.status.deadline_error())??;
         let shared = Arc::clone(&self.shared);
         Ok(GetReplies { shared, request, caller_request, deadline, events, ended: false })
     }
@@ -228,7 +219,7 @@ impl BulkClient {
     ) -> Result<OwnedSemaphorePermit, BulkError> {
         // A semaphore is closed with the connection only.
         let permit = Arc::clone(limit).acquire_many_owned(count).await;
-        permit.map_err(|_| self.shared.closed_error())
+        permit.map_err(|_| self.shared.status.closed_error())
     }
 
     async fn send(
@@ -240,7 +231,7 @@ impl BulkClient {
     ) -> Result<(), BulkError> {
         let frame = Frame { request, payload };
         let sent = self.shared.commands.send(Command::Send { frame, waiter, queued }).await;
-        sent.map_err(|_| self.shared.closed_error())
+        sent.map_err(|_| self.shared.status.closed_error())
     }
 }
 
@@ -287,11 +278,11 @@ impl GetReplies {
             }
             Ok(None) => {
                 self.ended = true;
-                Some(Err(self.shared.closed_error()))
+                Some(Err(self.shared.status.closed_error()))
             }
             Err(_) => {
                 self.cancel();
-                Some(Err(self.shared.deadline_error()))
+                Some(Err(self.shared.status.deadline_error()))
             }
         }
     }
@@ -340,9 +331,28 @@ struct Driver<IO> {
     limits: BulkLimits,
     commands: mpsc::Receiver<Command>,
     waiters: HashMap<u64, Waiter>,
+    status: Arc<Status>,
+    /// The peer said goodbye: it still answers what it has, and gets nothing new.
+    leaving: bool,
 }
 
 impl<IO: AsyncRead + AsyncWrite + Unpin> Driver<IO> {
+    async fn run(mut self) {
+        let status = Arc::clone(&self.status);
+        let cause = tokio::select! {
+            // Cancel-safe: dropped only when the connection is to end.
+            cause = std::future::poll_fn(|cx| self.poll(cx)) => cause,
+            // Cancel-safe: a token stays cancelled.
+            () = status.closing.cancelled() => CloseCause::Local,
+        };
+        status.close(cause);
+        let Self { mut io, waiters, commands, .. } = self;
+        // Whoever still waits learns it by losing the other end of its channel.
+        drop((waiters, commands));
+        // The connection is over in any case.
+        let _ = tokio::time::timeout(dial::CLOSE_TIMEOUT, io.shutdown()).await;
+    }
+
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<CloseCause> {
         let before = self.reader.read_bytes() + self.writer.written_bytes();
         loop {
@@ -351,6 +361,9 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Driver<IO> {
                 Ok(false) => break,
                 Err(cause) => return Poll::Ready(cause),
             }
+        }
+        if self.leaving && self.waiters.is_empty() {
+            return Poll::Ready(CloseCause::PeerClosed);
         }
         let busy = !self.waiters.is_empty() || !self.writer.is_idle() || self.reader.in_frame();
         let progress = self.reader.read_bytes() + self.writer.written_bytes() != before;
@@ -364,11 +377,12 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Driver<IO> {
 
     /// One round of everything; false when every source is pending.
     fn step(&mut self, cx: &mut Context<'_>) -> Result<bool, CloseCause> {
-        while self.writer.has_room() {
+        let mut drained = self.leaving;
+        while self.writer.has_room() && !drained {
             match self.commands.poll_recv(cx) {
                 Poll::Ready(Some(command)) => self.obey(command)?,
                 Poll::Ready(None) => return Err(CloseCause::Local),
-                Poll::Pending => break,
+                Poll::Pending => drained = true,
             }
         }
         let wrote = match self.writer.poll_write(&mut self.io, cx) {
@@ -383,8 +397,8 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Driver<IO> {
             Poll::Ready(None) => return Err(CloseCause::PeerClosed),
             Poll::Pending => {}
         }
-        // The commands were not polled to their end while the writer was full.
-        Ok(wrote && !self.commands.is_empty())
+        // With room again, the commands must be polled until they will wake this task.
+        Ok(wrote && !drained)
     }
 
     fn obey(&mut self, command: Command) -> Result<(), CloseCause> {
@@ -422,7 +436,13 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Driver<IO> {
                 Some(Waiter::Get { replies, .. }) => drop(replies.try_send(GetEvent::End)),
                 Some(Waiter::Put { .. }) | None => return Err(unasked(Kind::GetEnd, request)),
             },
-            Payload::Goodbye(detail) => return Err(CloseCause::PeerGoodbye { detail }),
+            Payload::Goodbye(detail) => {
+                self.status.close(CloseCause::PeerGoodbye { detail });
+                self.leaving = true;
+                // What was not sent yet fails now.
+                self.commands.close();
+                while self.commands.try_recv().is_ok() {}
+            }
             Payload::Error(detail) => return Err(CloseCause::PeerRefused { detail }),
             Payload::Put(_) => return Err(unasked(Kind::Put, request)),
             Payload::Get(_) => return Err(unasked(Kind::Get, request)),

@@ -342,4 +342,4 @@ fn encode_text(
 }
 
 #[cfg(test)]
-mod tests;
+pub(in crate::wire) mod tests;

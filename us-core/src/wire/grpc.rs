@@ -114,7 +114,6 @@ fn innermost(error: &dyn Error) -> String {
 ///
 /// # Errors
 /// `UNAUTHENTICATED` for a request that did not come through [`Server`](super::Server).
-#[expect(clippy::result_large_err, reason = "handlers return tonic's Status as it is")]
 pub fn peer_of<T>(request: &tonic::Request<T>) -> Result<&PeerIdentity, Status> {
     let peer = request.extensions().get::<PeerIdentity>();
     peer.ok_or_else(|| Status::unauthenticated("the connection has no peer certificate"))
@@ -124,7 +123,6 @@ pub fn peer_of<T>(request: &tonic::Request<T>) -> Result<&PeerIdentity, Status> 
 ///
 /// # Errors
 /// `UNAUTHENTICATED` as [`peer_of`]; what happens to a put is in its reply.
-#[expect(clippy::result_large_err, reason = "handlers return tonic's Status as it is")]
 pub fn grpc_put<S: BulkService>(
     service: Arc<S>,
     request: tonic::Request<Streaming<PutRequest>>,
@@ -145,7 +143,6 @@ pub fn grpc_put<S: BulkService>(
 ///
 /// # Errors
 /// `UNAUTHENTICATED` as [`peer_of`]; `INVALID_ARGUMENT` for too many items.
-#[expect(clippy::result_large_err, reason = "handlers return tonic's Status as it is")]
 pub fn grpc_get<S: BulkService>(
     service: &S,
     request: tonic::Request<GetRequest>,

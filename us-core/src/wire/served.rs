@@ -142,10 +142,10 @@ impl<S: BulkService, IO: AsyncRead + AsyncWrite + Unpin> Served<S, IO> {
         if self.draining && self.tasks.is_empty() && self.writer.is_idle() {
             return Poll::Ready(CloseCause::Local);
         }
-        let busy = !self.writer.is_idle() || self.reader.in_frame();
-        let progress = self.reader.read_bytes() + self.writer.written_bytes() != before;
         // A frame that waits for the service to consume earlier ones is not the peer's silence.
-        let busy = busy && !(self.writer.is_idle() && !self.tasks.is_empty());
+        let receiving = self.reader.in_frame() && self.tasks.is_empty();
+        let busy = !self.writer.is_idle() || receiving;
+        let progress = self.reader.read_bytes() + self.writer.written_bytes() != before;
         match self.watchdog.poll(cx, busy, progress) {
             Poll::Ready(()) => {
                 Poll::Ready(CloseCause::Silent { silence: self.limits.progress_timeout })
@@ -165,9 +165,13 @@ impl<S: BulkService, IO: AsyncRead + AsyncWrite + Unpin> Served<S, IO> {
                 Err(_) => {}
             }
         }
-        while self.writer.has_room() {
-            let Poll::Ready(Some(reply)) = self.replies.poll_recv(cx) else { break };
-            self.writer.push(reply.frame, reply.guard)?;
+        let mut drained = false;
+        while self.writer.has_room() && !drained {
+            match self.replies.poll_recv(cx) {
+                Poll::Ready(Some(reply)) => self.writer.push(reply.frame, reply.guard)?,
+                // It never ends: this side holds a sender.
+                Poll::Ready(None) | Poll::Pending => drained = true,
+            }
         }
         let wrote = match self.writer.poll_write(&mut self.io, cx) {
             Poll::Ready(written) => written.map(|()| true)?,
@@ -183,8 +187,8 @@ impl<S: BulkService, IO: AsyncRead + AsyncWrite + Unpin> Served<S, IO> {
                 Poll::Pending => {}
             }
         }
-        // The replies' channel was not polled to its end while the writer was full.
-        Ok(wrote && !self.replies.is_empty())
+        // With room again, the replies must be polled until they will wake this task.
+        Ok(wrote && !drained)
     }
 
     fn accept(&mut self, received: Received) -> Result<(), CloseCause> {
