@@ -24,8 +24,6 @@ mod leases;
 mod listing;
 mod names;
 pub mod node;
-#[cfg(test)]
-mod tests_later;
 mod xattrs;
 
 use std::collections::{HashMap, VecDeque};
@@ -311,9 +309,10 @@ impl Core {
 
     /// The inode with its attributes under a lease of at least `level`.
     fn need(&mut self, ino: Ino, level: Level) -> Result<&mut Node, Stop> {
-        let has = self.nodes.get(&ino).is_some_and(|node| {
-            node.lease.usable() >= level && node.attributes.is_some()
-        });
+        let has = self
+            .nodes
+            .get(&ino)
+            .is_some_and(|node| node.lease.usable() >= level && node.attributes.is_some());
         match self.nodes.get_mut(&ino) {
             Some(node) if has => {
                 node.used = true;
@@ -345,9 +344,7 @@ impl Core {
         let node = self.need_dir(dir, level)?;
         match node.names.as_deref().and_then(|names| names.get(name)) {
             Some(dentry) => Ok(dentry),
-            None => {
-                Err(Stop::Stall(Stall::Fetch(Want::Entry { dir, name: name.into(), level })))
-            }
+            None => Err(Stop::Stall(Stall::Fetch(Want::Entry { dir, name: name.into(), level }))),
         }
     }
 

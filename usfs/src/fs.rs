@@ -8,11 +8,22 @@
 //!
 //! Who calls: `fuse` (the adapter) and tests. What may fail: see [`FsError`].
 
+mod blocks;
+mod files;
+mod mount;
+mod names;
+mod notify;
+mod recall;
+pub(crate) mod shared;
+mod stall;
+mod writeback;
+
+use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
 use us_core::ids::Ino;
 
+pub use self::mount::{MountError, MountOptions, SwarmNews};
 pub use crate::attributes::{Attributes, FileKind, FileTime, SetAttributes, SetTime};
 pub use crate::errno::FsError;
 
@@ -34,6 +45,9 @@ pub struct Caller {
     pub gid: u32,
     /// Process, for locks.
     pub pid: u32,
+    /// Permission bits a new file does not get, unless its directory has a default ACL. Modes are
+    /// passed as the program asked for them (`FUSE_DONT_MASK`).
+    pub umask: u32,
 }
 
 /// An open file or directory of this mount. Never used twice while the mount lives.
@@ -191,300 +205,13 @@ pub trait KernelNotifier: Send + Sync {
 
 /// The file system of one mounted volume. Cheap to clone.
 #[derive(Clone)]
-pub struct Fs {}
+pub struct Fs {
+    shared: Arc<shared::Shared>,
+}
 
-/// The operations. Signatures are stable; see the module documentation for how they wait.
-impl Fs {
-    /// Gives the mount the way to the kernel's caches, once it exists.
-    pub fn set_notifier(&self, _notifier: Box<dyn KernelNotifier>) {}
-
-    /// Looks a name up, and counts one lookup of the inode (the kernel gives it back by
-    /// [`Fs::forget`]). A name that is not there is an answer too, which the kernel may cache.
-    pub async fn lookup(
-        &self,
-        _caller: Caller,
-        _parent: Ino,
-        _name: &[u8],
-    ) -> Result<Lookup, FsError> {
-        Err(FsError::NotSupported)
-    }
-
-    /// The kernel forgets `lookups` of the lookups it counted.
-    pub fn forget(&self, _ino: Ino, _lookups: u64) {}
-
-    /// Attributes.
-    pub async fn getattr(&self, _ino: Ino) -> Result<Entry, FsError> {
-        Err(FsError::NotSupported)
-    }
-
-    /// Changes attributes. `handle`: the open file through which the change is made, if any.
-    pub async fn setattr(
-        &self,
-        _caller: Caller,
-        _ino: Ino,
-        _handle: Option<Handle>,
-        _change: SetAttributes,
-    ) -> Result<Entry, FsError> {
-        Err(FsError::NotSupported)
-    }
-
-    /// The target of a symbolic link.
-    pub async fn readlink(&self, _ino: Ino) -> Result<Bytes, FsError> {
-        Err(FsError::NotSupported)
-    }
-
-    /// Makes a file, pipe, socket or device; `mode` is `st_mode` with the umask applied. Counts a
-    /// lookup, like all operations that answer with a new name's entry.
-    pub async fn mknod(
-        &self,
-        _caller: Caller,
-        _parent: Ino,
-        _name: &[u8],
-        _mode: u32,
-        _rdev: u32,
-    ) -> Result<Entry, FsError> {
-        Err(FsError::NotSupported)
-    }
-
-    /// Makes a directory.
-    pub async fn mkdir(
-        &self,
-        _caller: Caller,
-        _parent: Ino,
-        _name: &[u8],
-        _mode: u32,
-    ) -> Result<Entry, FsError> {
-        Err(FsError::NotSupported)
-    }
-
-    /// Makes a symbolic link.
-    pub async fn symlink(
-        &self,
-        _caller: Caller,
-        _parent: Ino,
-        _name: &[u8],
-        _target: &[u8],
-    ) -> Result<Entry, FsError> {
-        Err(FsError::NotSupported)
-    }
-
-    /// Makes and opens a regular file; opens it where it exists, unless `flags.exclusive`.
-    pub async fn create(
-        &self,
-        _caller: Caller,
-        _parent: Ino,
-        _name: &[u8],
-        _mode: u32,
-        _flags: OpenFlags,
-    ) -> Result<(Entry, Opened), FsError> {
-        Err(FsError::NotSupported)
-    }
-
-    /// Removes a name that is not a directory.
-    pub async fn unlink(&self, _caller: Caller, _parent: Ino, _name: &[u8]) -> Result<(), FsError> {
-        Err(FsError::NotSupported)
-    }
-
-    /// Removes an empty directory.
-    pub async fn rmdir(&self, _caller: Caller, _parent: Ino, _name: &[u8]) -> Result<(), FsError> {
-        Err(FsError::NotSupported)
-    }
-
-    /// Moves a name.
-    pub async fn rename(
-        &self,
-        _caller: Caller,
-        _from: (Ino, &[u8]),
-        _to: (Ino, &[u8]),
-        _mode: RenameMode,
-    ) -> Result<(), FsError> {
-        Err(FsError::NotSupported)
-    }
-
-    /// Gives an inode another name.
-    pub async fn link(
-        &self,
-        _caller: Caller,
-        _ino: Ino,
-        _parent: Ino,
-        _name: &[u8],
-    ) -> Result<Entry, FsError> {
-        Err(FsError::NotSupported)
-    }
-
-    /// Opens a file.
-    pub async fn open(
-        &self,
-        _caller: Caller,
-        _ino: Ino,
-        _flags: OpenFlags,
-    ) -> Result<Opened, FsError> {
-        Err(FsError::NotSupported)
-    }
-
-    /// Reads up to `length` bytes; fewer only at the end of the file.
-    pub async fn read(
-        &self,
-        _handle: Handle,
-        _offset: u64,
-        _length: usize,
-    ) -> Result<Bytes, FsError> {
-        Err(FsError::NotSupported)
-    }
-
-    /// Writes all of `data` if that needs no wait: `None` means call [`Fs::write`]. Copies the bytes
-    /// once, into the file's dirty buffer. `kill_suid`: the kernel asks to drop set-user-id and
-    /// set-group-id (`FUSE_WRITE_KILL_SUIDGID`).
-    pub fn try_write(
-        &self,
-        _handle: Handle,
-        _offset: u64,
-        _data: &[u8],
-        _kill_suid: bool,
-    ) -> Option<Result<usize, FsError>> {
-        None
-    }
-
-    /// Writes all of `data`.
-    pub async fn write(
-        &self,
-        _handle: Handle,
-        _offset: u64,
-        _data: Bytes,
-        _kill_suid: bool,
-    ) -> Result<usize, FsError> {
-        Err(FsError::NotSupported)
-    }
-
-    /// A descriptor was closed: reports a pending error of writing, and drops the owner's locks.
-    pub async fn flush(&self, _handle: Handle, _lock_owner: u64) -> Result<(), FsError> {
-        Err(FsError::NotSupported)
-    }
-
-    /// The last descriptor of an open file was closed.
-    pub fn release(&self, _handle: Handle) {}
-
-    /// Returns when the file's data, and every change of names before now, is durable.
-    pub async fn fsync(&self, _handle: Handle, _data_only: bool) -> Result<(), FsError> {
-        Err(FsError::NotSupported)
-    }
-
-    /// Opens a directory for listing.
-    pub async fn opendir(&self, _caller: Caller, _ino: Ino) -> Result<Opened, FsError> {
-        Err(FsError::NotSupported)
-    }
-
-    /// Lists names after `cookie` (0: from the start, "." and ".." first), in the directory's stable
-    /// order, until the end or until `sink` answers false (it did not take the name).
-    pub async fn readdir(
-        &self,
-        _handle: Handle,
-        _cookie: u64,
-        _sink: &mut (dyn for<'a> FnMut(Listed<'a>) -> bool + Send),
-    ) -> Result<(), FsError> {
-        Err(FsError::NotSupported)
-    }
-
-    /// Like [`Fs::readdir`], with attributes; a name that `sink` took with an entry counts one lookup.
-    pub async fn readdirplus(
-        &self,
-        _handle: Handle,
-        _cookie: u64,
-        _sink: &mut (dyn for<'a> FnMut(Listed<'a>) -> bool + Send),
-    ) -> Result<(), FsError> {
-        Err(FsError::NotSupported)
-    }
-
-    /// A directory handle was closed.
-    pub fn releasedir(&self, _handle: Handle) {}
-
-    /// Returns when every change of names before now is durable.
-    pub async fn fsyncdir(&self, _handle: Handle) -> Result<(), FsError> {
-        Err(FsError::NotSupported)
-    }
-
-    /// Space of the volume.
-    pub async fn statfs(&self) -> Result<Statistics, FsError> {
-        Err(FsError::NotSupported)
-    }
-
-    /// An extended attribute's value.
-    pub async fn getxattr(&self, _ino: Ino, _name: &[u8]) -> Result<Bytes, FsError> {
-        Err(FsError::NotSupported)
-    }
-
-    /// Sets an extended attribute.
-    pub async fn setxattr(
-        &self,
-        _caller: Caller,
-        _ino: Ino,
-        _name: &[u8],
-        _value: &[u8],
-        _mode: XattrMode,
-    ) -> Result<(), FsError> {
-        Err(FsError::NotSupported)
-    }
-
-    /// The names of the extended attributes, each ended by a zero byte.
-    pub async fn listxattr(&self, _ino: Ino) -> Result<Bytes, FsError> {
-        Err(FsError::NotSupported)
-    }
-
-    /// Removes an extended attribute.
-    pub async fn removexattr(
-        &self,
-        _caller: Caller,
-        _ino: Ino,
-        _name: &[u8],
-    ) -> Result<(), FsError> {
-        Err(FsError::NotSupported)
-    }
-
-    /// The lock that is in the way of `lock`, or `None`.
-    pub async fn getlk(&self, _ino: Ino, _lock: Lock) -> Result<Option<Lock>, FsError> {
-        Err(FsError::NotSupported)
-    }
-
-    /// Takes or releases a byte-range lock; `wait`s, but not for ever, for one that is in the way.
-    pub async fn setlk(&self, _ino: Ino, _lock: Lock, _wait: bool) -> Result<(), FsError> {
-        Err(FsError::NotSupported)
-    }
-
-    /// Changes how a range is backed.
-    pub async fn fallocate(
-        &self,
-        _handle: Handle,
-        _offset: u64,
-        _length: u64,
-        _mode: AllocateMode,
-    ) -> Result<(), FsError> {
-        Err(FsError::NotSupported)
-    }
-
-    /// The next data or hole at or after `offset`.
-    pub async fn lseek(
-        &self,
-        _handle: Handle,
-        _offset: u64,
-        _seek: SeekFor,
-    ) -> Result<u64, FsError> {
-        Err(FsError::NotSupported)
-    }
-
-    /// Copies a range by sharing the blocks under it; answers how many bytes.
-    pub async fn copy_file_range(
-        &self,
-        _from: (Handle, u64),
-        _to: (Handle, u64),
-        _length: u64,
-    ) -> Result<u64, FsError> {
-        Err(FsError::NotSupported)
-    }
-
-    /// Flushes everything, waits until it is durable, returns the leases and closes the session.
-    /// Operations that come later fail.
-    pub async fn shutdown(&self) -> Result<(), FsError> {
-        Err(FsError::NotSupported)
+impl std::fmt::Debug for Fs {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Fs").field("volume", &self.shared.volume_name).finish_non_exhaustive()
     }
 }
 

@@ -9,11 +9,15 @@
 //! ```
 
 pub mod attributes;
+pub mod cli;
 pub mod core;
 pub mod ctl;
 pub mod data;
 pub mod errno;
 pub mod fs;
 pub mod fuse;
+pub mod mount;
 pub mod places;
 pub mod session;
+pub mod swarm;
+pub mod up;

@@ -11,7 +11,7 @@
 
 pub mod grpc;
 pub mod log;
-//RESCUE
+pub(crate) mod rescue;
 pub(crate) mod stream;
 
 use futures::future::BoxFuture;

@@ -235,8 +235,7 @@ impl Core {
         let before = self.data(ino)?.map().mapped_bytes();
         let mut written = Vec::new();
         for range in ranges {
-            let extent =
-                Extent { offset: range.start, bytes: range.end - range.start, place };
+            let extent = Extent { offset: range.start, bytes: range.end - range.start, place };
             match mode {
                 // Holes of the map may be dirty; the dirty bytes stay.
                 AllocateMode::Allocate { .. } => self.data(ino)?.map_mut().apply(&extent),

@@ -122,6 +122,13 @@ impl Core {
         self.dirty.failing.as_ref()
     }
 
+    /// Why the data of `ino` could not be stored when it was last tried, if it could not.
+    pub fn storing_fails(&self, ino: Ino) -> Option<FsError> {
+        let failing = self.nodes.get(&ino).is_some_and(|node| node.write_failing);
+        let unknown = || FsError::Io("its data could not be stored".to_owned());
+        failing.then(|| self.dirty.failing.clone().unwrap_or_else(unknown))
+    }
+
     /// Whether data of `ino` is dirty or in flight.
     pub fn has_uncommitted(&self, ino: Ino) -> bool {
         let data = self.nodes.get(&ino).and_then(|node| node.data.as_deref());
@@ -140,7 +147,8 @@ impl Core {
             let facts = DirtyFacts { dirty_bytes: 0, run_bytes: 0, since_ms: 0, wanted: false };
             return self.dirty.packer.update(ino, facts);
         };
-        let dirty = node.data.as_deref().map(|data| (data.dirty().bytes(), data.dirty().run_bytes()));
+        let dirty =
+            node.data.as_deref().map(|data| (data.dirty().bytes(), data.dirty().run_bytes()));
         let (dirty_bytes, run_bytes) = dirty.unwrap_or_default();
         if dirty_bytes == 0 {
             node.dirty_since = None;
@@ -294,7 +302,8 @@ impl Core {
                 .is_none_or(|oldest| oldest.0 >= number)
         };
         let ready = |(number, open): (&u64, &OpenTicket)| {
-            let ready = open.stored.is_some() && open.inos.iter().all(|ino| is_oldest(*number, ino));
+            let ready =
+                open.stored.is_some() && open.inos.iter().all(|ino| is_oldest(*number, ino));
             ready.then_some(Ticket(*number))
         };
         self.dirty.tickets.iter().find_map(ready)

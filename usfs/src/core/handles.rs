@@ -70,12 +70,8 @@ impl Core {
         permissions: u32,
         flags: OpenFlags,
     ) -> Result<(Entry, Opened), Stop> {
-        let new = super::names::NewNode {
-            kind: FileKind::Regular,
-            permissions,
-            rdev: 0,
-            target: &[],
-        };
+        let new =
+            super::names::NewNode { kind: FileKind::Regular, permissions, rdev: 0, target: &[] };
         let ino = match self.make(now, caller, dir, name, new) {
             Err(Stop::Fail(FsError::Exists)) if !flags.exclusive => {
                 let dentry = self.need_name(dir, name, Level::Shared)?;

@@ -254,9 +254,8 @@ impl Core {
         let mut opened = Vec::with_capacity(fetched.entries.len());
         for entry in &fetched.entries {
             let hash: Option<NameHash> = entry.name_hash[..].try_into().ok();
-            let name = hash.and_then(|hash| {
-                self.config.names.open_name(dir, &hash, &entry.sealed_name).ok()
-            });
+            let name = hash
+                .and_then(|hash| self.config.names.open_name(dir, &hash, &entry.sealed_name).ok());
             let Some(name) = name else {
                 return Err(FsError::Io(format!(
                     "directory {dir}: the name at cookie {} fails its seal",

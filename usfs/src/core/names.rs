@@ -184,7 +184,11 @@ impl Core {
     }
 
     fn take_inode(&mut self) -> Result<Ino, Stop> {
-        self.inodes.next().map(Ino).ok_or(Stop::Stall(Stall::Inodes))
+        let ino = self.inodes.next().map(Ino).ok_or(Stop::Stall(Stall::Inodes))?;
+        if self.inodes_low() {
+            self.ask_inodes();
+        }
+        Ok(ino)
     }
 
     /// Makes an inode and answers its entry, counted as a lookup.

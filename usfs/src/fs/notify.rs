@@ -60,11 +60,6 @@ impl KernelCalls {
         self.call(Call::Inode { ino, offset: 0 });
     }
 
-    /// Forget attributes only.
-    pub fn forget_attributes(&self, ino: Ino) {
-        self.call(Call::Inode { ino, offset: -1 });
-    }
-
     /// Forget a name.
     pub fn forget_name(&self, dir: Ino, name: Box<[u8]>) {
         self.call(Call::Entry { dir, name });

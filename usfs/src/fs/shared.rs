@@ -4,7 +4,7 @@
 //! The lock is short and never held across an await. Signals are levels, not events: whoever waits
 //! subscribes first and looks again after each signal.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,11 +14,12 @@ use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use us_core::disk::VirtualDisk;
-use us_core::ids::Ino;
+use us_core::ids::{Ino, SessionId};
 use us_proto::v1;
 use us_proto::v1::session_down::Event as Down;
 use us_proto::v1::session_up::Event as Up;
 
+use super::blocks::Blocks;
 use super::notify::KernelCalls;
 use super::{FsError, SwarmNews};
 use crate::attributes::FileTime;
@@ -46,6 +47,8 @@ pub(crate) struct State {
     pub core: Core,
     waiters: HashMap<u64, Vec<oneshot::Sender<Answer>>>,
     replies: HashMap<u64, oneshot::Sender<Down>>,
+    /// Owners that have asked for a lock on a file: only their closes concern the directory.
+    lock_owners: HashSet<(Ino, u64)>,
 }
 
 /// One mount.
@@ -62,11 +65,13 @@ pub(crate) struct Shared {
     pub recalls: mpsc::Sender<(Ino, Level)>,
     pub kernel: KernelCalls,
     pub disk: VirtualDisk,
+    pub blocks: Arc<Blocks>,
     pub swarm: Arc<dyn SwarmNews>,
     pub tasks: TaskTracker,
     pub stop: CancellationToken,
     pub rescue_dir: PathBuf,
     pub volume_name: String,
+    pub session: SessionId,
 }
 
 /// What a mount is made of.
@@ -74,15 +79,21 @@ pub(crate) struct Parts {
     pub core: Core,
     pub recalls: mpsc::Sender<(Ino, Level)>,
     pub disk: VirtualDisk,
+    pub blocks: Arc<Blocks>,
     pub swarm: Arc<dyn SwarmNews>,
     pub rescue_dir: PathBuf,
     pub volume_name: String,
+    pub session: SessionId,
 }
 
 impl Shared {
     pub fn new(parts: Parts) -> Self {
-        let state =
-            State { core: parts.core, waiters: HashMap::new(), replies: HashMap::new() };
+        let state = State {
+            core: parts.core,
+            waiters: HashMap::new(),
+            replies: HashMap::new(),
+            lock_owners: HashSet::new(),
+        };
         Self {
             state: Mutex::new(state),
             outgoing: Notify::new(),
@@ -92,11 +103,13 @@ impl Shared {
             recalls: parts.recalls,
             kernel: KernelCalls::default(),
             disk: parts.disk,
+            blocks: parts.blocks,
             swarm: parts.swarm,
             tasks: TaskTracker::new(),
             stop: CancellationToken::new(),
             rescue_dir: parts.rescue_dir,
             volume_name: parts.volume_name,
+            session: parts.session,
         }
     }
 
@@ -285,6 +298,16 @@ impl Shared {
 }
 
 impl State {
+    /// `owner` may hold a lock on `ino`.
+    pub fn note_lock(&mut self, ino: Ino, owner: u64) {
+        self.lock_owners.insert((ino, owner));
+    }
+
+    /// Whether `owner` may hold a lock on `ino`; forgets it.
+    pub fn take_lock(&mut self, ino: Ino, owner: u64) -> bool {
+        self.lock_owners.remove(&(ino, owner))
+    }
+
     fn answer(&mut self, number: u64, answer: &Answer) {
         for waiter in self.waiters.remove(&number).unwrap_or_default() {
             // Who gave up waiting does not miss it.

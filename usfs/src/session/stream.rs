@@ -92,8 +92,7 @@ pub(crate) async fn run(
     reopen: v1::OpenSession,
     stop: CancellationToken,
 ) {
-    let mut reopen =
-        v1::OpenSession { session: first.opened.session, ..reopen };
+    let mut reopen = v1::OpenSession { session: first.opened.session, ..reopen };
     let mut next = Some((first, Vec::new()));
     let mut pause = PAUSE_MIN;
     loop {

@@ -1,0 +1,296 @@
+//! Bringing a mount up, and down.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::sync::mpsc;
+use us_core::disk::{Acknowledge, DiskConfig, FragmentTransport, VirtualDisk};
+use us_core::geometry::{Code, GeometryError};
+use us_core::ids::{Ino, SessionId, VolumeId};
+use us_core::name::NameKey;
+use us_core::seal::VolumeKey;
+use us_proto::v1;
+use us_proto::v1::session_up::Event as Up;
+
+use super::blocks::Blocks;
+use super::shared::{Parts, RECALLS_MAX, Shared, now};
+use super::writeback::flush_file;
+use super::{Fs, FsError};
+use crate::core::node::Level;
+use crate::core::{Core, CoreConfig, FlushReason};
+use crate::session::stream::{OpenStream, margin};
+use crate::session::{DirectoryLink, SessionError, stream};
+
+/// How long an unmount may take to make everything durable.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(120);
+/// How long the directory may take to say goodbye.
+const GOODBYE_TIMEOUT: Duration = Duration::from_secs(3);
+/// How often inodes nobody uses are looked for.
+const EVICT_EVERY: Duration = Duration::from_secs(5);
+/// Inodes cached without being used.
+const NODES_MAX: usize = 256 << 10;
+
+/// What a mount is asked for.
+#[derive(Debug)]
+pub struct MountOptions {
+    /// The volume's name or id.
+    pub volume: String,
+    /// This machine, for people.
+    pub host: String,
+    /// Nothing may be changed.
+    pub read_only: bool,
+    /// Memory for data: dirty, on its way, and cached.
+    pub memory_bytes: usize,
+    /// Answer writes only when every fragment is durable.
+    pub acknowledge_full: bool,
+    /// The key of a private volume.
+    pub key: Option<VolumeKey>,
+    /// Where a rescue file would go.
+    pub rescue_dir: PathBuf,
+    /// Sessions of mounts that are known to be dead, to be ended at once (at most 64).
+    pub replaces: Vec<SessionId>,
+}
+
+impl Default for MountOptions {
+    fn default() -> Self {
+        Self {
+            volume: String::new(),
+            host: String::new(),
+            read_only: false,
+            memory_bytes: 512 << 20,
+            acknowledge_full: false,
+            key: None,
+            rescue_dir: std::env::temp_dir(),
+            replaces: Vec::new(),
+        }
+    }
+}
+
+/// News about the swarm that come on the session's stream and are for the way to providers.
+pub trait SwarmNews: Send + Sync + 'static {
+    /// Where providers are.
+    fn on_providers(&self, table: &v1::ProviderTable);
+    /// A fresh grant to show to providers.
+    fn on_grant(&self, grant: &Bytes);
+}
+
+/// Why a volume was not mounted.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum MountError {
+    /// No session with the directory.
+    #[error("cannot mount")]
+    Session(#[from] SessionError),
+    /// The directory's answer makes no sense.
+    #[error("cannot mount: the directory's answer has no valid {field}")]
+    Answer {
+        /// Which part.
+        field: &'static str,
+    },
+    /// The volume's code is impossible.
+    #[error("cannot mount: the volume's code is impossible")]
+    Code(#[from] GeometryError),
+    /// The volume is private.
+    #[error("volume {volume} is private: its key or passphrase is needed")]
+    KeyNeeded {
+        /// The volume.
+        volume: String,
+    },
+}
+
+impl Fs {
+    /// Opens a session and mounts the volume (without a kernel).
+    ///
+    /// # Errors
+    /// [`MountError`].
+    pub async fn mount(
+        options: MountOptions,
+        link: Arc<dyn DirectoryLink>,
+        transport: Arc<dyn FragmentTransport>,
+        swarm: Arc<dyn SwarmNews>,
+    ) -> Result<Self, MountError> {
+        let open = v1::OpenSession {
+            volume: options.volume.clone(),
+            session: 0,
+            incarnation: 0,
+            host: options.host.clone(),
+            read_only: options.read_only,
+            replaces: options.replaces.iter().map(|session| session.0).collect(),
+        };
+        let opened = stream::open(&*link, open.clone(), || now().boot).await?;
+        let (volume, key) = volume_and_key(&options, &opened.opened)?;
+        let code = Code::new(opened.opened.s as usize, opened.opened.r as usize)?;
+        let blocks = Arc::new(Blocks::default());
+        let disk_config = disk_config(&options);
+        let names = NameKey::new(&key);
+        let directory = Arc::clone(&blocks);
+        let disk = VirtualDisk::new(volume, key, code, disk_config, directory, transport);
+        let dirty_bytes_max = options.memory_bytes / 2;
+        let mut core = Core::new(CoreConfig {
+            names,
+            code,
+            read_only: options.read_only,
+            dirty_bytes_max,
+            nodes_max: NODES_MAX,
+        });
+        let lease = Duration::from_millis(u64::from(opened.opened.lease_ms));
+        core.trust_until(opened.asked_at + lease - margin(lease));
+        if !options.read_only {
+            core.ask_inodes();
+        }
+        let (recalls, recalled) = mpsc::channel(RECALLS_MAX);
+        let shared = Arc::new(Shared::new(Parts {
+            core,
+            recalls,
+            disk,
+            blocks: Arc::clone(&blocks),
+            swarm,
+            rescue_dir: options.rescue_dir,
+            volume_name: opened.opened.volume_name.clone(),
+            session: SessionId(opened.opened.session),
+        }));
+        blocks.connect(&shared);
+        shared.new_grant(&opened.opened.grant);
+        start(&shared, link, opened, open, recalled, dirty_bytes_max);
+        Ok(Self { shared })
+    }
+
+    /// The session's number with the directory.
+    pub fn session(&self) -> SessionId {
+        self.shared.session
+    }
+
+    /// Flushes everything, waits until it is durable, and closes the session, which returns all
+    /// leases. Operations that come later fail.
+    ///
+    /// # Errors
+    /// What could not be made durable; it lies in the rescue file then.
+    pub async fn shutdown(&self) -> Result<(), FsError> {
+        let shared = &self.shared;
+        if shared.lock().core.ended().is_none() {
+            let flushed = tokio::time::timeout(SHUTDOWN_TIMEOUT, self.flush_all()).await;
+            let flushed = flushed.unwrap_or_else(|_| {
+                Err(FsError::TimedOut("not everything could be made durable".to_owned()))
+            });
+            match &flushed {
+                Ok(()) => {
+                    shared.lock().core.send(Up::Close(v1::CloseSession {}));
+                    shared.outgoing.notify_one();
+                    self.wait_end().await;
+                }
+                Err(error) => shared.session_ended(&format!("unmounted: {error}")).await,
+            }
+            shared.lock().core.end("unmounted".to_owned());
+            self.stop().await;
+            return flushed;
+        }
+        self.stop().await;
+        Err(self.ended())
+    }
+
+    /// Stops at once, as a crash would: nothing is flushed, the session stays open at the directory.
+    pub async fn abandon(&self) {
+        self.shared.lock().core.end("abandoned".to_owned());
+        self.stop().await;
+    }
+
+    async fn stop(&self) {
+        let shared = &self.shared;
+        shared.stop.cancel();
+        shared.signal();
+        shared.durable.send_modify(|_| {});
+        shared.tasks.close();
+        // Stores under way end by their own deadline; nobody waits for them any more.
+        let _ = tokio::time::timeout(GOODBYE_TIMEOUT, shared.tasks.wait()).await;
+        shared.kernel.stop();
+        shared.disk.close().await;
+    }
+
+    async fn flush_all(&self) -> Result<(), FsError> {
+        let shared = &self.shared;
+        loop {
+            let dirty: Vec<Ino> = shared.lock().core.uncommitted_files();
+            if dirty.is_empty() {
+                break;
+            }
+            for ino in dirty {
+                if let Err(error) = flush_file(shared, ino, FlushReason::Commit).await {
+                    tracing::warn!(%ino, %error, "cannot flush yet; trying again");
+                    if let FsError::SessionEnded(_) = error {
+                        return Err(error);
+                    }
+                    tokio::time::sleep(Duration::from_millis(500)).await;
+                }
+            }
+        }
+        self.wait_durable().await
+    }
+
+    async fn wait_end(&self) {
+        let mut progress = self.shared.progress.subscribe();
+        let ended = async {
+            while self.shared.lock().core.ended().is_none() && progress.changed().await.is_ok() {}
+        };
+        // A directory that is gone keeps the session until it is fenced; that harms nobody.
+        let _ = tokio::time::timeout(GOODBYE_TIMEOUT, ended).await;
+    }
+}
+
+fn volume_and_key(
+    options: &MountOptions,
+    opened: &v1::SessionOpened,
+) -> Result<(VolumeId, VolumeKey), MountError> {
+    let volume = VolumeId::from_slice(&opened.volume);
+    let volume = volume.ok_or(MountError::Answer { field: "volume id" })?;
+    if opened.volume_key.is_empty() {
+        let volume_name = opened.volume_name.clone();
+        let key = options.key.clone().ok_or(MountError::KeyNeeded { volume: volume_name })?;
+        return Ok((volume, key));
+    }
+    let bytes: [u8; 32] =
+        opened.volume_key[..].try_into().map_err(|_| MountError::Answer { field: "volume key" })?;
+    Ok((volume, VolumeKey::from_bytes(bytes.into())))
+}
+
+fn disk_config(options: &MountOptions) -> DiskConfig {
+    DiskConfig {
+        acknowledge: match options.acknowledge_full {
+            true => Acknowledge::Full,
+            false => Acknowledge::Margin,
+        },
+        store_bytes_max: options.memory_bytes / 6,
+        read_bytes_max: options.memory_bytes / 6,
+        cache_bytes: options.memory_bytes / 6,
+        ..DiskConfig::default()
+    }
+}
+
+fn start(
+    shared: &Arc<Shared>,
+    link: Arc<dyn DirectoryLink>,
+    opened: OpenStream,
+    open: v1::OpenSession,
+    recalled: mpsc::Receiver<(Ino, Level)>,
+    dirty_bytes_max: usize,
+) {
+    let stop = shared.stop.clone();
+    shared.tasks.spawn(stream::run(Arc::clone(shared), link, opened, open, stop));
+    shared.tasks.spawn(super::recall::run(Arc::clone(shared), recalled));
+    shared.tasks.spawn(super::writeback::run(Arc::clone(shared), dirty_bytes_max));
+    shared.tasks.spawn(evict(Arc::clone(shared)));
+}
+
+/// Lets go of inodes nobody uses while there are too many.
+async fn evict(shared: Arc<Shared>) {
+    loop {
+        // Cancel-safe: sleeping.
+        tokio::select! {
+            () = tokio::time::sleep(EVICT_EVERY) => {}
+            () = shared.stop.cancelled() => return,
+        }
+        if shared.lock().core.evict() {
+            shared.outgoing.notify_one();
+        }
+    }
+}

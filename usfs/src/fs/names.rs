@@ -1,0 +1,344 @@
+//! Operations on names, attributes, listings and locks. Each only waits for what `core` asks for.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::time::Instant;
+use us_core::ids::Ino;
+use us_proto::v1;
+use us_proto::v1::session_down::Event as Down;
+use us_proto::v1::session_up::Event as Up;
+
+use super::{
+    Caller, Entry, Fs, FsError, Handle, Listed, Lock, LockType, Lookup, OpenFlags, Opened,
+    RenameMode, SetAttributes, Statistics, XattrMode,
+};
+use crate::attributes::{FileKind, MODE_PERMISSIONS};
+use crate::core::{NewNode, Stop};
+
+/// How long the directory may take for an answer that is not cached.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
+/// One wait for a lock at the directory, and all of them: a request cannot be interrupted, so no
+/// wait is for ever.
+const LOCK_WAIT_MS: u32 = 10_000;
+const LOCK_WAIT_MAX: Duration = Duration::from_secs(600);
+
+/// Names and attributes.
+impl Fs {
+    /// Looks a name up, and counts one lookup of the inode (the kernel gives it back by
+    /// [`Fs::forget`]). A name that is not there is an answer too, which the kernel may cache.
+    pub async fn lookup(
+        &self,
+        _caller: Caller,
+        parent: Ino,
+        name: &[u8],
+    ) -> Result<Lookup, FsError> {
+        self.run(|state, now| state.core.lookup(now, parent, name)).await
+    }
+
+    /// The kernel forgets `lookups` of the lookups it counted.
+    pub fn forget(&self, ino: Ino, lookups: u64) {
+        self.shared.lock().core.forget(ino, lookups);
+    }
+
+    /// Attributes.
+    pub async fn getattr(&self, ino: Ino) -> Result<Entry, FsError> {
+        self.run(|state, now| state.core.getattr(now, ino)).await
+    }
+
+    /// Changes attributes. `handle`: the open file through which the change is made, if any.
+    pub async fn setattr(
+        &self,
+        _caller: Caller,
+        ino: Ino,
+        handle: Option<Handle>,
+        change: SetAttributes,
+    ) -> Result<Entry, FsError> {
+        self.run(|state, now| state.core.setattr(now, ino, handle, change)).await
+    }
+
+    /// The target of a symbolic link.
+    pub async fn readlink(&self, ino: Ino) -> Result<Bytes, FsError> {
+        self.run(|state, now| state.core.readlink(now, ino)).await
+    }
+
+    /// Makes a file, pipe, socket or device; `mode` is `st_mode` as asked for. Counts a lookup, like
+    /// all operations that answer with a new name's entry.
+    pub async fn mknod(
+        &self,
+        caller: Caller,
+        parent: Ino,
+        name: &[u8],
+        mode: u32,
+        rdev: u32,
+    ) -> Result<Entry, FsError> {
+        let kind = match FileKind::from_mode(mode) {
+            Some(FileKind::Directory | FileKind::Symlink) => {
+                return Err(FsError::Invalid("mknod makes neither directories nor links"));
+            }
+            Some(kind) => kind,
+            None if mode & crate::attributes::MODE_KIND == 0 => FileKind::Regular,
+            None => return Err(FsError::Invalid("no such kind of file")),
+        };
+        let new = NewNode { kind, permissions: mode & MODE_PERMISSIONS, rdev, target: &[] };
+        self.run(|state, now| state.core.make_entry(now, caller, parent, name, new)).await
+    }
+
+    /// Makes a directory.
+    pub async fn mkdir(
+        &self,
+        caller: Caller,
+        parent: Ino,
+        name: &[u8],
+        mode: u32,
+    ) -> Result<Entry, FsError> {
+        let permissions = mode & MODE_PERMISSIONS;
+        let new = NewNode { kind: FileKind::Directory, permissions, rdev: 0, target: &[] };
+        self.run(|state, now| state.core.make_entry(now, caller, parent, name, new)).await
+    }
+
+    /// Makes a symbolic link.
+    pub async fn symlink(
+        &self,
+        caller: Caller,
+        parent: Ino,
+        name: &[u8],
+        target: &[u8],
+    ) -> Result<Entry, FsError> {
+        let new = NewNode { kind: FileKind::Symlink, permissions: 0o777, rdev: 0, target };
+        self.run(|state, now| state.core.make_entry(now, caller, parent, name, new)).await
+    }
+
+    /// Makes and opens a regular file; opens it where it exists, unless `flags.exclusive`.
+    pub async fn create(
+        &self,
+        caller: Caller,
+        parent: Ino,
+        name: &[u8],
+        mode: u32,
+        flags: OpenFlags,
+    ) -> Result<(Entry, Opened), FsError> {
+        let permissions = mode & MODE_PERMISSIONS;
+        let create = move |state: &mut super::shared::State, now| {
+            state.core.create(now, caller, parent, name, permissions, flags)
+        };
+        self.run(create).await
+    }
+
+    /// Removes a name that is not a directory.
+    pub async fn unlink(&self, _caller: Caller, parent: Ino, name: &[u8]) -> Result<(), FsError> {
+        self.run(|state, now| state.core.unlink(now, parent, name, false).map(|_| ())).await
+    }
+
+    /// Removes an empty directory.
+    pub async fn rmdir(&self, _caller: Caller, parent: Ino, name: &[u8]) -> Result<(), FsError> {
+        self.run(|state, now| state.core.unlink(now, parent, name, true).map(|_| ())).await
+    }
+
+    /// Moves a name.
+    pub async fn rename(
+        &self,
+        _caller: Caller,
+        from: (Ino, &[u8]),
+        to: (Ino, &[u8]),
+        mode: RenameMode,
+    ) -> Result<(), FsError> {
+        self.run(|state, now| state.core.rename(now, from, to, mode).map(|_| ())).await
+    }
+
+    /// Gives an inode another name.
+    pub async fn link(
+        &self,
+        _caller: Caller,
+        ino: Ino,
+        parent: Ino,
+        name: &[u8],
+    ) -> Result<Entry, FsError> {
+        self.run(|state, now| state.core.link(now, ino, parent, name)).await
+    }
+}
+
+/// Directories.
+impl Fs {
+    /// Opens a directory for listing.
+    pub async fn opendir(&self, _caller: Caller, ino: Ino) -> Result<Opened, FsError> {
+        self.run(|state, now| state.core.open_dir(now, ino)).await
+    }
+
+    /// Lists names after `cookie` (0: from the start, "." and ".." first), in the directory's stable
+    /// order, until the end or until `sink` answers false (it did not take the name).
+    pub async fn readdir(
+        &self,
+        handle: Handle,
+        cookie: u64,
+        sink: &mut (dyn for<'a> FnMut(Listed<'a>) -> bool + Send),
+    ) -> Result<(), FsError> {
+        self.list(handle, cookie, false, sink).await
+    }
+
+    /// Like [`Fs::readdir`], with attributes; a name that `sink` took with an entry counts one
+    /// lookup. May end before `sink` is full; the listing is over when nothing is told.
+    pub async fn readdirplus(
+        &self,
+        handle: Handle,
+        cookie: u64,
+        sink: &mut (dyn for<'a> FnMut(Listed<'a>) -> bool + Send),
+    ) -> Result<(), FsError> {
+        self.list(handle, cookie, true, sink).await
+    }
+
+    async fn list(
+        &self,
+        handle: Handle,
+        cookie: u64,
+        plus: bool,
+        sink: &mut (dyn for<'a> FnMut(Listed<'a>) -> bool + Send),
+    ) -> Result<(), FsError> {
+        let mut at = cookie;
+        self.run(|state, now| {
+            let ino = state.core.open_file(handle)?.ino;
+            let (reached, result) = state.core.list(now, ino, at, plus, &mut *sink);
+            // What was told is enough for an answer: the next call goes on from there.
+            let told = reached > cookie;
+            at = reached;
+            match result {
+                Err(Stop::Stall(_)) if told => Ok(()),
+                other => other,
+            }
+        })
+        .await
+    }
+
+    /// A directory handle was closed.
+    pub fn releasedir(&self, handle: Handle) {
+        self.release(handle);
+    }
+
+    /// Returns when every change of names before now is durable.
+    pub async fn fsyncdir(&self, _handle: Handle) -> Result<(), FsError> {
+        self.wait_durable().await
+    }
+}
+
+/// Extended attributes.
+impl Fs {
+    /// An extended attribute's value.
+    pub async fn getxattr(&self, ino: Ino, name: &[u8]) -> Result<Bytes, FsError> {
+        self.run(|state, now| state.core.get_xattr(now, ino, name)).await
+    }
+
+    /// Sets an extended attribute.
+    pub async fn setxattr(
+        &self,
+        _caller: Caller,
+        ino: Ino,
+        name: &[u8],
+        value: &[u8],
+        mode: XattrMode,
+    ) -> Result<(), FsError> {
+        self.run(|state, now| state.core.set_xattr(now, ino, name, value, mode)).await
+    }
+
+    /// The names of the extended attributes, each ended by a zero byte.
+    pub async fn listxattr(&self, ino: Ino) -> Result<Bytes, FsError> {
+        self.run(|state, now| state.core.list_xattrs(now, ino)).await
+    }
+
+    /// Removes an extended attribute.
+    pub async fn removexattr(&self, _caller: Caller, ino: Ino, name: &[u8]) -> Result<(), FsError> {
+        self.run(|state, now| state.core.remove_xattr(now, ino, name)).await
+    }
+}
+
+/// What the directory is asked each time: space and locks.
+impl Fs {
+    /// Space of the volume.
+    pub async fn statfs(&self) -> Result<Statistics, FsError> {
+        let ask = |request| Up::Statfs(v1::StatfsRequest { request });
+        match self.shared.ask(ask, ANSWER_TIMEOUT).await? {
+            Down::Statfs(reply) => Ok(Statistics {
+                total_bytes: reply.total_bytes,
+                free_bytes: reply.free_bytes,
+                available_bytes: reply.available_bytes,
+                inodes: reply.inodes,
+            }),
+            _ => Err(FsError::Io("the directory answered something else".to_owned())),
+        }
+    }
+
+    /// The lock that is in the way of `lock`, or `None`.
+    pub async fn getlk(&self, ino: Ino, lock: Lock) -> Result<Option<Lock>, FsError> {
+        let reply = self.ask_lock(ino, lock, true, 0).await?;
+        let kind = match reply.blocking_kind() {
+            v1::LockKind::Unlock => return Ok(None),
+            v1::LockKind::Read => LockType::Read,
+            v1::LockKind::Write => LockType::Write,
+        };
+        let (start, end) = (reply.blocking_start, reply.blocking_end);
+        let blocking = Lock { owner: 0, start, end, kind, pid: reply.blocking_pid };
+        Ok((!reply.granted).then_some(blocking))
+    }
+
+    /// Takes or releases a byte-range lock; `wait`s, but not for ever, for one that is in the way.
+    pub async fn setlk(&self, ino: Ino, lock: Lock, wait: bool) -> Result<(), FsError> {
+        let deadline = Instant::now() + LOCK_WAIT_MAX;
+        if lock.kind != LockType::Unlock {
+            self.shared.lock().note_lock(ino, lock.owner);
+        }
+        loop {
+            let wait_ms = if wait { LOCK_WAIT_MS } else { 0 };
+            if self.ask_lock(ino, lock, false, wait_ms).await?.granted {
+                return Ok(());
+            }
+            if !wait {
+                return Err(FsError::Locked);
+            }
+            if Instant::now() >= deadline {
+                return Err(FsError::LockWaitEnded);
+            }
+        }
+    }
+
+    /// A descriptor of `owner` was closed: its locks on the file go.
+    pub(super) async fn drop_locks(&self, ino: Ino, owner: u64) -> Result<(), FsError> {
+        if !self.shared.lock().take_lock(ino, owner) {
+            return Ok(());
+        }
+        let kind = LockType::Unlock;
+        let all = Lock { owner, start: 0, end: u64::MAX, kind, pid: 0 };
+        self.ask_lock(ino, all, false, 0).await.map(|_| ())
+    }
+
+    async fn ask_lock(
+        &self,
+        ino: Ino,
+        lock: Lock,
+        test: bool,
+        wait_ms: u32,
+    ) -> Result<v1::LockReply, FsError> {
+        let kind = match lock.kind {
+            LockType::Read => v1::LockKind::Read,
+            LockType::Write => v1::LockKind::Write,
+            LockType::Unlock => v1::LockKind::Unlock,
+        };
+        let ask = |request| {
+            Up::Lock(v1::LockRequest {
+                request,
+                ino: ino.0,
+                owner: lock.owner,
+                start: lock.start,
+                end: lock.end,
+                kind: kind as i32,
+                pid: lock.pid,
+                test,
+                wait: wait_ms > 0,
+                wait_ms,
+            })
+        };
+        let timeout = ANSWER_TIMEOUT + Duration::from_millis(u64::from(wait_ms));
+        match self.shared.ask(ask, timeout).await? {
+            Down::Lock(reply) => Ok(reply),
+            _ => Err(FsError::Io("the directory answered something else".to_owned())),
+        }
+    }
+}

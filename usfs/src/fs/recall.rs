@@ -1,0 +1,87 @@
+//! Answering recalls: another mount wants what this one holds.
+//!
+//! Each recall is a task of its own. It stops new changes, flushes, lets the kernel forget, and
+//! returns the lease behind everything in the log; it holds no lock while it waits and needs no
+//! other lease.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{Semaphore, mpsc};
+use us_core::ids::Ino;
+
+use super::shared::Shared;
+use super::writeback::flush_file;
+use crate::core::node::Level;
+use crate::core::{FinishedRecall, FlushReason};
+
+/// Recalls answered at once.
+const RECALLS_AT_ONCE: usize = 64;
+/// How often a pinned lease is looked at.
+const PIN_POLL: Duration = Duration::from_millis(2);
+/// The pause before a flush that failed is tried again.
+const FLUSH_RETRY: Duration = Duration::from_millis(500);
+
+/// Answers recalls until the mount stops.
+pub(crate) async fn run(shared: Arc<Shared>, mut recalls: mpsc::Receiver<(Ino, Level)>) {
+    let slots = Arc::new(Semaphore::new(RECALLS_AT_ONCE));
+    loop {
+        // Cancel-safe: `recv` takes nothing before it is ready.
+        let recall = tokio::select! {
+            recall = recalls.recv() => recall,
+            () = shared.stop.cancelled() => return,
+        };
+        let Some((ino, keep)) = recall else { return };
+        let Ok(slot) = Arc::clone(&slots).acquire_owned().await else { return };
+        let shared_too = Arc::clone(&shared);
+        shared.tasks.spawn(async move {
+            // Cancel-safe: a mount that stops returns all leases by closing its session.
+            tokio::select! {
+                () = answer(&shared_too, ino, keep) => {}
+                () = shared_too.stop.cancelled() => {}
+            }
+            drop(slot);
+        });
+    }
+}
+
+async fn answer(shared: &Arc<Shared>, ino: Ino, keep: Level) {
+    loop {
+        let now = shared.now();
+        let begun = shared.lock().core.begin_recall(now, ino, keep);
+        match begun {
+            FinishedRecall::Pinned => tokio::time::sleep(PIN_POLL).await,
+            FinishedRecall::Dirty => {
+                if let Err(error) = flush_file(shared, ino, FlushReason::Commit).await {
+                    tracing::warn!(%ino, %error, "cannot flush for another mount; trying again");
+                    tokio::time::sleep(FLUSH_RETRY).await;
+                }
+            }
+            FinishedRecall::Returned => {
+                if keep == Level::None {
+                    forget_in_kernel(shared, ino).await;
+                }
+                if shared.lock().core.finish_recall(ino, keep) == FinishedRecall::Returned {
+                    break;
+                }
+            }
+        }
+        if shared.lock().core.ended().is_some() {
+            return;
+        }
+    }
+    shared.outgoing.notify_one();
+    if keep == Level::None {
+        // What was read while the kernel forgot.
+        shared.kernel.forget_inode(ino);
+    }
+}
+
+async fn forget_in_kernel(shared: &Shared, ino: Ino) {
+    let names = shared.lock().core.cached_names(ino);
+    for name in names {
+        shared.kernel.forget_name(ino, name);
+    }
+    shared.kernel.forget_inode(ino);
+    shared.kernel.settled().await;
+}

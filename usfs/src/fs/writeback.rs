@@ -1,0 +1,180 @@
+//! Dirty data becomes blocks in the background, and at once for whoever waits.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::Semaphore;
+use tokio::time::Instant;
+use us_core::disk::{LateFragments, PlacementError, StoreError, StoredBlock};
+use us_core::ids::{BlockId, Ino};
+
+use super::FsError;
+use super::shared::Shared;
+use crate::core::{FlushReason, SealPlan, Stored};
+use crate::data::Ticket;
+
+/// Blocks of the background that may be on their way at once.
+const BLOCKS_IN_FLIGHT_MAX: usize = 6;
+/// How long storing one block may take before its bytes are dirty again.
+const STORE_TIMEOUT: Duration = Duration::from_secs(45);
+/// The longest sleep of the background: new dirty data wakes it anyway.
+const IDLE_MAX: Duration = Duration::from_secs(60);
+
+/// The background: stores what is due until the mount stops.
+pub(crate) async fn run(shared: Arc<Shared>, dirty_bytes_max: usize) {
+    let slots = Arc::new(Semaphore::new(BLOCKS_IN_FLIGHT_MAX));
+    loop {
+        // Cancel-safe: acquiring a permit takes nothing before it is ready.
+        let slot = tokio::select! {
+            slot = Arc::clone(&slots).acquire_owned() => slot,
+            () = shared.stop.cancelled() => return,
+        };
+        let Ok(slot) = slot else { return };
+        let now = shared.now();
+        let (plan, due) = {
+            let mut state = shared.lock();
+            let pressure = state.core.uncommitted_bytes() > dirty_bytes_max as u64 / 2;
+            (state.core.next_block(now, pressure), state.core.next_block_at())
+        };
+        if let Some(plan) = plan {
+            let shared_too = Arc::clone(&shared);
+            shared.tasks.spawn(async move {
+                store(&shared_too, plan).await;
+                drop(slot);
+            });
+            continue;
+        }
+        drop(slot);
+        let sleep = due.map_or(IDLE_MAX, |due| due.saturating_sub(now.boot));
+        let sleep = sleep.clamp(Duration::from_millis(5), IDLE_MAX);
+        // Cancel-safe: a notification that comes while nobody waits is kept.
+        tokio::select! {
+            () = shared.dirty.notified() => {}
+            () = tokio::time::sleep(sleep) => {}
+            () = shared.stop.cancelled() => return,
+        }
+    }
+}
+
+/// Stores one block and tells the core.
+async fn store(shared: &Arc<Shared>, plan: SealPlan) {
+    let SealPlan { ticket, pieces, inline } = plan;
+    let result = if inline {
+        let sealed = shared.disk.seal_inline(&pieces);
+        sealed.map(|block| (Stored { commit: block.to_commit(), info: block.info }, None))
+    } else {
+        let deadline = Instant::now() + STORE_TIMEOUT;
+        shared.disk.store(pieces, deadline).await.map(|block| {
+            let stored = Stored { commit: block.to_commit(), info: block.info.clone() };
+            (stored, Some(block))
+        })
+    };
+    let (result, block) = match result {
+        Ok((stored, block)) => (Ok(stored), block),
+        Err(error) => {
+            tracing::warn!(%error, "a block could not be stored; its bytes stay dirty");
+            (Err(write_error(&error)), None)
+        }
+    };
+    let now = shared.now();
+    shared.lock().core.finish_ticket(now, ticket, result);
+    shared.outgoing.notify_one();
+    shared.dirty.notify_one();
+    shared.signal();
+    if let Some(StoredBlock { info, late, .. }) = block {
+        let fragments = info.geometry.code().fragments();
+        if info.durable.count() < fragments {
+            let shared_too = Arc::clone(shared);
+            shared.tasks.spawn(async move {
+                report_late(&shared_too, info.id, fragments, late).await;
+            });
+        }
+    }
+}
+
+/// Tells the directory of fragments that became durable after the block was acknowledged.
+async fn report_late(shared: &Shared, block: BlockId, fragments: usize, mut late: LateFragments) {
+    let mut durable = None;
+    // Cancel-safe: `next` is, and losing a report only leaves the directory to find out itself.
+    while let Some(bits) = tokio::select! {
+        bits = late.next() => bits,
+        () = shared.stop.cancelled() => None,
+    } {
+        durable = Some(bits);
+        if bits.count() == fragments {
+            break;
+        }
+    }
+    if let Some(bits) = durable {
+        shared.lock().core.fragments_durable(block, bits.to_bytes(fragments));
+        shared.outgoing.notify_one();
+    }
+}
+
+/// Stores all that is dirty in `ino`, and returns when that, and what was in flight, is committed in
+/// the log (which says nothing of its durability).
+pub(crate) async fn flush_file(
+    shared: &Arc<Shared>,
+    ino: Ino,
+    reason: FlushReason,
+) -> Result<(), FsError> {
+    let mut progress = shared.progress.subscribe();
+    let now = shared.now();
+    let (plans, tickets) = {
+        let mut state = shared.lock();
+        let plans = state.core.seal_file(now, ino, reason);
+        (plans, state.core.open_tickets(ino))
+    };
+    for plan in plans {
+        if plan.inline {
+            // Nothing in it waits.
+            store(shared, plan).await;
+        } else {
+            let shared_too = Arc::clone(shared);
+            shared.tasks.spawn(async move { store(&shared_too, plan).await });
+        }
+    }
+    wait_tickets(shared, &tickets, &mut progress).await?;
+    shared.lock().core.storing_fails(ino).map_or(Ok(()), Err)
+}
+
+async fn wait_tickets(
+    shared: &Shared,
+    tickets: &HashSet<Ticket>,
+    progress: &mut tokio::sync::watch::Receiver<u64>,
+) -> Result<(), FsError> {
+    loop {
+        {
+            let state = shared.lock();
+            if let Some(why) = state.core.ended() {
+                return Err(FsError::SessionEnded(why.to_owned()));
+            }
+            if !state.core.any_open(tickets) {
+                return Ok(());
+            }
+        }
+        if progress.changed().await.is_err() {
+            return Err(FsError::ShuttingDown);
+        }
+    }
+}
+
+fn write_error(error: &StoreError) -> FsError {
+    match error {
+        StoreError::Placement(PlacementError::NoSpace { .. }) | StoreError::NoSpace { .. } => {
+            FsError::NoSpace(error.to_string())
+        }
+        StoreError::Placement(PlacementError::Ended { detail }) => {
+            FsError::SessionEnded(detail.clone())
+        }
+        StoreError::Placement(
+            PlacementError::TooFewProviders { .. } | PlacementError::Unavailable { .. },
+        )
+        | StoreError::Geometry(_)
+        | StoreError::InlineBytes { .. }
+        | StoreError::TooFewProviders { .. }
+        | StoreError::Timeout { .. }
+        | StoreError::Closed => FsError::Io(error.to_string()),
+    }
+}
