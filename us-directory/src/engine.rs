@@ -445,3 +445,14 @@ impl Engine {
         }
     }
 }
+
+impl Engine {
+    /// Makes everything applied durable, at the end.
+    ///
+    /// # Errors
+    /// [`StoreError`] when the store failed.
+    pub fn shut_down(&mut self) -> Result<(), StoreError> {
+        self.commit_cluster(Durability::Durable)?;
+        Ok(())
+    }
+}

@@ -4,7 +4,11 @@
 //! gRPC streams to its events. ARCHITECTURE.md says who owns what.
 
 pub mod engine;
+pub mod inspect;
 pub mod keys;
 pub mod namespace;
 pub mod records;
+pub mod run;
+pub mod service;
+pub mod shell;
 pub mod store;

@@ -1,1 +1,126 @@
-fn main() {}
+//! The directory's program. `us-directory --help` says what it does.
+
+use std::path::PathBuf;
+
+use anyhow::Context;
+use clap::{Args, Parser, Subcommand};
+use serde::Serialize;
+use us_core::daemon::config::{Layers, load};
+use us_core::daemon::logging::{self, LogArgs};
+use us_core::daemon::shutdown::Shutdown;
+use us_core::tls::Role;
+use us_directory::run::{Config, init, issue_identity, run};
+
+/// The directory of an Us cluster: who takes part, what the files are, where their bytes lie.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    #[command(flatten)]
+    log: LogArgs,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Make a new cluster: its certificate authority and the directory's identity
+    Init {
+        /// Where everything is kept
+        #[arg(long)]
+        data: PathBuf,
+    },
+    /// Run the directory
+    Run(RunArgs),
+    /// Issue a certificate for a provider, a client or an administrator
+    Identity {
+        /// The directory's data
+        #[arg(long)]
+        data: PathBuf,
+        /// What the certificate allows: provider, client or admin
+        #[arg(long)]
+        role: Role,
+        /// The name in it
+        #[arg(long)]
+        name: String,
+        /// Where ca.pem, cert.pem and key.pem are written
+        #[arg(long)]
+        out: PathBuf,
+    },
+}
+
+#[derive(Debug, Args)]
+struct RunArgs {
+    /// A TOML file with the same keys as the flags
+    #[arg(long)]
+    config: Option<PathBuf>,
+    #[command(flatten)]
+    flags: Flags,
+}
+
+/// Flags that set a key of the configuration; what is not given says nothing.
+#[derive(Debug, Args, Serialize)]
+struct Flags {
+    /// Where everything is kept
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    data: Option<PathBuf>,
+    /// Where to listen; port 0 takes any (written to DATA/address)
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    listen: Option<String>,
+    /// Where to serve /metrics and /healthz
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    metrics: Option<String>,
+    /// How long a lease is good for without renewal
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    lease_ms: Option<u64>,
+    /// After how long a silent mount is shut out when another wants what it holds
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    fence_ms: Option<u64>,
+    /// How long fragments may be on their way before their provider is asked
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    settle_ms: Option<u64>,
+    /// How often providers report
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    report_every_ms: Option<u64>,
+    /// Memory for pages of the checkpoint, in MiB
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cache_mib: Option<usize>,
+    /// A journal of this many MiB is written into the checkpoint
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    journal_mib: Option<u64>,
+}
+
+fn main() -> anyhow::Result<()> {
+    let cli = Cli::parse();
+    logging::init(&cli.log, "info")?;
+    match cli.command {
+        Command::Init { data } => {
+            let cluster = init(&data)?;
+            println!("cluster {cluster}");
+            Ok(())
+        }
+        Command::Identity { data, role, name, out } => issue_identity(&data, role, &name, &out),
+        Command::Run(args) => {
+            let layers = Layers {
+                file: args.config.as_deref(),
+                environment_prefix: Some("US_DIRECTORY_"),
+                flags: &args.flags,
+            };
+            let config: Config = load(&layers)?;
+            logging::abort_on_panic();
+            let runtime = tokio::runtime::Builder::new_multi_thread()
+                .enable_all()
+                .build()
+                .context("starting the runtime")?;
+            runtime.block_on(async { run(config, Shutdown::on_signals()?).await })
+        }
+    }
+}

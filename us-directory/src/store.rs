@@ -19,6 +19,8 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
+pub mod embedded;
+pub mod journal;
 pub mod memory;
 
 /// The number of a commit. The first is 1; 0 means "nothing".

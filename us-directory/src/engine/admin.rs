@@ -5,8 +5,7 @@ use std::collections::BTreeMap;
 use us_core::geometry::Code;
 use us_core::ids::VolumeId;
 use us_proto::v1::{
-    Health, JournalStatus, ProviderState, ProviderStatus, SessionStatus, StatusReply, Timestamp,
-    VolumeInfo,
+    Health, JournalStatus, ProviderStatus, SessionStatus, StatusReply, Timestamp, VolumeInfo,
 };
 
 use super::event::{Answer, AskId, Effect, Question, RefusalKind, StateSnapshot};
@@ -303,9 +302,4 @@ fn summary(health: Health, totals: &Totals, counting: bool) -> String {
             format!("everything is readable with full redundancy{so_far}")
         }
     }
-}
-
-/// The state of a provider as a snapshot has it.
-pub fn provider_state(state: i32) -> ProviderState {
-    ProviderState::try_from(state).unwrap_or(ProviderState::Unspecified)
 }

@@ -1,0 +1,241 @@
+//! The daemon: what lies in its data directory, how it starts and how it ends.
+//!
+//! ```text
+//! DIR/lock          held while it runs
+//! DIR/ca/           the certificate authority: whoever reads its key owns the cluster
+//! DIR/identity/     the directory's own certificate and key
+//! DIR/store/        journal and checkpoint
+//! DIR/address       where it listens, written when it does
+//! ```
+//! The end, in order: refuse connections, let calls finish, sync the journal, exit. When the store
+//! fails the daemon ends with an error: what it has not synced was never called durable.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use serde::{Deserialize, Serialize};
+use us_core::daemon::files::{Access, DirLock, write_atomic};
+use us_core::daemon::http;
+use us_core::daemon::shutdown::Shutdown;
+use us_core::tls::{CertificateAuthority, Identity, Role};
+use us_core::wire::{Server, ServerLimits};
+
+use crate::engine::EngineConfig;
+use crate::service::Service;
+use crate::shell::{Directory, DurableMark};
+use crate::store::embedded::{EmbeddedOptions, EmbeddedStore};
+
+/// How long calls under way may take at the end.
+const DRAIN: Duration = Duration::from_secs(10);
+
+/// The directory's configuration: a TOML file, `US_DIRECTORY_*` and flags set the same keys.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Where everything is kept.
+    pub data: PathBuf,
+    /// Where mounts, providers and administrators connect; port 0 takes any.
+    pub listen: SocketAddr,
+    /// Where `/metrics` and `/healthz` are served, in plain HTTP; empty: nowhere.
+    pub metrics: String,
+    /// How long a lease is good for without renewal.
+    pub lease_ms: u64,
+    /// After how long a silent mount is shut out when another wants what it holds.
+    pub fence_ms: u64,
+    /// How long fragments may be on their way before their provider is asked.
+    pub settle_ms: u64,
+    /// How often providers report.
+    pub report_every_ms: u64,
+    /// Memory for pages of the checkpoint, in MiB.
+    pub cache_mib: usize,
+    /// A journal of this many MiB is written into the checkpoint.
+    pub journal_mib: u64,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        let engine = EngineConfig::default();
+        Self {
+            data: PathBuf::from("/var/lib/us/directory"),
+            listen: SocketAddr::from(([0, 0, 0, 0], 7460)),
+            metrics: String::new(),
+            lease_ms: engine.lease_ms,
+            fence_ms: engine.fence_ms,
+            settle_ms: engine.settle_ms,
+            report_every_ms: engine.report_every_ms,
+            cache_mib: 64,
+            journal_mib: 64,
+        }
+    }
+}
+
+impl Config {
+    fn engine(&self) -> EngineConfig {
+        EngineConfig {
+            lease_ms: self.lease_ms,
+            fence_ms: self.fence_ms,
+            settle_ms: self.settle_ms,
+            report_every_ms: self.report_every_ms,
+            fetch_wait_ms: self.fence_ms + self.lease_ms / 2,
+        }
+    }
+
+    fn store(&self) -> EmbeddedOptions {
+        EmbeddedOptions {
+            cache_bytes: self.cache_mib << 20,
+            journal_file_bytes: self.journal_mib << 20,
+            ..EmbeddedOptions::default()
+        }
+    }
+
+    /// Refuses times that cannot work together.
+    ///
+    /// # Errors
+    /// Which of them.
+    pub fn check(&self) -> anyhow::Result<()> {
+        if self.lease_ms == 0 || self.report_every_ms == 0 || self.settle_ms == 0 {
+            bail!("lease_ms, settle_ms and report_every_ms must be more than 0");
+        }
+        if self.fence_ms <= self.lease_ms {
+            bail!(
+                "fence_ms ({}) must be more than lease_ms ({}): a mount is shut out only after it \
+                 has stopped trusting its leases",
+                self.fence_ms,
+                self.lease_ms
+            );
+        }
+        Ok(())
+    }
+}
+
+fn authority_dir(data: &Path) -> PathBuf {
+    data.join("ca")
+}
+
+fn identity_dir(data: &Path) -> PathBuf {
+    data.join("identity")
+}
+
+/// Makes a new cluster in `data`: its certificate authority and the directory's own identity.
+///
+/// # Errors
+/// When there is one already, or the disk fails.
+pub fn init(data: &Path) -> anyhow::Result<String> {
+    std::fs::create_dir_all(data).with_context(|| format!("making {}", data.display()))?;
+    let _lock = DirLock::take(data)?;
+    let authority_dir = authority_dir(data);
+    if Identity::exists(&identity_dir(data)) {
+        bail!("{} holds a directory already", data.display());
+    }
+    let authority = if CertificateAuthority::exists(&authority_dir) {
+        // An init that was interrupted half-way is finished.
+        CertificateAuthority::load(&authority_dir)?
+    } else {
+        let authority = CertificateAuthority::create()?;
+        authority.save(&authority_dir)?;
+        authority
+    };
+    authority.issue(Role::Directory, "directory")?.save(&identity_dir(data))?;
+    Ok(authority.cluster().to_string())
+}
+
+/// Whether `data` holds a cluster.
+pub fn is_initialised(data: &Path) -> bool {
+    Identity::exists(&identity_dir(data))
+}
+
+/// Issues a certificate and writes it, its key and the authority's certificate to `out`.
+///
+/// # Errors
+/// When there is no cluster in `data`, the name cannot be used, or the disk fails.
+pub fn issue_identity(data: &Path, role: Role, name: &str, out: &Path) -> anyhow::Result<()> {
+    let authority = CertificateAuthority::load(&authority_dir(data))
+        .with_context(|| format!("{}: run `us-directory init` first", data.display()))?;
+    authority.issue(role, name)?.save(out)?;
+    Ok(())
+}
+
+/// Runs the directory until `shutdown`. Prints `listening on ADDRESS` when it answers.
+///
+/// # Errors
+/// When it cannot start, or its store fails.
+pub async fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
+    config.check()?;
+    let data = config.data.clone();
+    let _lock = DirLock::take(&data)?;
+    let identity = Identity::load(&identity_dir(&data))
+        .with_context(|| format!("{}: run `us-directory init` first", data.display()))?;
+    let cluster = *identity.own().cluster.as_bytes();
+    let (mark, sink) = DurableMark::new();
+    let (store_dir, options) = (data.join("store"), config.store());
+    let opened = std::time::Instant::now();
+    let store = tokio::task::spawn_blocking(move || EmbeddedStore::open(&store_dir, options, sink))
+        .await??;
+    let (directory, engine) = Directory::start(Box::new(store), mark, config.engine(), cluster)?;
+    tracing::info!(elapsed_ms = opened.elapsed().as_millis() as u64, "store opened");
+    let listener = tokio::net::TcpListener::bind(config.listen)
+        .await
+        .with_context(|| format!("listening on {}", config.listen))?;
+    let address = listener.local_addr()?;
+    serve_metrics(&config, &directory, &shutdown).await?;
+    let clock = directory.clone();
+    let ticking = shutdown.token().child_token();
+    tokio::spawn(async move { clock.run_clock(ticking).await });
+    let mut failed = directory.failed();
+    let routes = Service::new(directory.clone()).routes();
+    let limits = ServerLimits { drain_timeout: DRAIN, ..ServerLimits::default() };
+    let server = Server::new(&identity, limits).grpc(routes);
+    let serving = tokio::spawn(server.serve(listener, shutdown.token().clone()));
+    let text = format!("{address}\n");
+    write_atomic(&data.join("address"), text.as_bytes(), Access::Public)
+        .with_context(|| format!("writing {}", data.join("address").display()))?;
+    announce(address)?;
+    // Cancel-safe: both only wait.
+    let failure = tokio::select! {
+        () = shutdown.requested() => None,
+        stopped = failed.wait_for(Option::is_some) => stopped.ok().and_then(|why| why.clone()),
+    };
+    shutdown.request();
+    directory.end_streams();
+    let served = tokio::time::timeout(DRAIN, serving).await;
+    directory.stop().await;
+    let joined = tokio::task::spawn_blocking(move || engine.join());
+    let _late = tokio::time::timeout(DRAIN, joined).await;
+    if let Some(failure) = failure {
+        bail!("the store has failed, the directory cannot go on: {failure}");
+    }
+    match served {
+        Ok(Ok(served)) => served.context("serving"),
+        Ok(Err(panicked)) => Err(panicked.into()),
+        Err(_elapsed) => Ok(()),
+    }
+}
+
+/// The one line a supervisor waits for.
+fn announce(address: SocketAddr) -> anyhow::Result<()> {
+    use std::io::Write;
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "listening on {address}")?;
+    Ok(out.flush()?)
+}
+
+async fn serve_metrics(
+    config: &Config,
+    directory: &Directory,
+    shutdown: &Shutdown,
+) -> anyhow::Result<()> {
+    http::metrics_handle();
+    if config.metrics.is_empty() {
+        return Ok(());
+    }
+    let address: SocketAddr =
+        config.metrics.parse().with_context(|| format!("metrics address {:?}", config.metrics))?;
+    let failed = directory.failed();
+    let health: http::HealthCheck =
+        std::sync::Arc::new(move || failed.borrow().clone().map_or(Ok(()), Err));
+    let bound = http::serve(address, http::router(health), shutdown).await?;
+    tracing::info!(%bound, "metrics");
+    Ok(())
+}

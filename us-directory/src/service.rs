@@ -1,0 +1,237 @@
+//! The gRPC services: each adapts streams and calls to events and questions of the engine.
+//!
+//! Roles come from the peer's certificate: providers may join, clients may open sessions and ask,
+//! administrators may do all. Whatever a peer sends, it costs at most its own connection.
+
+use std::pin::Pin;
+
+use futures::{Stream, StreamExt};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::service::Routes;
+use tonic::{Request, Response, Status, Streaming};
+use us_core::tls::{PeerIdentity, Role};
+use us_core::wire::peer_of;
+use us_proto::v1::admin_server::{Admin, AdminServer};
+use us_proto::v1::membership_server::{Membership, MembershipServer};
+use us_proto::v1::sessions_server::{Sessions, SessionsServer};
+use us_proto::v1::{
+    BlockRequest, CreateVolumeRequest, DeleteVolumeReply, DeleteVolumeRequest, ListVolumesReply,
+    ListVolumesRequest, ProviderDown, ProviderUp, SessionDown, SessionUp, StatusReply,
+    StatusRequest, VolumeInfo, WhereBlock, WhereRequest,
+};
+
+use crate::engine::{Answer, Event, Peer, Question, RefusalKind};
+use crate::inspect::{find_block, where_file};
+use crate::shell::{Directory, Gone};
+
+/// The largest message taken: a batch of 4 MiB and what goes with it.
+const MESSAGE_BYTES_MAX: usize = 8 << 20;
+/// The largest message sent: a map of 256 chunks of 1024 extents, and the blocks.
+pub const ANSWER_BYTES_MAX: usize = 16 << 20;
+/// Blocks of `where` that wait for the caller to read them.
+const WHERE_QUEUE_MAX: usize = 64;
+
+type Down<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+/// All services of the directory.
+#[derive(Clone, Debug)]
+pub struct Service {
+    directory: Directory,
+}
+
+impl Service {
+    /// The services of this directory.
+    pub fn new(directory: Directory) -> Self {
+        Self { directory }
+    }
+
+    /// As routes for [`us_core::wire::Server::grpc`].
+    pub fn routes(&self) -> Routes {
+        let sessions = SessionsServer::new(self.clone())
+            .max_decoding_message_size(MESSAGE_BYTES_MAX)
+            .max_encoding_message_size(ANSWER_BYTES_MAX);
+        let membership = MembershipServer::new(self.clone())
+            .max_decoding_message_size(MESSAGE_BYTES_MAX)
+            .max_encoding_message_size(ANSWER_BYTES_MAX);
+        let admin = AdminServer::new(self.clone()).max_encoding_message_size(ANSWER_BYTES_MAX);
+        Routes::new(sessions).add_service(membership).add_service(admin)
+    }
+
+    async fn ask(&self, question: Question) -> Result<Answer, Status> {
+        match self.directory.ask(question).await? {
+            Answer::Refused { kind, detail } => Err(match kind {
+                RefusalKind::NotFound => Status::not_found(detail),
+                RefusalKind::Exists => Status::already_exists(detail),
+                RefusalKind::Invalid => Status::invalid_argument(detail),
+                RefusalKind::Busy => Status::failed_precondition(detail),
+            }),
+            answer => Ok(answer),
+        }
+    }
+}
+
+impl From<Gone> for Status {
+    fn from(gone: Gone) -> Self {
+        Self::unavailable(gone.to_string())
+    }
+}
+
+/// The caller, if its role is one of `roles`.
+fn allowed<T>(request: &Request<T>, roles: &[Role]) -> Result<PeerIdentity, Status> {
+    let peer = peer_of(request)?;
+    if roles.contains(&peer.role) {
+        return Ok(peer.clone());
+    }
+    let what = "is not for the role of this certificate";
+    Err(Status::permission_denied(format!("this call {what} ({})", peer.role)))
+}
+
+fn peer(identity: &PeerIdentity) -> Peer {
+    Peer { key_hash: identity.key_hash.as_bytes().to_vec(), name: identity.name.clone() }
+}
+
+fn unexpected(answer: &Answer) -> Status {
+    Status::internal(format!("an answer to another question: {answer:?}"))
+}
+
+/// Feeds a stream's messages to the engine until either side ends it.
+async fn pump<T: Send + 'static>(
+    directory: Directory,
+    conn: crate::engine::ConnId,
+    ended: tokio_util::sync::CancellationToken,
+    mut up: Streaming<T>,
+    event: impl Fn(T) -> Event + Send,
+) {
+    // Cancel-safe: once cancelled the stream is dropped.
+    while let Some(Some(Ok(message))) = ended.run_until_cancelled(up.next()).await {
+        if directory.event(event(message)).await.is_err() {
+            return;
+        }
+    }
+    directory.detach(conn).await;
+}
+
+#[tonic::async_trait]
+impl Sessions for Service {
+    type OpenStream = Down<SessionDown>;
+
+    async fn open(
+        &self,
+        request: Request<Streaming<SessionUp>>,
+    ) -> Result<Response<Self::OpenStream>, Status> {
+        let identity = allowed(&request, &[Role::Client, Role::Admin])?;
+        let attached = self.directory.attach_session();
+        let conn = attached.conn;
+        let connected = Event::SessionConnected { conn, peer: peer(&identity) };
+        self.directory.event(connected).await?;
+        let event = move |up| Event::Session { conn, up };
+        let up = request.into_inner();
+        tokio::spawn(pump(self.directory.clone(), conn, attached.ended, up, event));
+        Ok(Response::new(Box::pin(ReceiverStream::new(attached.down).map(Ok))))
+    }
+}
+
+#[tonic::async_trait]
+impl Membership for Service {
+    type JoinStream = Down<ProviderDown>;
+
+    async fn join(
+        &self,
+        request: Request<Streaming<ProviderUp>>,
+    ) -> Result<Response<Self::JoinStream>, Status> {
+        let identity = allowed(&request, &[Role::Provider, Role::Admin])?;
+        let attached = self.directory.attach_provider();
+        let conn = attached.conn;
+        let connected = Event::ProviderConnected { conn, peer: peer(&identity) };
+        self.directory.event(connected).await?;
+        let event = move |up| Event::Provider { conn, up };
+        let up = request.into_inner();
+        tokio::spawn(pump(self.directory.clone(), conn, attached.ended, up, event));
+        Ok(Response::new(Box::pin(ReceiverStream::new(attached.down).map(Ok))))
+    }
+}
+
+#[tonic::async_trait]
+impl Admin for Service {
+    type WhereStream = Down<WhereBlock>;
+
+    async fn status(
+        &self,
+        request: Request<StatusRequest>,
+    ) -> Result<Response<StatusReply>, Status> {
+        allowed(&request, &[Role::Client, Role::Admin])?;
+        match self.ask(Question::Status).await? {
+            Answer::Status(status) => Ok(Response::new(*status)),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    async fn create_volume(
+        &self,
+        request: Request<CreateVolumeRequest>,
+    ) -> Result<Response<VolumeInfo>, Status> {
+        allowed(&request, &[Role::Client, Role::Admin])?;
+        let CreateVolumeRequest { name, s, r, quota_bytes } = request.into_inner();
+        match self.ask(Question::CreateVolume { name, s, r, quota_bytes }).await? {
+            Answer::Volume(info) => Ok(Response::new(info)),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    async fn list_volumes(
+        &self,
+        request: Request<ListVolumesRequest>,
+    ) -> Result<Response<ListVolumesReply>, Status> {
+        allowed(&request, &[Role::Client, Role::Admin])?;
+        match self.ask(Question::ListVolumes).await? {
+            Answer::Volumes(volumes) => Ok(Response::new(ListVolumesReply { volumes })),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    async fn delete_volume(
+        &self,
+        request: Request<DeleteVolumeRequest>,
+    ) -> Result<Response<DeleteVolumeReply>, Status> {
+        allowed(&request, &[Role::Admin])?;
+        let name = request.into_inner().name;
+        match self.ask(Question::DeleteVolume { name }).await? {
+            Answer::Done => Ok(Response::new(DeleteVolumeReply {})),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    async fn r#where(
+        &self,
+        request: Request<WhereRequest>,
+    ) -> Result<Response<Self::WhereStream>, Status> {
+        allowed(&request, &[Role::Client, Role::Admin])?;
+        let ask = request.into_inner();
+        let snapshot = match self.ask(Question::Snapshot).await? {
+            Answer::Snapshot(snapshot) => snapshot,
+            other => return Err(unexpected(&other)),
+        };
+        let (blocks, stream) = tokio::sync::mpsc::channel(WHERE_QUEUE_MAX);
+        tokio::task::spawn_blocking(move || {
+            let sent = where_file(&snapshot, &ask.volume, ask.ino, |block| {
+                blocks.blocking_send(Ok(block)).is_ok()
+            });
+            if let Err(error) = sent {
+                let _gone = blocks.blocking_send(Err(error.into()));
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
+    }
+
+    async fn block(&self, request: Request<BlockRequest>) -> Result<Response<WhereBlock>, Status> {
+        allowed(&request, &[Role::Client, Role::Admin])?;
+        let block = request.into_inner().block;
+        let snapshot = match self.ask(Question::Snapshot).await? {
+            Answer::Snapshot(snapshot) => snapshot,
+            other => return Err(unexpected(&other)),
+        };
+        let found = tokio::task::spawn_blocking(move || find_block(&snapshot, &block));
+        let found = found.await.map_err(|error| Status::internal(error.to_string()))??;
+        Ok(Response::new(found))
+    }
+}
