@@ -103,7 +103,8 @@ pub enum MountError {
 #[derive(Debug)]
 pub struct Mounted {
     point: PathBuf,
-    ended: oneshot::Receiver<io::Result<()>>,
+    /// `None` once the session has ended.
+    ended: Option<oneshot::Receiver<io::Result<()>>>,
     waiting: TaskTracker,
 }
 
@@ -159,7 +160,7 @@ pub fn mount(
     if let Err(error) = kernel::raise_read_ahead(point, READ_AHEAD_KIB) {
         tracing::debug!(%error, "read-ahead stays as it is: only root may raise it");
     }
-    Ok(Mounted { point: point.to_owned(), ended, waiting })
+    Ok(Mounted { point: point.to_owned(), ended: Some(ended), waiting })
 }
 
 fn open_session(
@@ -236,11 +237,11 @@ impl Mounted {
     /// # Errors
     /// What ended the session otherwise.
     pub async fn ended(&mut self) -> io::Result<()> {
-        match (&mut self.ended).await {
-            Ok(result) => result,
-            // The thread sends or the process has aborted.
-            Err(_closed) => Ok(()),
-        }
+        let Some(ended) = &mut self.ended else { return Ok(()) };
+        let result = ended.await;
+        self.ended = None;
+        // The thread sends, or the process has aborted.
+        result.unwrap_or(Ok(()))
     }
 
     /// Takes the mount away; `detach` even while it is in use.

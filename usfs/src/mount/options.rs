@@ -1,0 +1,152 @@
+//! `-o`: what fstab and `mount` give.
+
+use std::path::PathBuf;
+
+use us_core::daemon::size::Size;
+
+use crate::fuse;
+
+/// What `-o` said.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Options {
+    /// Nothing can be changed.
+    pub read_only: bool,
+    /// Other users may use it; `None`: root lets them, others do not.
+    pub allow_other: Option<bool>,
+    /// Set-user-id bits count.
+    pub suid: bool,
+    /// Device files work.
+    pub dev: bool,
+    /// Programs cannot be started from it.
+    pub no_exec: bool,
+    /// Reading does not change access times.
+    pub no_atime: bool,
+    /// Every write is synchronous.
+    pub sync: bool,
+    /// The folder of the identity.
+    pub identity: Option<PathBuf>,
+    /// The most memory for data on its way.
+    pub memory: Option<Size>,
+}
+
+/// An option that makes no sense.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum OptionError {
+    /// Nobody knows it.
+    #[error(
+        "unknown mount option {0:?}: there are ro, rw, allow_other, suid, dev, noexec, noatime, \
+         sync, identity=DIR, memory=SIZE"
+    )]
+    Unknown(String),
+    /// Its value is not what it takes.
+    #[error("mount option {option}: {reason}")]
+    Value {
+        /// The option.
+        option: String,
+        /// What is wrong.
+        reason: String,
+    },
+}
+
+impl Options {
+    /// Reads lists of options separated by commas; of two that contradict, the later wins.
+    ///
+    /// # Errors
+    /// [`OptionError`].
+    pub fn parse(lists: &[String]) -> Result<Self, OptionError> {
+        let mut options = Self::default();
+        for word in lists.iter().flat_map(|list| list.split(',')).filter(|word| !word.is_empty()) {
+            options.add(word)?;
+        }
+        Ok(options)
+    }
+
+    fn add(&mut self, word: &str) -> Result<(), OptionError> {
+        match word {
+            "ro" => self.read_only = true,
+            "rw" => self.read_only = false,
+            "allow_other" => self.allow_other = Some(true),
+            "noallow_other" => self.allow_other = Some(false),
+            "suid" => self.suid = true,
+            "nosuid" => self.suid = false,
+            "dev" => self.dev = true,
+            "nodev" => self.dev = false,
+            "exec" => self.no_exec = false,
+            "noexec" => self.no_exec = true,
+            "noatime" => self.no_atime = true,
+            "atime" | "relatime" => self.no_atime = false,
+            "sync" => self.sync = true,
+            "async" => self.sync = false,
+            // What fstab says to others.
+            "defaults"
+            | "auto"
+            | "noauto"
+            | "user"
+            | "nouser"
+            | "users"
+            | "nofail"
+            | "_netdev"
+            | "default_permissions" => {}
+            word if word.starts_with("x-") || word.starts_with("comment=") => {}
+            word => return self.add_value(word),
+        }
+        Ok(())
+    }
+
+    fn add_value(&mut self, word: &str) -> Result<(), OptionError> {
+        match word.split_once('=') {
+            Some(("identity", dir)) if !dir.is_empty() => self.identity = Some(dir.into()),
+            Some(("memory", size)) => {
+                let size: Size = size.parse().map_err(|error| OptionError::Value {
+                    option: word.to_owned(),
+                    reason: format!("{error}"),
+                })?;
+                self.memory = Some(size);
+            }
+            _ => return Err(OptionError::Unknown(word.to_owned())),
+        }
+        Ok(())
+    }
+
+    /// What the kernel is told.
+    pub(super) fn for_kernel(&self, source: String) -> fuse::MountOptions {
+        let root = rustix::process::geteuid().is_root();
+        fuse::MountOptions {
+            source,
+            read_only: self.read_only,
+            allow_other: self.allow_other.unwrap_or(root),
+            suid: self.suid,
+            dev: self.dev,
+            no_exec: self.no_exec,
+            no_atime: self.no_atime,
+            sync: self.sync,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Options, OptionError> {
+        Options::parse(&[text.to_owned()])
+    }
+
+    #[test]
+    fn options_of_fstab() {
+        let options = parse("rw,noatime,_netdev,x-systemd.automount,identity=/etc/us,memory=256M");
+        let wanted = Options {
+            no_atime: true,
+            identity: Some("/etc/us".into()),
+            memory: Some(Size(256 << 20)),
+            ..Options::default()
+        };
+        assert_eq!(options, Ok(wanted));
+        assert!(parse("ro").unwrap().read_only);
+        assert!(!parse("ro,rw").unwrap().read_only);
+        assert_eq!(parse(""), Ok(Options::default()));
+        assert_eq!(parse("cache"), Err(OptionError::Unknown("cache".into())));
+        assert!(matches!(parse("memory=lots"), Err(OptionError::Value { .. })));
+        assert!(matches!(parse("identity="), Err(OptionError::Unknown(_))));
+    }
+}

@@ -1,0 +1,156 @@
+//! A mounted volume: its file system, its session, its mount, from the first to the last.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use tokio::runtime::Handle;
+use us_core::tls::{ExpectedPeer, Identity, Role};
+
+use super::{Options, point, registry};
+use crate::fs::{Fs, MountOptions};
+use crate::fuse::{self, Mounted};
+use crate::places;
+use crate::session::grpc::GrpcLink;
+use crate::swarm::Swarm;
+
+/// How long a mount in use is waited for before it is hidden.
+const USERS_LEAVE: Duration = Duration::from_secs(3);
+/// How long the kernel may take to let go of a mount that is hidden.
+const KERNEL_LETS_GO: Duration = Duration::from_secs(10);
+
+/// What to mount, and where.
+#[derive(Debug, Clone)]
+pub struct VolumeSpec {
+    /// "host:port" of the directory.
+    pub directory: String,
+    /// Name of the volume.
+    pub volume: String,
+    /// The folder of the client's identity.
+    pub identity: PathBuf,
+    /// Where.
+    pub mountpoint: PathBuf,
+    /// How.
+    pub options: Options,
+}
+
+/// A volume that is mounted by this process.
+pub struct VolumeMount {
+    fs: Fs,
+    mounted: Mounted,
+    registered: Option<registry::Registered>,
+}
+
+impl VolumeMount {
+    /// Opens a session on the volume and mounts it.
+    ///
+    /// # Errors
+    /// For people: what is wrong with the mount point, the identity, the directory or FUSE.
+    pub async fn open(spec: &VolumeSpec) -> anyhow::Result<Self> {
+        let mountpoint = spec.mountpoint.clone();
+        let at = tokio::task::spawn_blocking(move || point::prepare(&mountpoint)).await??;
+        let identity = Identity::load(&spec.identity)
+            .with_context(|| format!("cannot use the identity in {}", spec.identity.display()))?;
+        let fs = open_fs(spec, identity).await?;
+        let options = spec.options.for_kernel(format!("{}/{}", spec.directory, spec.volume));
+        let (runtime, served) = (Handle::current(), fs.clone());
+        let mounting = tokio::task::spawn_blocking(move || {
+            let mounted = fuse::mount(served, &at, &options, &runtime)?;
+            let registered = registry::Registered::new(&at)
+                .inspect_err(|error| tracing::debug!(%error, "umount --flush cannot wait for us"))
+                .ok();
+            Ok::<_, fuse::MountError>((mounted, registered))
+        });
+        match mounting.await? {
+            Ok((mounted, registered)) => Ok(Self { fs, mounted, registered }),
+            Err(error) => {
+                // Nothing was written yet; the session must not wait for its fence.
+                let _ = fs.shutdown().await;
+                Err(error.into())
+            }
+        }
+    }
+
+    /// Where it is mounted.
+    pub fn point(&self) -> &Path {
+        self.mounted.point()
+    }
+
+    /// Waits until someone else has unmounted it. Cancel-safe.
+    pub async fn ended(&mut self) {
+        if let Err(error) = self.mounted.ended().await {
+            tracing::error!(%error, "the FUSE session ended");
+        }
+    }
+
+    /// Unmounts, flushes and closes the session.
+    ///
+    /// # Errors
+    /// When not everything became durable: the text says what and why.
+    pub async fn close(mut self) -> anyhow::Result<()> {
+        self.take_away().await;
+        self.mounted.drain().await;
+        let flushed = self.fs.shutdown().await;
+        let outcome = flushed.as_ref().err().map(ToString::to_string).unwrap_or_default();
+        if let Some(registered) = self.registered.take() {
+            registered.finish(&outcome);
+        }
+        flushed.context("not everything that was written is durable")
+    }
+
+    async fn take_away(&mut self) {
+        let until = tokio::time::Instant::now() + USERS_LEAVE;
+        let mut told = false;
+        loop {
+            let Err(error) = self.mounted.unmount(false).await else { break };
+            match error.raw_os_error() {
+                // Someone was faster.
+                Some(libc::EINVAL | libc::ENOENT) => break,
+                Some(libc::EBUSY) if tokio::time::Instant::now() < until => {
+                    if !std::mem::replace(&mut told, true) {
+                        let users = point::users(self.point());
+                        tracing::warn!(?users, "the mount is in use; waiting a little");
+                    }
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
+                _ => {
+                    tracing::warn!(%error, "hiding the mount from sight while it is in use");
+                    if let Err(error) = self.mounted.unmount(true).await {
+                        tracing::error!(%error, "the mount stays");
+                    }
+                    break;
+                }
+            }
+        }
+        if tokio::time::timeout(KERNEL_LETS_GO, self.ended()).await.is_err() {
+            tracing::warn!("programs still use the mount; they will see errors from now on");
+        }
+    }
+}
+
+async fn open_fs(spec: &VolumeSpec, identity: Identity) -> anyhow::Result<Fs> {
+    let rescue_dir = places::mount_data_dir().join("rescue");
+    places::make_private_dir(&rescue_dir)
+        .with_context(|| format!("make {}", rescue_dir.display()))?;
+    let mut options = MountOptions {
+        volume: spec.volume.clone(),
+        host: host_name(),
+        read_only: spec.options.read_only,
+        rescue_dir,
+        ..MountOptions::default()
+    };
+    if let Some(memory) = spec.options.memory {
+        options.memory_bytes = usize::try_from(memory.bytes()).unwrap_or(usize::MAX);
+    }
+    let expected = ExpectedPeer::role(Role::Directory);
+    let link = GrpcLink::new(spec.directory.clone(), identity.clone(), expected);
+    let swarm = Arc::new(Swarm::new(identity));
+    Fs::mount(options, Arc::new(link), Arc::clone(&swarm) as _, swarm)
+        .await
+        .with_context(|| format!("open volume {} of {}", spec.volume, spec.directory))
+}
+
+fn host_name() -> String {
+    rustix::system::uname().nodename().to_string_lossy().into_owned()
+}
