@@ -9,7 +9,7 @@
 //! rebuild a row: ask others until s slots are there; if the result fails its seal, ask all
 //! ```
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -22,7 +22,8 @@ use tokio::time::{Instant, sleep_until};
 
 use super::slots::{Opening, Rebuilt, Row};
 use super::{
-    BlockInfo, Damage, FragmentFailure, FragmentLoss, ReadError, Shared, SlotRange, permits_for,
+    BlockInfo, Damage, FragmentBits, FragmentFailure, FragmentLoss, ReadError, Shared, SlotRange,
+    permits_for,
 };
 
 /// Below this many bytes pages are opened where they arrive: a trip to the CPU pool costs more.
@@ -66,8 +67,8 @@ pub(super) struct Gather {
     lost: BTreeMap<usize, FragmentFailure>,
     /// Rows in which a rebuild failed its seal: everybody is asked.
     contested: BTreeSet<usize>,
-    /// (page, slots in its row) of rebuilds that failed: not tried again with the same.
-    tried: BTreeSet<(usize, usize)>,
+    /// Pages and the fragments they were rebuilt from: not tried again with the same.
+    tried: HashSet<(usize, FragmentBits)>,
     located: bool,
     rebuild_permit: Option<OwnedSemaphorePermit>,
 }
@@ -87,7 +88,7 @@ impl Gather {
             asked: BTreeMap::new(),
             lost: BTreeMap::new(),
             contested: BTreeSet::new(),
-            tried: BTreeSet::new(),
+            tried: HashSet::new(),
             located: false,
             rebuild_permit: None,
         }
@@ -373,9 +374,11 @@ impl Gather {
             let Some(row) = self.rows.get(&slot).filter(|row| row.slots.len() >= s) else {
                 continue;
             };
+            let mut present = FragmentBits::EMPTY;
+            row.slots.keys().for_each(|fragment| present.insert(*fragment));
             for page in pages {
                 let (fragment, _) = self.info.geometry.locate_page(page);
-                if self.tried.insert((page, row.slots.len())) {
+                if self.tried.insert((page, present)) {
                     jobs.push((page, fragment, slot, row.clone()));
                 }
             }

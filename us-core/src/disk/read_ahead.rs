@@ -48,13 +48,9 @@ impl ReadAhead {
     /// The reader asked for `range` of a file of `size` bytes. Returns what to prefetch now, beyond
     /// the range itself; `None` for nothing.
     pub fn on_read(&mut self, range: Range<u64>, size: u64) -> Option<Range<u64>> {
-        let near = self.expected.saturating_sub(REORDER_BYTES)..=self.expected + REORDER_BYTES;
-        let continues = if self.window == 0 {
-            range.start == self.expected
-        } else {
-            near.contains(&range.start)
-        };
-        if !continues {
+        // A stream must show itself more clearly than it must go on.
+        let reorder = if self.window == 0 { REORDER_BYTES / 4 } else { REORDER_BYTES };
+        if self.expected.abs_diff(range.start) > reorder {
             *self = Self { expected: range.end, fetched: range.end, window: 0, ..*self };
             return None;
         }

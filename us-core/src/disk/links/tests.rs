@@ -1,0 +1,166 @@
+//! Links against a real server on loopback, with certificates.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use futures::StreamExt;
+use futures::stream::BoxStream;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+use us_proto::v1::{ProviderEntry, ProviderTable, PutReply};
+
+use super::*;
+use crate::fragment::records_of_block;
+use crate::geometry::{BlockGeometry, Code};
+use crate::ids::{Birth, BlockId, FragmentId, VolumeId};
+use crate::tls::{CertificateAuthority, PeerIdentity};
+use crate::wire::{BulkService, Server, ServerLimits};
+
+/// Keeps records in memory and counts requests.
+#[derive(Default)]
+struct Keeper {
+    records: Mutex<HashMap<Vec<u8>, FragmentRecord>>,
+    gets: AtomicUsize,
+}
+
+impl BulkService for Keeper {
+    async fn put(&self, _peer: &PeerIdentity, request: PutRequest) -> PutReply {
+        let status = match FragmentRecord::decode(request.record) {
+            Ok(record) => {
+                self.records.lock().insert(record.header.id().to_key().to_vec(), record);
+                FragmentStatus::Ok
+            }
+            Err(_) => FragmentStatus::Invalid,
+        };
+        PutReply { status: status.into(), ..PutReply::default() }
+    }
+
+    fn get(&self, _peer: &PeerIdentity, request: GetRequest) -> BoxStream<'static, GetReply> {
+        self.gets.fetch_add(1, Ordering::SeqCst);
+        let records = self.records.lock();
+        let replies: Vec<GetReply> = request
+            .items
+            .iter()
+            .enumerate()
+            .map(|(item, wanted)| {
+                let id = wanted.fragment.as_ref().unwrap();
+                let key = [&id.block[..], &[id.index as u8]].concat();
+                let Some(record) = records.get(&key) else {
+                    let status = FragmentStatus::NotFound.into();
+                    return GetReply { item: item as u32, status, ..GetReply::default() };
+                };
+                let slot_bytes = record.header.geometry().slot_bytes();
+                let start = wanted.first_slot as usize * slot_bytes;
+                let data = record.body.slice(start..start + wanted.slots as usize * slot_bytes);
+                let status = FragmentStatus::Ok.into();
+                GetReply { item: item as u32, status, data, ..GetReply::default() }
+            })
+            .collect();
+        futures::stream::iter(replies).boxed()
+    }
+}
+
+struct Serving {
+    entry: ProviderEntry,
+    stop: CancellationToken,
+    served: tokio::task::JoinHandle<()>,
+}
+
+async fn serve(identity: &Identity, keeper: &Arc<Keeper>, address: &str) -> Serving {
+    let listener = TcpListener::bind(address).await.unwrap();
+    let entry = ProviderEntry {
+        provider: 7,
+        address: listener.local_addr().unwrap().to_string(),
+        key_hash: identity.own().key_hash.as_bytes().to_vec().into(),
+        reachable: true,
+    };
+    let stop = CancellationToken::new();
+    let limits = ServerLimits { drain_timeout: Duration::ZERO, ..ServerLimits::default() };
+    let server = Server::new(identity, limits).bulk(Arc::clone(keeper));
+    let token = stop.clone();
+    let served = tokio::spawn(async move { server.serve(listener, token).await.unwrap() });
+    Serving { entry, stop, served }
+}
+
+fn soon() -> Instant {
+    Instant::now() + Duration::from_secs(20)
+}
+
+const AT: ProviderId = ProviderId(7);
+
+fn some_records(geometry: BlockGeometry) -> Vec<FragmentRecord> {
+    let body = |byte: u8| Bytes::from(vec![byte; geometry.fragment_bytes()]);
+    let bodies = (0..geometry.code().fragments() as u8).map(body).collect();
+    records_of_block(VolumeId::generate(), BlockId::generate(), Birth(1), geometry, bodies)
+}
+
+#[tokio::test]
+async fn puts_and_gets_survive_a_restart_of_the_provider() {
+    let authority = CertificateAuthority::create().unwrap();
+    let identity = authority.issue(Role::Provider, "attic").unwrap();
+    let keeper = Arc::new(Keeper::default());
+    let serving = serve(&identity, &keeper, "127.0.0.1:0").await;
+    let backoff = (Duration::from_millis(20), Duration::from_millis(50));
+    let config = LinksConfig { backoff, ..LinksConfig::default() };
+    let links = ProviderLinks::new(authority.issue(Role::Client, "laptop").unwrap(), config);
+    let geometry = BlockGeometry::new(Code::new(1, 1).unwrap(), 1 << 20).unwrap();
+    let records = some_records(geometry);
+    let slots = |fragment: FragmentId, first_slot| SlotRange {
+        fragment,
+        first_slot,
+        slots: 1,
+        slot_bytes: geometry.slot_bytes() as u32,
+    };
+    let unknown = links.put(AT, records[0].clone(), soon()).await;
+    assert_eq!(unknown, Err(FragmentFailure::UnknownProvider));
+
+    links.update(&ProviderTable { providers: vec![serving.entry.clone()], whole: true });
+    for record in &records {
+        links.put(AT, record.clone(), soon()).await.unwrap();
+    }
+    // Many small reads at once travel in few requests.
+    let id = records[1].header.id();
+    let gets = (0..500).map(|at| links.get(AT, slots(id, at % 60), soon()));
+    for answer in futures::future::join_all(gets).await {
+        assert_eq!(answer.unwrap(), vec![1; geometry.slot_bytes()]);
+    }
+    let requests = keeper.gets.load(Ordering::SeqCst);
+    assert!(requests < 100, "{requests} requests for 500 reads");
+    let absent = FragmentId { block: BlockId::generate(), index: 0 };
+    assert_eq!(links.get(AT, slots(absent, 0), soon()).await, Err(FragmentFailure::NotFound));
+
+    serving.stop.cancel();
+    serving.served.await.unwrap();
+    let deadline = soon();
+    while links.get(AT, slots(id, 0), soon()).await.is_ok() {
+        assert!(Instant::now() < deadline, "the server is gone");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let gone = links.get(AT, slots(id, 0), soon()).await;
+    assert!(matches!(gone, Err(FragmentFailure::Unreachable { .. })), "{gone:?}");
+
+    let _again = serve(&identity, &keeper, &serving.entry.address).await;
+    while links.get(AT, slots(id, 0), soon()).await.is_err() {
+        assert!(Instant::now() < deadline, "the server is back");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    assert!(links.is_reachable(AT));
+}
+
+#[tokio::test]
+async fn another_key_at_the_address_is_refused() {
+    let authority = CertificateAuthority::create().unwrap();
+    let identity = authority.issue(Role::Provider, "attic").unwrap();
+    let serving = serve(&identity, &Arc::default(), "127.0.0.1:0").await;
+    let links = ProviderLinks::new(
+        authority.issue(Role::Client, "laptop").unwrap(),
+        LinksConfig::default(),
+    );
+    let entry = ProviderEntry { key_hash: vec![1; 32].into(), ..serving.entry.clone() };
+    links.update(&ProviderTable { providers: vec![entry], whole: true });
+    let geometry = BlockGeometry::new(Code::new(1, 0).unwrap(), 100).unwrap();
+    let put = links.put(AT, some_records(geometry)[0].clone(), soon()).await;
+    assert!(matches!(put, Err(FragmentFailure::Unreachable { .. })), "{put:?}");
+    // Left alone for a while; the directory's correction ends that at once.
+    links.update(&ProviderTable { providers: vec![serving.entry], whole: false });
+    links.put(AT, some_records(geometry)[0].clone(), soon()).await.unwrap();
+}
