@@ -8,6 +8,7 @@ mod background;
 pub mod options;
 pub mod point;
 mod registry;
+mod sessions;
 mod volume;
 
 use std::ffi::OsString;
@@ -21,7 +22,7 @@ use us_core::daemon::shutdown::Shutdown;
 pub use self::options::Options;
 pub use self::volume::{VolumeMount, VolumeSpec};
 use crate::fuse::kernel;
-use crate::places::UpRecord;
+use crate::places::{self, UpRecord};
 
 /// Flags of `usfs mount`.
 #[derive(Debug, clap::Args)]
@@ -101,6 +102,7 @@ pub fn mount(args: &MountArgs) -> anyhow::Result<ExitCode> {
         volume: volume.to_owned(),
         identity,
         mountpoint: args.mountpoint.clone(),
+        data: places::mount_data_dir(),
         options,
     };
     let ready = if args.detached { background::READY.to_owned() } else { String::new() };

@@ -11,7 +11,7 @@ mod state;
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
-use std::process::{ExitCode, Stdio};
+use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
@@ -19,7 +19,7 @@ use us_core::daemon::logging::{self, LogArgs};
 use us_core::daemon::shutdown::Shutdown;
 use us_core::daemon::size::Size;
 use us_core::geometry::Code;
-use us_core::tls::Identity;
+use us_core::tls::{Identity, Role};
 use us_proto::v1;
 
 use self::children::{ChildSpec, Children, Exit};
@@ -136,6 +136,7 @@ impl Disk {
             volume: VOLUME.to_owned(),
             identity: record.client_identity.clone(),
             mountpoint: self.mountpoint.clone(),
+            data: self.state.dir.clone(),
             options: self.options.clone(),
         };
         let mounted = VolumeMount::open(&spec).await?;
@@ -162,45 +163,28 @@ impl Disk {
         }
     }
 
-    /// Runs one of the daemons' commands to its end.
-    async fn run_to_end(&self, role: &str, arguments: &[OsString]) -> anyhow::Result<()> {
-        let program = std::env::current_exe().context("find this program")?;
-        let output = tokio::process::Command::new(program)
-            .args(["daemon", role])
-            .args(arguments)
-            .stdin(Stdio::null())
-            .kill_on_drop(true)
-            .output()
-            .await?;
-        if !output.status.success() {
-            let said = String::from_utf8_lossy(&output.stderr);
-            bail!("{role} {:?}: {}", arguments.first(), said.trim());
-        }
-        Ok(())
-    }
-
     /// The certificate authority at the first start; a certificate for all who have none.
     async fn make_identities(&self) -> anyhow::Result<()> {
         let data = self.state.data("directory");
-        if !data.join("address").exists() && !Identity::exists(&self.state.identity("admin")) {
-            let arguments = words(["init", "--data"], [data.as_path()]);
-            self.run_to_end("directory", &arguments).await.context("begin the directory")?;
-        }
         let providers = (0..self.state.settings.providers).map(provider_name);
-        let providers = providers.map(|name| ("provider", name));
-        let people = [("client", "client".to_owned()), ("admin", "admin".to_owned())];
-        for (role, name) in providers.chain(people) {
-            let out = self.state.identity(&name);
-            if Identity::exists(&out) {
-                continue;
+        let providers = providers.map(|name| (Role::Provider, name));
+        let people = [(Role::Client, "client".to_owned()), (Role::Admin, "admin".to_owned())];
+        let wanted: Vec<_> = providers
+            .chain(people)
+            .map(|(role, name)| (role, self.state.identity(&name), name))
+            .filter(|(_, out, _)| !Identity::exists(out))
+            .collect();
+        let issuing = tokio::task::spawn_blocking(move || {
+            if !us_directory::run::is_initialised(&data) {
+                us_directory::run::init(&data).context("begin the directory")?;
             }
-            let mut arguments = words(["identity", "--data"], [data.as_path()]);
-            arguments.extend(["--role", role, "--name", &name, "--out"].map(OsString::from));
-            arguments.push(out.into());
-            let issued = self.run_to_end("directory", &arguments).await;
-            issued.with_context(|| format!("issue the certificate of {name}"))?;
-        }
-        Ok(())
+            for (role, out, name) in wanted {
+                us_directory::run::issue_identity(&data, role, &name, &out)
+                    .with_context(|| format!("issue the certificate of {name}"))?;
+            }
+            Ok(())
+        });
+        issuing.await?
     }
 
     async fn start_directory(&mut self) -> anyhow::Result<String> {

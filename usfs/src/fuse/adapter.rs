@@ -187,8 +187,9 @@ impl Filesystem for Adapter {
         rdev: u32,
         reply: ReplyEntry,
     ) {
-        let (fs, caller, name) = (self.fs.clone(), convert::caller(request), convert::owned(name));
-        let work = async move { fs.mknod(caller, Ino(parent.0), &name, mode & !umask, rdev).await };
+        let (fs, caller, name) =
+            (self.fs.clone(), convert::caller_with(request, umask), convert::owned(name));
+        let work = async move { fs.mknod(caller, Ino(parent.0), &name, mode, rdev).await };
         self.serve("mknod", parent, reply, work, answer_entry);
     }
 
@@ -201,8 +202,9 @@ impl Filesystem for Adapter {
         umask: u32,
         reply: ReplyEntry,
     ) {
-        let (fs, caller, name) = (self.fs.clone(), convert::caller(request), convert::owned(name));
-        let work = async move { fs.mkdir(caller, Ino(parent.0), &name, mode & !umask).await };
+        let (fs, caller, name) =
+            (self.fs.clone(), convert::caller_with(request, umask), convert::owned(name));
+        let work = async move { fs.mkdir(caller, Ino(parent.0), &name, mode).await };
         self.serve("mkdir", parent, reply, work, answer_entry);
     }
 
@@ -296,11 +298,11 @@ impl Filesystem for Adapter {
         flags: i32,
         reply: ReplyCreate,
     ) {
-        let (fs, caller, name) = (self.fs.clone(), convert::caller(request), convert::owned(name));
+        let (fs, caller, name) =
+            (self.fs.clone(), convert::caller_with(request, umask), convert::owned(name));
         let flags = convert::open_flags(flags);
         let writers = flags.write.then(|| self.writers.clone());
-        let work =
-            async move { fs.create(caller, Ino(parent.0), &name, mode & !umask, flags).await };
+        let work = async move { fs.create(caller, Ino(parent.0), &name, mode, flags).await };
         self.serve("create", parent, reply, work, move |reply, (entry, opened)| {
             if let Some(writers) = writers {
                 writers.opened(INodeNo(entry.attributes.ino.0));

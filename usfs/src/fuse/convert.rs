@@ -15,7 +15,12 @@ use crate::fs::{
 pub(super) const BLOCK_BYTES: u32 = 4096;
 
 pub(super) fn caller(request: &fuser::Request) -> Caller {
-    Caller { uid: request.uid(), gid: request.gid(), pid: request.pid(), umask: 0 }
+    caller_with(request, 0)
+}
+
+/// For requests that make a file: the file system applies the umask, or the default ACL instead.
+pub(super) fn caller_with(request: &fuser::Request, umask: u32) -> Caller {
+    Caller { uid: request.uid(), gid: request.gid(), pid: request.pid(), umask }
 }
 
 pub(super) fn owned(name: &OsStr) -> Box<[u8]> {

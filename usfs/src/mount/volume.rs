@@ -8,6 +8,7 @@ use anyhow::Context;
 use tokio::runtime::Handle;
 use us_core::tls::{ExpectedPeer, Identity, Role};
 
+use super::sessions::{self, Sessions};
 use super::{Options, point, registry};
 use crate::fs::{Fs, MountOptions};
 use crate::fuse::{self, Mounted};
@@ -31,6 +32,8 @@ pub struct VolumeSpec {
     pub identity: PathBuf,
     /// Where.
     pub mountpoint: PathBuf,
+    /// Where its sessions, and what it could not send, are kept.
+    pub data: PathBuf,
     /// How.
     pub options: Options,
 }
@@ -40,6 +43,7 @@ pub struct VolumeMount {
     fs: Fs,
     mounted: Mounted,
     registered: Option<registry::Registered>,
+    kept: Option<sessions::Kept>,
 }
 
 impl VolumeMount {
@@ -52,7 +56,7 @@ impl VolumeMount {
         let at = tokio::task::spawn_blocking(move || point::prepare(&mountpoint)).await??;
         let identity = Identity::load(&spec.identity)
             .with_context(|| format!("cannot use the identity in {}", spec.identity.display()))?;
-        let fs = open_fs(spec, identity).await?;
+        let (fs, kept) = open_fs(spec, identity).await?;
         let options = spec.options.for_kernel(format!("{}/{}", spec.directory, spec.volume));
         let (runtime, served) = (Handle::current(), fs.clone());
         let mounting = tokio::task::spawn_blocking(move || {
@@ -63,10 +67,13 @@ impl VolumeMount {
             Ok::<_, fuse::MountError>((mounted, registered))
         });
         match mounting.await? {
-            Ok((mounted, registered)) => Ok(Self { fs, mounted, registered }),
+            Ok((mounted, registered)) => Ok(Self { fs, mounted, registered, kept }),
             Err(error) => {
                 // Nothing was written yet; the session must not wait for its fence.
-                let _ = fs.shutdown().await;
+                let closed = fs.shutdown().await;
+                if let (Ok(()), Some(kept)) = (closed, kept) {
+                    kept.closed();
+                }
                 Err(error.into())
             }
         }
@@ -95,6 +102,9 @@ impl VolumeMount {
         let outcome = flushed.as_ref().err().map(ToString::to_string).unwrap_or_default();
         if let Some(registered) = self.registered.take() {
             registered.finish(&outcome);
+        }
+        if let (Ok(()), Some(kept)) = (&flushed, self.kept.take()) {
+            kept.closed();
         }
         flushed.context("not everything that was written is durable")
     }
@@ -129,15 +139,23 @@ impl VolumeMount {
     }
 }
 
-async fn open_fs(spec: &VolumeSpec, identity: Identity) -> anyhow::Result<Fs> {
-    let rescue_dir = places::mount_data_dir().join("rescue");
+async fn open_fs(
+    spec: &VolumeSpec,
+    identity: Identity,
+) -> anyhow::Result<(Fs, Option<sessions::Kept>)> {
+    let data = &spec.data;
+    let rescue_dir = data.join("rescue");
     places::make_private_dir(&rescue_dir)
         .with_context(|| format!("make {}", rescue_dir.display()))?;
+    let sessions =
+        Sessions::of(data, &spec.directory, &spec.volume).context("remember sessions")?;
+    let dead = sessions.dead();
     let mut options = MountOptions {
         volume: spec.volume.clone(),
         host: host_name(),
         read_only: spec.options.read_only,
         rescue_dir,
+        replaces: dead.clone(),
         ..MountOptions::default()
     };
     if let Some(memory) = spec.options.memory {
@@ -146,9 +164,13 @@ async fn open_fs(spec: &VolumeSpec, identity: Identity) -> anyhow::Result<Fs> {
     let expected = ExpectedPeer::role(Role::Directory);
     let link = GrpcLink::new(spec.directory.clone(), identity.clone(), expected);
     let swarm = Arc::new(Swarm::new(identity));
-    Fs::mount(options, Arc::new(link), Arc::clone(&swarm) as _, swarm)
+    let fs = Fs::mount(options, Arc::new(link), Arc::clone(&swarm) as _, swarm)
         .await
-        .with_context(|| format!("open volume {} of {}", spec.volume, spec.directory))
+        .with_context(|| format!("open volume {} of {}", spec.volume, spec.directory))?;
+    sessions.forget(&dead);
+    let kept = sessions.keep(fs.session());
+    let kept = kept.inspect_err(|error| tracing::warn!(%error, "a kill will cost a fence"));
+    Ok((fs, kept.ok()))
 }
 
 fn host_name() -> String {

@@ -79,8 +79,15 @@ pub fn daemon(args: &DaemonArgs) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-async fn run_directory(_flags: &DirectoryFlags) -> anyhow::Result<()> {
-    anyhow::bail!("not yet")
+async fn run_directory(flags: &DirectoryFlags) -> anyhow::Result<()> {
+    logging::abort_on_panic();
+    let config = us_directory::run::Config {
+        data: flags.data.clone(),
+        listen: flags.listen,
+        ..us_directory::run::Config::default()
+    };
+    let shutdown = Shutdown::on_signals().context("listen to signals")?;
+    us_directory::run::run(config, shutdown).await
 }
 
 fn open_provider(flags: &ProviderFlags) -> anyhow::Result<Daemon> {
