@@ -81,6 +81,9 @@ pub enum SegmentHeaderError {
         /// The version in the header.
         found: u16,
     },
+    /// Flags or reserved bytes that this version does not know.
+    #[error("segment header holds unknown flags or reserved bytes")]
+    Reserved,
 }
 
 impl SegmentHeader {
@@ -116,6 +119,10 @@ impl SegmentHeader {
         let version = u16::from_le_bytes(array(fields, 8));
         if version != SEGMENT_VERSION {
             return Err(SegmentHeaderError::Version { found: version });
+        }
+        let reserved = [&fields[10..12], &fields[48..HEADER_FIELDS_BYTES - 4]];
+        if reserved.into_iter().flatten().any(|byte| *byte != 0) {
+            return Err(SegmentHeaderError::Reserved);
         }
         Ok(Self {
             number: u32::from_le_bytes(array(fields, 12)),
@@ -214,6 +221,7 @@ impl Envelope {
         if array(bytes, 0) != ENVELOPE_MAGIC
             || u32::from_le_bytes(array(bytes, ENVELOPE_BYTES - 4))
                 != crc32c(&bytes[..ENVELOPE_BYTES - 4])
+            || bytes[57..ENVELOPE_BYTES - 4] != [0; 3]
         {
             return None;
         }

@@ -71,14 +71,15 @@ impl Store {
             // Does the disk work again? If so this clears the trouble.
             self.ask_blocking(|reply| Command::Probe { reply })?;
         }
-        let (chosen, active_is_dead) = {
+        let (chosen, dead_last) = {
             let accounts = self.handle.shared.accounts.lock();
-            (choose(&accounts), active_is_dead(&accounts))
+            (choose(&accounts), dead_last(&accounts))
         };
         if let Some(number) = chosen {
             self.compact(number, limits.copy_bytes_max, &mut done)?;
-        } else if active_is_dead {
+        } else if let Some(number) = dead_last {
             self.ask_blocking(|reply| Command::Seal { reply })?;
+            self.compact(number, limits.copy_bytes_max, &mut done)?;
         }
         Ok(done)
     }
@@ -212,10 +213,8 @@ fn choose(accounts: &Accounts) -> Option<u32> {
         .map(|(number, _)| number)
 }
 
-/// Whether the segment being written holds records, but none that counts.
-fn active_is_dead(accounts: &Accounts) -> bool {
-    accounts
-        .segments()
-        .last()
-        .is_some_and(|(_, account)| account.is_dead() && account.bytes > SEGMENT_HEADER_BYTES)
+/// The segment being written, where it holds records but none that counts.
+fn dead_last(accounts: &Accounts) -> Option<u32> {
+    let (number, account) = accounts.segments().last()?;
+    (account.is_dead() && account.bytes > SEGMENT_HEADER_BYTES).then_some(number)
 }

@@ -9,13 +9,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
-use rand::rngs::StdRng;
-use rand::{RngCore, SeedableRng};
-use us_core::fragment::records_of_block;
-use us_core::geometry::{BlockGeometry, Code};
-use us_core::ids::{Birth, BlockId, FragmentId, VolumeId};
+use us_core::ids::FragmentId;
 
 use super::{ReadRequest, Store, StoreOptions};
+
+#[path = "../../samples/record.rs"]
+mod record;
+use record::{sample, sample_id};
 
 /// A clock that tests move.
 #[derive(Clone, Default)]
@@ -38,26 +38,6 @@ fn options(clock: &TestClock) -> StoreOptions {
     }
 }
 
-/// The record of fragment 0 of block `number`, whose plaintext has `bytes`; other seeds, other
-/// bytes.
-fn sample(number: u64, bytes: usize, seed: u64) -> (FragmentId, Bytes) {
-    let code = Code::new(1, 1).unwrap();
-    let geometry = BlockGeometry::new(code, bytes).unwrap();
-    let mut block = [0u8; 16];
-    block[8..].copy_from_slice(&number.to_be_bytes());
-    let block = BlockId::from_bytes(block);
-    let mut random = StdRng::seed_from_u64(number << 8 | seed);
-    let bodies = (0..2).map(|_| {
-        let mut body = vec![0u8; geometry.fragment_bytes()];
-        random.fill_bytes(&mut body);
-        Bytes::from(body)
-    });
-    let volume = VolumeId::from_bytes([3; 16]);
-    let records = records_of_block(volume, block, Birth(number), geometry, bodies.collect());
-    let id = records[0].header.id();
-    (id, records[0].to_parts().slices().concat().into())
-}
-
 fn read_all(store: &Store, id: FragmentId) -> Result<Bytes, super::StoreError> {
     let read = store.read(ReadRequest { id, first_slot: 0, slots: None })?;
     let whole = store.read_record(id)?;
@@ -71,7 +51,7 @@ fn read_all(store: &Store, id: FragmentId) -> Result<Bytes, super::StoreError> {
     Ok(whole)
 }
 
-/// The one segment file of a small store.
+/// The segment files of a store, in order.
 fn segment_paths(store: &std::path::Path) -> Vec<std::path::PathBuf> {
     let files = std::fs::read_dir(store.join("segments")).unwrap();
     let mut paths: Vec<_> = files.map(|file| file.unwrap().path()).collect();
@@ -82,4 +62,18 @@ fn segment_paths(store: &std::path::Path) -> Vec<std::path::PathBuf> {
 
 fn block_on<T>(future: impl Future<Output = T>) -> T {
     futures::executor::block_on(future)
+}
+
+/// Copies a folder, as a crash would leave it.
+fn copy_folder(from: &std::path::Path, to: &std::path::Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for file in std::fs::read_dir(from).unwrap() {
+        let file = file.unwrap();
+        let target = to.join(file.file_name());
+        if file.file_type().unwrap().is_dir() {
+            copy_folder(&file.path(), &target);
+        } else {
+            std::fs::copy(file.path(), target).unwrap();
+        }
+    }
 }

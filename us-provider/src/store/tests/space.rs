@@ -1,1 +1,131 @@
-//! space
+//! Full disks, and giving space back.
+
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use super::{TestClock, block_on, options, read_all, sample, sample_id, segment_paths};
+use crate::store::{MaintainLimits, Store, StoreError, StoreOptions};
+
+fn blocks(dir: &Path) -> u64 {
+    segment_paths(dir).iter().map(|path| path.metadata().unwrap().blocks() * 512).sum()
+}
+
+fn maintain(store: &Store) {
+    while store.maintain(&MaintainLimits::default()).unwrap().did_something() {}
+}
+
+/// Puts until it is full; says how many fit. What was acknowledged is there afterwards.
+fn fill(store: &Store, first: u64) -> u64 {
+    for number in first.. {
+        match store.put_blocking(sample(number, 40_000, 0).1) {
+            Ok(_) => {}
+            Err(StoreError::NoSpace { .. }) => return number - first,
+            Err(error) => panic!("{error}"),
+        }
+    }
+    unreachable!()
+}
+
+#[test]
+fn the_cap_holds_and_deleting_makes_room() {
+    let dir = tempfile::tempdir().unwrap();
+    let clock = TestClock::default();
+    let cap = 2 << 20;
+    let options = StoreOptions { capacity_bytes: Some(cap), ..options(&clock) };
+    let store = Store::open(dir.path(), options).unwrap();
+    let count = fill(&store, 0);
+    assert!((35..50).contains(&count), "{count}");
+    let state = store.state();
+    assert!(state.used_bytes <= cap && state.free_bytes < 60_000 && state.trouble.is_none());
+    // The same again is no new space.
+    store.put_blocking(sample(3, 40_000, 0).1).unwrap();
+    let ids: Vec<_> = (0..count).map(sample_id).collect();
+    assert_eq!(block_on(store.delete(ids)).unwrap() as u64, count);
+    assert!(matches!(
+        store.put_blocking(sample(1000, 40_000, 0).1),
+        Err(StoreError::NoSpace { .. })
+    ));
+    // Under pressure the trash goes as soon as nobody can be reading it.
+    clock.advance(120);
+    let limits = MaintainLimits { pressure_bytes: u64::MAX, ..MaintainLimits::default() };
+    while store.maintain(&limits).unwrap().did_something() {}
+    assert!(fill(&store, 1000) + 2 >= count);
+    for number in 1000..1000 + count - 2 {
+        read_all(&store, sample_id(number)).unwrap();
+    }
+}
+
+#[test]
+fn punching_gives_blocks_back_at_once_and_the_segment_later() {
+    let dir = tempfile::tempdir().unwrap();
+    let clock = TestClock::default();
+    let store = Store::open(dir.path(), options(&clock)).unwrap();
+    for number in 0..20 {
+        store.put_blocking(sample(number, 40_000, 0).1).unwrap();
+    }
+    let full = blocks(dir.path());
+    assert!(segment_paths(dir.path()).len() > 2);
+    // Every second one: no segment is dead, most are not worth compacting.
+    block_on(store.delete((0..20).step_by(2).map(sample_id).collect())).unwrap();
+    clock.advance(8 * 24 * 3600);
+    maintain(&store);
+    let half = blocks(dir.path());
+    assert!(half < full * 6 / 10, "{half} of {full}");
+    block_on(store.delete((0..20).map(sample_id).collect())).unwrap();
+    clock.advance(8 * 24 * 3600);
+    maintain(&store);
+    assert_eq!(segment_paths(dir.path()).len(), 0);
+    assert_eq!(store.state().used_bytes, 0);
+    store.put_blocking(sample(5, 40_000, 0).1).unwrap();
+    assert_eq!(store.state().fragments, 1);
+}
+
+#[test]
+fn without_holes_compaction_gives_space_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let clock = TestClock::default();
+    let options = StoreOptions { punch_holes: false, ..options(&clock) };
+    let store = Store::open(dir.path(), options).unwrap();
+    for number in 0..40 {
+        store.put_blocking(sample(number, 40_000, 0).1).unwrap();
+    }
+    let full = blocks(dir.path());
+    let deleted = |number: &u64| number % 4 != 0;
+    block_on(store.delete((0..40).filter(deleted).map(sample_id).collect())).unwrap();
+    clock.advance(8 * 24 * 3600);
+    maintain(&store);
+    let left = blocks(dir.path());
+    assert!(left < full / 2, "{left} of {full}");
+    for number in (0..40).filter(|number| !deleted(number)) {
+        assert!(read_all(&store, sample_id(number)).unwrap() == sample(number, 40_000, 0).1);
+    }
+}
+
+#[test]
+fn a_disk_that_is_really_full_is_told_as_such() {
+    let dir = tempfile::tempdir().unwrap();
+    let mounted = rustix::mount::mount(
+        "tmpfs",
+        dir.path(),
+        "tmpfs",
+        rustix::mount::MountFlags::empty(),
+        Some(c"size=6m"),
+    );
+    if let Err(error) = mounted {
+        eprintln!("NOT TESTED: a small tmpfs cannot be mounted here: {error}");
+        return;
+    }
+    let result = std::panic::catch_unwind(|| {
+        let store = Store::open(dir.path(), options(&TestClock::default())).unwrap();
+        // Without asking first: as when another program takes the space between look and write.
+        let count = fill(&store, 0);
+        assert!(count > 10, "{count}");
+        assert_eq!(store.state().trouble, None);
+        for number in 0..count {
+            read_all(&store, sample_id(number)).unwrap();
+        }
+        block_on(store.delete(vec![sample_id(0)])).unwrap();
+    });
+    rustix::mount::unmount(dir.path(), rustix::mount::UnmountFlags::DETACH).unwrap();
+    result.unwrap();
+}

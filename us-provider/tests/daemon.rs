@@ -1,0 +1,299 @@
+//! The real program against a directory played by the test: joining, serving, deleting, refusals,
+//! a second daemon, kill -9.
+
+use std::path::Path;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use futures::stream::BoxStream;
+use parking_lot::Mutex;
+use tokio::sync::mpsc;
+use tokio_stream::StreamExt;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::service::Routes;
+use tonic::{Request, Response, Status, Streaming};
+use us_core::tls::{CertificateAuthority, ExpectedPeer, Identity, Role};
+use us_core::wire::{BulkClient, BulkLimits, Server, ServerLimits, connect_grpc};
+use us_proto::v1::fragments_client::FragmentsClient;
+use us_proto::v1::membership_server::{Membership, MembershipServer};
+use us_proto::v1::provider_down::Event as Down;
+use us_proto::v1::provider_up::Event as Up;
+use us_proto::v1::{
+    CheckFragments, CombineItem, CombineRequest, DeleteFragments, FragmentId, FragmentStatus,
+    GetItem, GetRequest, InventoryRequest, ProviderDown, ProviderRefused, ProviderUp,
+    ProviderWelcome, PutRequest, StoreRoot, VerifyRequest,
+};
+
+#[path = "../samples/record.rs"]
+mod record;
+use record::{sample, sample_id};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The directory: keeps what providers say, and says to the last one what the test tells it.
+#[derive(Clone, Default)]
+struct Played {
+    heard: Arc<Mutex<Vec<Up>>>,
+    line: Arc<Mutex<Option<mpsc::Sender<Result<ProviderDown, Status>>>>>,
+    refuse: Arc<Mutex<Option<String>>>,
+}
+
+#[tonic::async_trait]
+impl Membership for Played {
+    type JoinStream = BoxStream<'static, Result<ProviderDown, Status>>;
+
+    async fn join(
+        &self,
+        request: Request<Streaming<ProviderUp>>,
+    ) -> Result<Response<Self::JoinStream>, Status> {
+        let (line, answers) = mpsc::channel(16);
+        let mut incoming = request.into_inner();
+        let first = match self.refuse.lock().clone() {
+            Some(reason) => Down::Refused(ProviderRefused { reason }),
+            None => Down::Welcome(ProviderWelcome {
+                provider: 7,
+                cookie: Bytes::from_static(b"cookie"),
+                report_every_ms: 100,
+                grant_key: Bytes::new(),
+                cluster: Bytes::from_static(b"a cluster"),
+            }),
+        };
+        line.send(Ok(ProviderDown { event: Some(first) })).await.unwrap();
+        *self.line.lock() = Some(line);
+        let played = self.clone();
+        tokio::spawn(async move {
+            while let Some(Ok(message)) = incoming.next().await {
+                let event = message.event.unwrap();
+                let is_goodbye = matches!(event, Up::Goodbye(_));
+                played.heard.lock().push(event);
+                if is_goodbye {
+                    *played.line.lock() = None;
+                }
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(answers))))
+    }
+}
+
+impl Played {
+    async fn say(&self, event: Down) {
+        let line = self.line.lock().clone().expect("a provider is here");
+        line.send(Ok(ProviderDown { event: Some(event) })).await.unwrap();
+    }
+
+    /// Waits for a message that `wanted` takes; forgets it and what came before.
+    async fn hear<T>(&self, what: &str, wanted: impl Fn(&Up) -> Option<T>) -> T {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            {
+                let mut heard = self.heard.lock();
+                let found = heard.iter().enumerate().find_map(|(at, up)| Some((at, wanted(up)?)));
+                if let Some((at, value)) = found {
+                    heard.drain(..=at);
+                    return value;
+                }
+            }
+            assert!(Instant::now() < deadline, "never heard {what}");
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+}
+
+struct Setting {
+    dir: tempfile::TempDir,
+    played: Played,
+    directory: String,
+    client: Identity,
+    admin: Identity,
+    stop: CancellationToken,
+}
+
+impl Setting {
+    async fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let authority = CertificateAuthority::create().unwrap();
+        let issue = |role, name| authority.issue(role, name).unwrap();
+        issue(Role::Provider, "one").save(&dir.path().join("identity")).unwrap();
+        let played = Played::default();
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let directory = listener.local_addr().unwrap().to_string();
+        let stop = CancellationToken::new();
+        let identity = issue(Role::Directory, "directory");
+        let routes = Routes::new(MembershipServer::new(played.clone()));
+        let server = Server::new(&identity, ServerLimits::default()).grpc(routes);
+        tokio::spawn(server.serve(listener, stop.clone()));
+        let (client, admin) = (issue(Role::Client, "mount"), issue(Role::Admin, "admin"));
+        Self { dir, played, directory, client, admin, stop }
+    }
+
+    fn data(&self) -> std::path::PathBuf {
+        self.dir.path().join("data")
+    }
+
+    fn provider(&self) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_us-provider"));
+        command.args(["run", "--listen", "127.0.0.1:0", "--reserve", "0", "--capacity", "1G"]);
+        command.args(["--directory", &self.directory, "--site", "campus/b"]);
+        command.arg("--data").arg(self.data());
+        command.arg("--identity").arg(self.dir.path().join("identity"));
+        command.stdout(Stdio::null());
+        command
+    }
+
+    /// Starts the program and waits for its hello.
+    async fn start(&self) -> (Child, us_proto::v1::ProviderHello) {
+        let child = self.provider().spawn().unwrap();
+        let hello = self.played.hear("a hello", |up| match up {
+            Up::Hello(hello) => Some(hello.clone()),
+            _ => None,
+        });
+        (child, hello.await)
+    }
+}
+
+async fn end(mut child: Child) -> ExitStatus {
+    tokio::task::spawn_blocking(move || child.wait().unwrap()).await.unwrap()
+}
+
+fn terminate(child: &Child) {
+    let pid = rustix::process::Pid::from_child(child);
+    rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+}
+
+fn wire(number: u64) -> FragmentId {
+    us_provider::service::wire_id(sample_id(number))
+}
+
+async fn put(client: &BulkClient, number: u64) -> (Bytes, FragmentStatus) {
+    let (_, record) = sample(number, 100_000, 0);
+    let request = PutRequest { request: number, record: record.clone(), ..PutRequest::default() };
+    let reply = client.put(request, tokio::time::Instant::now() + PATIENCE).await.unwrap();
+    (record, reply.status())
+}
+
+async fn get(client: &BulkClient, number: u64) -> us_proto::v1::GetReply {
+    let item = GetItem { fragment: Some(wire(number)), trailer: true, ..GetItem::default() };
+    let request = GetRequest { request: 1, items: vec![item], ..GetRequest::default() };
+    let replies = client.get(request, tokio::time::Instant::now() + PATIENCE).await.unwrap();
+    replies.all().await.unwrap().remove(0)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_provider_joins_serves_and_deletes() {
+    let setting = Setting::new().await;
+    let (child, hello) = setting.start().await;
+    assert_eq!((hello.site.as_str(), hello.store.len(), hello.cookie.len()), ("campus/b", 16, 0));
+    assert!(hello.report.unwrap().accepts_puts);
+    let address = std::fs::read_to_string(setting.data().join("address")).unwrap();
+    assert_eq!(address, hello.address);
+    let expected = ExpectedPeer::role(Role::Provider);
+    let client = BulkClient::connect(&address, &setting.client, expected, BulkLimits::default());
+    let client = client.await.unwrap();
+    let (record, status) = put(&client, 1).await;
+    assert_eq!(status, FragmentStatus::Ok);
+    assert_eq!(put(&client, 1).await.1, FragmentStatus::Ok, "write-once: the same bytes again");
+    let reply = get(&client, 1).await;
+    assert_eq!(reply.status(), FragmentStatus::Ok);
+    assert_eq!([&reply.header[..], &reply.data[..], &reply.trailer[..]].concat(), record);
+    assert_eq!(get(&client, 2).await.status(), FragmentStatus::NotFound);
+    over_grpc(&setting, &address).await;
+    // The directory checks, deletes, keeps a root.
+    let check = CheckFragments { query: 5, fragments: vec![wire(1), wire(2)] };
+    setting.played.say(Down::Check(check)).await;
+    let checked = setting.played.hear("the check", |up| match up {
+        Up::Checked(reply) => Some(reply.clone()),
+        _ => None,
+    });
+    let statuses: Vec<_> = checked.await.statuses().collect();
+    assert_eq!(statuses, [FragmentStatus::Ok, FragmentStatus::NotFound]);
+    let root = StoreRoot { sequence: 3, root: Bytes::from_static(b"root") };
+    setting.played.say(Down::StoreRoot(root)).await;
+    setting.played.hear("the root", |up| matches!(up, Up::RootStored(_)).then_some(())).await;
+    let kept = std::fs::read(setting.data().join("root")).unwrap();
+    let kept = us_provider::membership::decode_root(&kept).unwrap();
+    assert_eq!(kept, (3, Bytes::from_static(b"root")));
+    let delete = DeleteFragments { ticket: 9, fragments: vec![wire(1), wire(2)] };
+    setting.played.say(Down::Delete(delete)).await;
+    setting.played.hear("the deletion", |up| matches!(up, Up::Deleted(_)).then_some(())).await;
+    let report = setting.played.hear("a report of it", |up| match up {
+        Up::Report(report) if report.fragments == 0 => Some(report.clone()),
+        _ => None,
+    });
+    assert!(report.await.used_bytes > 100_000, "the trash still takes space");
+    terminate(&child);
+    setting.played.hear("a goodbye", |up| matches!(up, Up::Goodbye(_)).then_some(())).await;
+    assert!(end(child).await.success());
+    setting.stop.cancel();
+}
+
+async fn over_grpc(setting: &Setting, address: &str) {
+    let expected = ExpectedPeer::role(Role::Provider);
+    let channel = connect_grpc(address, &setting.client, expected).await.unwrap();
+    let mut client = FragmentsClient::new(channel);
+    let item = CombineItem { fragment: Some(wire(1)), coefficient: 1 };
+    let request = CombineRequest { items: vec![item], slots: 1, ..CombineRequest::default() };
+    let sum = client.combine(request).await.unwrap().into_inner();
+    assert_eq!(sum.data, sample(1, 100_000, 0).1[128..128 + 16_400]);
+    let refused = client.inventory(InventoryRequest::default()).await;
+    assert_eq!(refused.unwrap_err().code(), tonic::Code::PermissionDenied);
+    let channel = connect_grpc(address, &setting.admin, expected).await.unwrap();
+    let mut admin = FragmentsClient::new(channel);
+    let mut pages = admin.inventory(InventoryRequest::default()).await.unwrap().into_inner();
+    let page = pages.message().await.unwrap().unwrap();
+    assert_eq!((page.items.len(), page.items[0].birth), (1, 1));
+    assert!(pages.message().await.unwrap().is_none());
+    let request = VerifyRequest { fragments: vec![wire(1), wire(8)] };
+    let statuses = admin.verify(request).await.unwrap().into_inner();
+    let statuses: Vec<_> = statuses.statuses().collect();
+    assert_eq!(statuses, [FragmentStatus::Ok, FragmentStatus::NotFound]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_killed_provider_comes_back_as_itself() {
+    let setting = Setting::new().await;
+    let (mut child, first) = setting.start().await;
+    let address = std::fs::read_to_string(setting.data().join("address")).unwrap();
+    let expected = ExpectedPeer::role(Role::Provider);
+    let client = BulkClient::connect(&address, &setting.client, expected, BulkLimits::default());
+    assert_eq!(put(&client.await.unwrap(), 1).await.1, FragmentStatus::Ok);
+    // A second daemon on the same store is refused.
+    let second = setting.provider().stderr(Stdio::piped()).spawn().unwrap();
+    let output = tokio::task::spawn_blocking(|| second.wait_with_output().unwrap()).await.unwrap();
+    assert_eq!(output.status.code(), Some(4));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("in use"));
+    control(&setting.data());
+    child.kill().unwrap();
+    end(child).await;
+    let (child, again) = setting.start().await;
+    assert_eq!((again.store, &again.cookie[..]), (first.store, &b"cookie"[..]));
+    let report = again.report.unwrap();
+    assert_eq!(report.fragments, 1);
+    assert!(!report.accepts_puts, "the pause survives: {}", report.note);
+    terminate(&child);
+    assert!(end(child).await.success());
+}
+
+fn control(data: &Path) {
+    let run = |command: &str| {
+        let mut program = Command::new(env!("CARGO_BIN_EXE_us-provider"));
+        let output = program.arg(command).arg("--data").arg(data).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    assert!(run("status").contains("taking fragments"));
+    run("pause");
+    assert!(run("status").contains("paused by its owner"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_refused_provider_says_why_and_ends() {
+    let setting = Setting::new().await;
+    *setting.played.refuse.lock() = Some("no room in this cluster".into());
+    let child = setting.provider().stderr(Stdio::piped()).spawn().unwrap();
+    let output = tokio::task::spawn_blocking(|| child.wait_with_output().unwrap()).await.unwrap();
+    assert_eq!(output.status.code(), Some(3));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("no room in this cluster"));
+}
