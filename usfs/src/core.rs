@@ -172,6 +172,8 @@ pub struct Core {
     sync_wanted: bool,
     dirty: flush::DirtyFiles,
     write_errors: u64,
+    /// Leases given up behind mutations that may have to be replayed under them.
+    let_go: VecDeque<leases::LetGo>,
 }
 
 /// Block infos cached.
@@ -199,6 +201,7 @@ impl Core {
             sync_wanted: false,
             dirty: flush::DirtyFiles::new(config.code),
             write_errors: 0,
+            let_go: VecDeque::new(),
             config,
         }
     }

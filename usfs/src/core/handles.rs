@@ -145,8 +145,10 @@ impl Core {
             return;
         }
         self.discard_data(ino);
-        if self.nodes.get(&ino).is_some_and(|node| node.lookups == 0) {
-            self.nodes.remove(&ino);
+        if self.nodes.get(&ino).is_some_and(|node| node.lookups == 0)
+            && let Some(node) = self.nodes.remove(&ino)
+        {
+            self.note_let_go(ino, node.lease);
         }
     }
 }

@@ -231,7 +231,7 @@ impl Core {
         let dentry = match fetched.entries.first() {
             Some(entry) if entry.ino != 0 => {
                 let (ino, cookie) = (Ino(entry.ino), entry.cookie);
-                Dentry::Present { ino, cookie, kind: self.kind_of(ino, fetched)? }
+                Dentry::Present { ino, cookie, kind: self.kind_of(ino, fetched) }
             }
             _ => Dentry::Absent,
         };
@@ -263,7 +263,7 @@ impl Core {
                 )));
             };
             let (ino, cookie) = (Ino(entry.ino), entry.cookie);
-            let kind = self.kind_of(ino, fetched)?;
+            let kind = self.kind_of(ino, fetched);
             opened.push((name, Dentry::Present { ino, cookie, kind }));
         }
         let Some(node) = self.nodes.get_mut(&dir) else { return Ok(()) };
@@ -308,12 +308,11 @@ impl Core {
     }
 
     /// What an inode in an answer is; its kind never changes, so the cache may know it too.
-    fn kind_of(&self, ino: Ino, fetched: &v1::Fetched) -> Result<FileKind, FsError> {
+    fn kind_of(&self, ino: Ino, fetched: &v1::Fetched) -> Option<FileKind> {
         let told = fetched.inodes.iter().find(|inode| inode.ino == ino.0);
         let known = self.nodes.get(&ino).and_then(|node| node.attributes);
         told.and_then(|inode| FileKind::from_mode(inode.mode))
             .or(known.map(|attributes| attributes.kind))
-            .ok_or_else(|| FsError::Io(format!("the directory did not say what inode {ino} is")))
     }
 
     /// Where a block is, as the directory says now.

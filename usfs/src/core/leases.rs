@@ -4,13 +4,24 @@ use us_core::ids::Ino;
 use us_proto::v1;
 use us_proto::v1::session_up::Event;
 
-use super::node::{Level, Node};
+use super::node::{Lease, Level, Node};
 use super::{Core, Now};
+use crate::session::log::LogPosition;
 
 /// Leases in one message.
 const LEASES_MESSAGE_MAX: usize = 4096;
 /// How long a recall waits for the operation that asked for the lease.
 pub const PIN: std::time::Duration = std::time::Duration::from_millis(200);
+
+/// A lease that was given up while the log was not wholly applied. A replay of the log needs it
+/// again, for that long.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct LetGo {
+    ino: Ino,
+    lease: Lease,
+    /// The end of the log then.
+    at: LogPosition,
+}
 
 /// How answering a recall went on.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -46,6 +57,7 @@ impl Core {
         }
         let node = self.nodes.entry(ino).or_insert_with(Node::unknown);
         node.lease.keep = None;
+        let before = node.lease;
         node.lease.level = node.lease.level.min(keep);
         let returned = v1::InodeLease {
             ino: ino.0,
@@ -58,6 +70,7 @@ impl Core {
             node.drop_cached();
         }
         self.drop_if_gone(ino);
+        self.note_let_go(ino, before);
         self.sync_wanted = true;
         self.send(Event::LeaseReturn(v1::LeaseReturn { leases: vec![returned] }));
         FinishedRecall::Returned
@@ -78,8 +91,21 @@ impl Core {
         }
     }
 
-    /// The leases held, for a stream that resumes the session.
-    pub fn reclaims(&self) -> Vec<v1::Reclaim> {
+    /// A lease is given up behind the log as it is now.
+    pub(super) fn note_let_go(&mut self, ino: Ino, lease: Lease) {
+        let durable = self.log.durable_position();
+        while self.let_go.front().is_some_and(|first| first.at <= durable) {
+            self.let_go.pop_front();
+        }
+        let at = self.log.end();
+        if lease.level > Level::None && at > durable {
+            self.let_go.push_back(LetGo { ino, lease, at });
+        }
+    }
+
+    /// The leases held, for a stream that resumes the session, and those that the replay of the log
+    /// needs: they are returned again behind it.
+    pub fn reclaims(&mut self) -> Vec<v1::Reclaim> {
         let held = |(ino, node): (&Ino, &Node)| {
             let held = node.lease.level > Level::None || node.told_open;
             held.then(|| v1::InodeLease {
@@ -89,7 +115,23 @@ impl Core {
                 grant: node.lease.grant,
             })
         };
-        let leases: Vec<_> = self.nodes.iter().filter_map(held).collect();
+        let mut leases: Vec<_> = self.nodes.iter().filter_map(held).collect();
+        let applied = self.log.applied_position();
+        let replayed: Vec<_> =
+            self.let_go.iter().filter(|gone| gone.at > applied).copied().collect();
+        for LetGo { ino, lease, .. } in replayed {
+            let now = self.nodes.get(&ino).map(|node| (node.lease, node.handles > 0));
+            let (now, open) = now.unwrap_or_default();
+            if now.level >= lease.level {
+                continue;
+            }
+            let grant = lease.grant;
+            leases.retain(|held| held.ino != ino.0);
+            leases.push(v1::InodeLease { ino: ino.0, level: lease.level.to_proto(), open, grant });
+            let level = now.level.to_proto();
+            let returned = v1::InodeLease { ino: ino.0, level, open, grant: now.grant.max(grant) };
+            self.send(Event::LeaseReturn(v1::LeaseReturn { leases: vec![returned] }));
+        }
         let mut messages: Vec<_> = leases
             .chunks(LEASES_MESSAGE_MAX)
             .map(|leases| v1::Reclaim { leases: leases.to_vec(), last: false })
@@ -134,12 +176,13 @@ impl Core {
         }
         idle.retain(|ino| !self.has_uncommitted(*ino));
         for chunk in idle.chunks(LEASES_MESSAGE_MAX) {
-            let leases = chunk.iter().filter_map(|ino| {
-                let node = self.nodes.remove(ino)?;
+            let mut leases = Vec::with_capacity(chunk.len());
+            for ino in chunk {
+                let Some(node) = self.nodes.remove(ino) else { continue };
                 let (open, level) = (false, Level::None.to_proto());
-                Some(v1::InodeLease { ino: ino.0, level, open, grant: node.lease.grant })
-            });
-            let leases = leases.collect();
+                leases.push(v1::InodeLease { ino: ino.0, level, open, grant: node.lease.grant });
+                self.note_let_go(*ino, node.lease);
+            }
             self.send(Event::LeaseReturn(v1::LeaseReturn { leases }));
         }
         !idle.is_empty()

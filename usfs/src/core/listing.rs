@@ -93,12 +93,16 @@ impl Core {
                 break;
             }
             let Some(Dentry::Present { ino, kind, .. }) = names.names.get(name) else { continue };
+            let known = self.nodes.get(ino).and_then(|node| node.attributes);
+            let Some(kind) = kind.or(known.map(|attributes| attributes.kind)) else {
+                return Told::Missing(*ino);
+            };
             let entry = if plus { self.entry(now, *ino, Some(dir)) } else { None };
             if plus && entry.is_none() {
                 return Told::Missing(*ino);
             }
             let cookie = cookie + DOTS;
-            if !sink(Listed { ino: *ino, kind: *kind, cookie, name, entry }) {
+            if !sink(Listed { ino: *ino, kind, cookie, name, entry }) {
                 return Told::Full;
             }
             if entry.is_some() {

@@ -245,15 +245,16 @@ impl Core {
         directory: bool,
     ) -> Result<Ino, Stop> {
         self.check_change(now)?;
-        let Dentry::Present { ino, kind, .. } = self.need_name(dir, name, Level::Exclusive)? else {
+        let Dentry::Present { ino, .. } = self.need_name(dir, name, Level::Exclusive)? else {
             return Err(FsError::NotFound.into());
         };
+        self.need_all(&mut [dir, ino], Level::Exclusive)?;
+        let kind = self.attributes_mut(ino).kind;
         match (directory, kind == FileKind::Directory) {
             (true, false) => return Err(FsError::NotADirectory.into()),
             (false, true) => return Err(FsError::IsADirectory.into()),
             (true, true) | (false, false) => {}
         }
-        self.need_all(&mut [dir, ino], Level::Exclusive)?;
         if directory {
             self.check_empty(ino)?;
         }
@@ -288,16 +289,18 @@ impl Core {
         check_name(from.1)?;
         check_name(to.1)?;
         self.need_all(&mut [from.0, to.0], Level::Exclusive)?;
-        let moved = match self.need_name(from.0, from.1, Level::Exclusive)? {
-            Dentry::Present { ino, kind, .. } => (ino, kind),
-            Dentry::Absent => return Err(FsError::NotFound.into()),
+        let Dentry::Present { ino: moved, .. } =
+            self.need_name(from.0, from.1, Level::Exclusive)?
+        else {
+            return Err(FsError::NotFound.into());
         };
-        let replaced = match self.need_name(to.0, to.1, Level::Exclusive)? {
-            Dentry::Present { ino, kind, .. } => Some((ino, kind)),
-            Dentry::Absent => None,
+        let other = match self.need_name(to.0, to.1, Level::Exclusive)? {
+            Dentry::Present { ino, .. } => ino,
+            Dentry::Absent => Ino(0),
         };
-        let other = replaced.map_or(Ino(0), |(ino, _)| ino);
-        self.need_all(&mut [from.0, to.0, moved.0, other], Level::Exclusive)?;
+        self.need_all(&mut [from.0, to.0, moved, other], Level::Exclusive)?;
+        let moved = (moved, self.attributes_mut(moved).kind);
+        let replaced = (other.0 != 0).then(|| (other, self.attributes_mut(other).kind));
         if self.attributes_mut(to.0).nlink == 0 {
             return Err(FsError::NotFound.into());
         }

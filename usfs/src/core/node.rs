@@ -74,8 +74,9 @@ pub enum Dentry {
         ino: Ino,
         /// Its place in the listing.
         cookie: u64,
-        /// What it is; that never changes.
-        kind: FileKind,
+        /// What it is, which never changes; `None` where the directory did not say because
+        /// another mount has the inode.
+        kind: Option<FileKind>,
     },
     /// There is no such name.
     Absent,
@@ -117,7 +118,7 @@ impl DirNames {
     /// Adds a new name at the end of the listing.
     pub fn add(&mut self, name: &[u8], ino: Ino, kind: FileKind) {
         let cookie = self.next_cookie;
-        self.put(name, Dentry::Present { ino, cookie, kind });
+        self.put(name, Dentry::Present { ino, cookie, kind: Some(kind) });
     }
 
     /// Notes what `name` is.

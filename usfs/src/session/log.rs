@@ -76,6 +76,12 @@ impl SessionLog {
         self.durable_position
     }
 
+    /// Everything up to here was applied, as far as the directory has said.
+    pub fn applied_position(&self) -> LogPosition {
+        let applied = self.batches.iter().take_while(|kept| kept.batch.number <= self.applied);
+        applied.last().map_or(self.durable_position, |kept| kept.last)
+    }
+
     /// Whether nothing waits to become durable.
     pub fn is_empty(&self) -> bool {
         self.durable_position.0 == self.appended
