@@ -40,6 +40,8 @@ mod lockwait;
 mod members;
 mod placement;
 mod sessions;
+#[cfg(test)]
+mod tests;
 
 pub use event::{
     Answer, AskId, ConnId, Effect, Event, Moment, Peer, Question, RefusalKind, StateSnapshot,

@@ -25,6 +25,8 @@ mod blocks;
 mod data;
 mod entries;
 mod reap;
+#[cfg(test)]
+mod tests;
 mod tx;
 
 pub use attributes::XattrRecord;

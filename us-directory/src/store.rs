@@ -22,6 +22,8 @@ use bytes::Bytes;
 pub mod embedded;
 pub mod journal;
 pub mod memory;
+#[cfg(test)]
+mod tests;
 
 /// The number of a commit. The first is 1; 0 means "nothing".
 pub type Seq = u64;

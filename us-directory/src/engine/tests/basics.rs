@@ -1,0 +1,428 @@
+//! One behaviour a test.
+
+use super::*;
+
+const FILE: u32 = 0o100_644;
+const DIR: u32 = 0o040_755;
+
+fn world() -> World {
+    let mut world = World::new();
+    world.volume("v", 4, 2);
+    world
+}
+
+fn birth(world: &mut World, mount: &Mount) -> PlacementLease {
+    let ask = LeasePlacements { request: 9, count: 1 };
+    world.says(mount.conn, Up::LeasePlacements(ask));
+    let leased = world.hear_some(mount.conn, |down| match down {
+        Down::Placements(leased) => Some(leased.clone()),
+        _ => None,
+    });
+    let leased = leased.expect("placements");
+    assert_eq!(leased.error, "");
+    leased.leases[0].clone()
+}
+
+fn block(lease: &PlacementLease, id: u8, durable: u8) -> BlockCommit {
+    BlockCommit {
+        block: vec![id; 16].into(),
+        s: 4,
+        r: 2,
+        page_bytes: 4096,
+        plaintext_bytes: 8192,
+        birth: lease.birth,
+        providers: lease.providers.clone(),
+        durable: vec![durable].into(),
+        fingerprint_hash: vec![1; 32].into(),
+        ..Default::default()
+    }
+}
+
+fn write(ino: u64, offset: u64, length: u64, block: u8) -> ExtentWrite {
+    ExtentWrite { ino, offset, length, block: vec![block; 16].into(), ..Default::default() }
+}
+
+fn commit(blocks: Vec<BlockCommit>, extents: Vec<ExtentWrite>) -> Op {
+    let ino = extents[0].ino;
+    let end = extents.iter().map(|extent| extent.offset + extent.length).max().unwrap();
+    let files =
+        vec![FileGrowth { ino, size: end, mtime: at(300), ctime: at(300), clear_suid: false }];
+    Op::CommitData(CommitData { blocks, extents, files })
+}
+
+#[test]
+fn a_second_mount_sees_what_the_first_closed() {
+    let mut world = world();
+    let (mut one, mut two) = (world.open(1, "v"), world.open(2, "v"));
+    one.inode(&mut world, 1, Level::Exclusive).unwrap();
+    let ino = one.ino();
+    one.change(&mut world, vec![create(1, "a", ino, FILE)]);
+    assert!(two.entry(&mut world, 1, "a").is_none(), "the root is the first mount's");
+    let recall = one.recall(&mut world).unwrap();
+    assert_eq!((recall.ino, recall.level), (1, Level::Shared.to_wire()));
+    one.give_back(&mut world, &recall, false);
+    assert!(two.answer(&mut world).is_none(), "the file is the first mount's too");
+    let recall = one.recall(&mut world).unwrap();
+    assert_eq!(recall.ino, ino);
+    one.give_back(&mut world, &recall, false);
+    let found = two.answer(&mut world).unwrap();
+    assert_eq!((found.entries[0].ino, found.inodes.len(), found.leases.len()), (ino, 2, 2));
+}
+
+#[test]
+fn nothing_undurable_crosses_a_lease() {
+    let mut world = world();
+    let (mut one, mut two) = (world.open(1, "v"), world.open(2, "v"));
+    one.inode(&mut world, 1, Level::Exclusive).unwrap();
+    world.auto = false;
+    let ino = one.ino();
+    one.change(&mut world, vec![create(1, "a", ino, FILE)]);
+    let own = one.inode(&mut world, ino, Level::Exclusive);
+    assert!(own.is_some(), "its own changes it sees at once");
+    two.inode(&mut world, 1, Level::Shared);
+    let recall = one.recall(&mut world).unwrap();
+    one.give_back(&mut world, &recall, false);
+    assert!(two.answer(&mut world).is_none(), "given back, but not durable");
+    world.make_durable();
+    assert!(two.answer(&mut world).is_some());
+}
+
+#[test]
+fn batches_are_applied_once_and_in_order() {
+    let mut world = world();
+    let mut one = world.open(1, "v");
+    one.inode(&mut world, 1, Level::Exclusive).unwrap();
+    let ino = one.ino();
+    let again = one.clone();
+    one.change(&mut world, vec![create(1, "a", ino, FILE)]);
+    again.clone().change(&mut world, vec![create(1, "a", ino, FILE)]);
+    assert!(world.engine.sessions[&one.session].is_alive());
+    one.batch += 1;
+    one.send(&mut world, vec![]);
+    let ended = world.hear_some(one.conn, |down| match down {
+        Down::Ended(ended) => Some(ended.reason),
+        _ => None,
+    });
+    assert_eq!(ended, Some(EndReason::Refused as i32));
+}
+
+#[test]
+fn a_rule_broken_in_a_batch_drops_it_whole_and_ends_the_session() {
+    let mut world = world();
+    let (mut one, mut two) = (world.open(1, "v"), world.open(2, "v"));
+    one.inode(&mut world, 1, Level::Exclusive).unwrap();
+    let (a, b) = (one.ino(), one.ino());
+    one.send(&mut world, vec![create(1, "a", a, FILE), create(1, "a", b, FILE)]);
+    let ended = world.hear_some(one.conn, |down| match down {
+        Down::Ended(ended) => Some(ended.clone()),
+        _ => None,
+    });
+    assert!(ended.unwrap().detail.contains("taken"));
+    let found = two.entry(&mut world, 1, "a").unwrap();
+    assert_eq!(found.entries[0].ino, 0, "nothing of the batch is there, and its leases are free");
+    // Without a lease nothing may be changed either.
+    let ino = two.ino();
+    two.inode(&mut world, 1, Level::Shared).unwrap();
+    let mut three = world.open(3, "v");
+    three.inode(&mut world, 1, Level::Exclusive);
+    let recall = two.recall(&mut world).unwrap();
+    two.give_back(&mut world, &recall, false);
+    two.send(&mut world, vec![create(1, "b", ino, FILE)]);
+    assert!(!world.engine.sessions.contains_key(&two.session));
+}
+
+#[test]
+fn a_silent_session_is_fenced_only_when_another_wants_what_it_holds() {
+    let mut world = world();
+    let (mut one, mut two) = (world.open(1, "v"), world.open(2, "v"));
+    one.inode(&mut world, 1, Level::Exclusive).unwrap();
+    world.event(Event::Disconnected { conn: ConnId(one.conn) });
+    world.pass(100_000);
+    assert!(world.engine.sessions[&one.session].is_alive(), "nobody wants anything");
+    world.says(two.conn, Up::Renew(Renew {}));
+    world.auto = false;
+    let found = two.inode(&mut world, 1, Level::Shared);
+    assert!(found.is_none(), "the fence is not durable yet");
+    world.pass(50);
+    assert!(two.answer(&mut world).is_none(), "the fence is not durable yet");
+    world.make_durable();
+    assert!(two.answer(&mut world).is_some());
+    world.auto = true;
+    let answer = one.resume(&mut world, "v");
+    let Down::Ended(ended) = answer else { panic!("{answer:?}") };
+    assert_eq!(ended.reason, EndReason::Fenced as i32);
+}
+
+#[test]
+fn a_live_mount_that_gives_nothing_back_makes_the_other_time_out() {
+    let mut world = world();
+    let (mut one, mut two) = (world.open(1, "v"), world.open(2, "v"));
+    one.inode(&mut world, 1, Level::Exclusive).unwrap();
+    assert!(two.inode(&mut world, 1, Level::Shared).is_none());
+    for _ in 0..10 {
+        world.says(one.conn, Up::Renew(Renew {}));
+        world.pass(10_000);
+    }
+    let answer = two.answer(&mut world).unwrap();
+    assert_eq!(answer.error, FetchError::Contended as i32);
+    assert!(world.engine.sessions[&one.session].is_alive());
+}
+
+#[test]
+fn unlinked_but_open_lives_until_it_is_released() {
+    let mut world = world();
+    let (mut one, mut two) = (world.open(1, "v"), world.open(2, "v"));
+    one.inode(&mut world, 1, Level::Exclusive).unwrap();
+    let ino = one.ino();
+    one.change(&mut world, vec![create(1, "a", ino, FILE)]);
+    // The second mount takes both leases; the first says that it has the file open.
+    let exclusive = Level::Exclusive.to_wire();
+    let (name_hash, dir_level, child_level) = (hash("a"), exclusive, exclusive);
+    let want = FetchEntry { dir: 1, name_hash, dir_level, child_level };
+    two.want(&mut world, Want::Entry(want));
+    for _ in 0..2 {
+        let recall = one.recall(&mut world).unwrap();
+        let open = recall.ino == ino;
+        one.give_back(&mut world, &recall, open);
+    }
+    assert_eq!(two.answer(&mut world).unwrap().entries[0].ino, ino);
+    two.change(&mut world, vec![unlink(1, "a", ino, false)]);
+    let volume = world.engine.sessions[&one.session].volume;
+    let inode = keys::inode(&volume, ino);
+    assert!(world.engine.store.get(&inode).unwrap().is_some());
+    one.change(&mut world, vec![Op::Release(Release { ino })]);
+    assert!(world.engine.store.get(&inode).unwrap().is_none());
+}
+
+#[test]
+fn dead_blocks_are_deleted_two_lease_times_later_and_until_confirmed() {
+    let mut world = world();
+    for key in 1..=6 {
+        world.provider(key, Bytes::new());
+    }
+    let mut one = world.open(1, "v");
+    one.inode(&mut world, 1, Level::Exclusive).unwrap();
+    let ino = one.ino();
+    let lease = birth(&mut world, &one);
+    one.change(&mut world, vec![create(1, "a", ino, FILE)]);
+    let first = commit(vec![block(&lease, 1, 0b11_1111)], vec![write(ino, 0, 8192, 1)]);
+    one.change(&mut world, vec![first]);
+    let status = world.status();
+    assert_eq!((status.blocks.as_ref().unwrap().total, status.volumes[0].live_bytes), (1, 8192));
+    let lease = birth(&mut world, &one);
+    let second = commit(vec![block(&lease, 2, 0b11_1111)], vec![write(ino, 0, 8192, 2)]);
+    one.change(&mut world, vec![second]);
+    let status = world.status();
+    assert_eq!((status.blocks.unwrap().total, status.pending_deletes), (1, 1));
+    let deletes = |world: &mut World| -> Vec<(u64, DeleteFragments)> {
+        let queues = world.to_providers.iter_mut();
+        queues
+            .flat_map(|(conn, queue)| queue.drain(..).map(|down| (*conn, down)))
+            .filter_map(|(conn, down)| match down {
+                PDown::Delete(delete) => Some((conn, delete)),
+                _ => None,
+            })
+            .collect()
+    };
+    for _ in 0..11 {
+        world.pass(5_000);
+    }
+    assert!(deletes(&mut world).is_empty(), "readers may still have the old map");
+    world.pass(5_000);
+    world.pass(1_000);
+    let sent = deletes(&mut world);
+    assert_eq!(sent.len(), 6);
+    // One provider dies before it confirms; it is told again when it is back.
+    let (lost_conn, _) = sent[0].clone();
+    for (conn, delete) in &sent[1..] {
+        assert_eq!(delete.fragments.len(), 1);
+        world.provider_says(*conn, PUp::Deleted(DeleteDone { ticket: delete.ticket }));
+    }
+    assert_eq!(world.status().pending_deletes, 1);
+    let (_, lost) = *world.providers.iter().find(|(conn, _)| *conn == lost_conn).unwrap();
+    let cookie = world.engine.members[&lost].record.cookie.clone();
+    let key = world.engine.members[&lost].record.key_hash[0];
+    world.lose_provider(lost);
+    world.provider(key, cookie);
+    let sent = deletes(&mut world);
+    assert_eq!(sent.len(), 1);
+    let (conn, delete) = &sent[0];
+    world.provider_says(*conn, PUp::Deleted(DeleteDone { ticket: delete.ticket }));
+    assert_eq!(world.status().pending_deletes, 0);
+}
+
+#[test]
+fn health_tells_young_fragments_from_missing_ones() {
+    let mut world = world();
+    for key in 1..=6 {
+        world.provider(key, Bytes::new());
+    }
+    let (view, mut cursor) = world.engine.to_count();
+    let mut last = false;
+    while !last {
+        let slice = health::count_slice(&*view, &mut cursor).unwrap();
+        last = slice.last;
+        world.event(Event::Counted(slice));
+    }
+    let mut one = world.open(1, "v");
+    one.inode(&mut world, 1, Level::Exclusive).unwrap();
+    let ino = one.ino();
+    let lease = birth(&mut world, &one);
+    one.change(&mut world, vec![create(1, "a", ino, FILE)]);
+    let first = commit(vec![block(&lease, 1, 0b01_1111)], vec![write(ino, 0, 8192, 1)]);
+    one.change(&mut world, vec![first]);
+    let status = world.status();
+    let blocks = status.blocks.unwrap();
+    assert_eq!((status.health, blocks.unsettled), (Health::Ok as i32, 1));
+    assert_eq!(blocks.by_redundancy[&1], 1);
+    // Not confirmed in time: the provider is asked, and has it not.
+    for _ in 0..13 {
+        world.pass(5_000);
+    }
+    assert_eq!(world.status().health, Health::Degraded as i32);
+    let asked = world.to_providers.iter_mut().find_map(|(conn, queue)| {
+        queue.drain(..).find_map(|down| match down {
+            PDown::Check(check) => Some((*conn, check)),
+            _ => None,
+        })
+    });
+    let (conn, check) = asked.unwrap();
+    assert_eq!(check.fragments[0].index, 5);
+    let statuses = vec![FragmentStatus::NotFound as i32];
+    world.provider_says(conn, PUp::Checked(CheckReply { query: check.query, statuses }));
+    let status = world.status();
+    let blocks = status.blocks.unwrap();
+    assert_eq!((blocks.unsettled, blocks.damaged_fragments), (0, 1));
+    // A late put gets there after all.
+    let confirmed = FragmentsDurable { block: vec![1; 16].into(), durable: vec![0b10_0000].into() };
+    one.change(&mut world, vec![Op::FragmentsDurable(confirmed)]);
+    let status = world.status();
+    assert_eq!((status.health, status.counting), (Health::Ok as i32, false));
+    // Three of six gone: it waits for them to return.
+    for provider in lease.providers.iter().take(3) {
+        world.lose_provider(*provider);
+    }
+    let status = world.status();
+    assert_eq!(status.health, Health::Unreadable as i32);
+    assert_eq!(status.blocks.unwrap().by_redundancy[&-1], 1);
+}
+
+#[test]
+fn a_block_below_the_write_margin_is_refused() {
+    let mut world = world();
+    for key in 1..=6 {
+        world.provider(key, Bytes::new());
+    }
+    let mut one = world.open(1, "v");
+    one.inode(&mut world, 1, Level::Exclusive).unwrap();
+    let ino = one.ino();
+    let lease = birth(&mut world, &one);
+    one.change(&mut world, vec![create(1, "a", ino, FILE)]);
+    one.send(
+        &mut world,
+        vec![commit(vec![block(&lease, 1, 0b00_1111)], vec![write(ino, 0, 8192, 1)])],
+    );
+    let ended = world.hear_some(one.conn, |down| match down {
+        Down::Ended(ended) => Some(ended.detail.clone()),
+        _ => None,
+    });
+    assert!(ended.unwrap().contains("write margin"));
+}
+
+#[test]
+fn a_provider_with_another_cookie_counts_as_absent_until_checked() {
+    let mut world = world();
+    for key in 1..=6 {
+        world.provider(key, Bytes::new());
+    }
+    let mut one = world.open(1, "v");
+    one.inode(&mut world, 1, Level::Exclusive).unwrap();
+    let ino = one.ino();
+    let lease = birth(&mut world, &one);
+    one.change(&mut world, vec![create(1, "a", ino, FILE)]);
+    let first = commit(vec![block(&lease, 1, 0b11_1111)], vec![write(ino, 0, 8192, 1)]);
+    one.change(&mut world, vec![first]);
+    let (_, provider) = world.providers[0];
+    world.lose_provider(provider);
+    let (conn, again, _) = world.provider(1, vec![99; 16].into());
+    assert_eq!(again, provider, "its number belongs to its key");
+    assert!(world.engine.members[&provider].record.suspect);
+    let check = world.to_providers.get_mut(&conn).unwrap().pop_front();
+    let Some(PDown::Check(check)) = check else { panic!("{check:?}") };
+    let statuses = vec![FragmentStatus::Ok as i32];
+    world.provider_says(conn, PUp::Checked(CheckReply { query: check.query, statuses }));
+    assert!(!world.engine.members[&provider].record.suspect);
+}
+
+#[test]
+fn dead_mounts_are_replaced_without_waiting_for_the_fence() {
+    let mut world = world();
+    let mut one = world.open(1, "v");
+    one.inode(&mut world, 1, Level::Exclusive).unwrap();
+    world.restart(0);
+    let replaces = vec![one.session];
+    let open = OpenSession { volume: "v".to_owned(), replaces, ..Default::default() };
+    // Another certificate may not do that.
+    let conn = world.dial(2, open.clone());
+    assert!(matches!(world.hear(conn), Down::Opened(_)));
+    assert!(world.engine.sessions[&one.session].is_alive());
+    let conn = world.dial(1, open);
+    assert!(matches!(world.hear(conn), Down::Opened(_)));
+    let want = FetchInode { ino: 1, level: Level::Exclusive.to_wire() };
+    let fetch = Fetch { request: 1, want: Some(Want::Inode(want)) };
+    world.says(conn, Up::Fetch(fetch));
+    let answered = world.hear_some(conn, |down| matches!(down, Down::Fetched(_)).then_some(()));
+    assert!(answered.is_some());
+}
+
+#[test]
+fn deleted_files_are_freed_in_the_background() {
+    let mut world = world();
+    let mut one = world.open(1, "v");
+    one.inode(&mut world, 1, Level::Exclusive).unwrap();
+    let (ino, dir) = (one.ino(), one.ino());
+    one.change(&mut world, vec![create(1, "a", ino, FILE), create(1, "d", dir, DIR)]);
+    let zeros = ExtentWrite { ino, offset: 0, length: 4 << 30, zero: true, ..Default::default() };
+    one.change(&mut world, vec![commit(vec![], vec![zeros]), unlink(1, "a", ino, false)]);
+    let volume = world.engine.sessions[&one.session].volume;
+    let map = KeyRange::prefix(&keys::tag(&volume, b'm'));
+    assert!(!world.engine.store.scan(&map, 1).unwrap().is_empty());
+    for _ in 0..6 {
+        world.pass(50);
+    }
+    assert!(world.engine.store.scan(&map, 1).unwrap().is_empty());
+    let doomed = KeyRange::prefix(&keys::tag(&volume, b'k'));
+    assert!(world.engine.store.scan(&doomed, 1).unwrap().is_empty());
+    assert_eq!(world.status().volumes[0].inodes, 2);
+}
+
+#[test]
+fn locks_wait_and_end_with_their_session() {
+    let mut world = world();
+    let (one, two) = (world.open(1, "v"), world.open(2, "v"));
+    let lock = |request, wait| LockRequest {
+        request,
+        ino: 1,
+        owner: 1,
+        start: 0,
+        end: 9,
+        kind: LockKind::Write as i32,
+        wait,
+        wait_ms: 10_000,
+        ..Default::default()
+    };
+    let reply = |world: &mut World, conn| {
+        world.hear_some(conn, |down| match down {
+            Down::Lock(reply) => Some(reply.granted),
+            _ => None,
+        })
+    };
+    world.says(one.conn, Up::Lock(lock(1, false)));
+    assert_eq!(reply(&mut world, one.conn), Some(true));
+    world.says(two.conn, Up::Lock(lock(1, false)));
+    assert_eq!(reply(&mut world, two.conn), Some(false));
+    world.says(two.conn, Up::Lock(lock(2, true)));
+    assert_eq!(reply(&mut world, two.conn), None);
+    world.says(one.conn, Up::Close(CloseSession {}));
+    assert_eq!(reply(&mut world, two.conn), Some(true));
+}
