@@ -12,6 +12,9 @@ use super::segments::Segment;
 use super::writer::Command;
 use super::{IDS_MAX, Store, StoreError};
 
+/// Fragments named in control records that are gathered before they are written again.
+const CARRY_IDS_MAX: usize = 65_536;
+
 /// How much one call of [`Store::maintain`] may do.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct MaintainLimits {
@@ -118,6 +121,7 @@ impl Store {
         };
         let mut scanner = Scanner::new(Arc::clone(&segment), SEGMENT_HEADER_BYTES, Depth::Headers)
             .map_err(failed)?;
+        let mut named = Vec::new();
         while let Some(found) = scanner.step().map_err(failed)? {
             if done.copied_bytes >= copy_bytes_max {
                 return Ok(());
@@ -128,17 +132,30 @@ impl Store {
                     done.copied_bytes += self.rescue(header.id(), place, &segment)?;
                 }
                 Found::Record(_, Content::Trash(ids) | Content::Restore(ids)) => {
-                    self.ask_blocking(|reply| Command::Carry { ids, from_segment: number, reply })?;
+                    named.extend(ids);
+                    if named.len() >= CARRY_IDS_MAX {
+                        self.carry(number, &mut named)?;
+                    }
                 }
                 Found::Record(_, Content::Tombstone(_)) | Found::Unreadable { .. } => {}
             }
         }
+        self.carry(number, &mut named)?;
         if self.ask_blocking(|reply| Command::Remove { segment: number, reply })? {
             tracing::info!(segment = number, "segment removed");
             metrics::counter!("us_provider_segments_removed_total").increment(1);
             done.removed = Some(number);
         }
         Ok(())
+    }
+
+    /// Has what the control records of a segment say written again, many small ones as one.
+    fn carry(&self, from_segment: u32, named: &mut Vec<FragmentId>) -> Result<(), StoreError> {
+        let ids = std::mem::take(named);
+        if ids.is_empty() {
+            return Ok(());
+        }
+        self.ask_blocking(|reply| Command::Carry { ids, from_segment, reply }).map(drop)
     }
 
     /// Writes a fragment again that still counts and lies at `place`. A damaged one is moved as it
@@ -213,8 +230,12 @@ fn choose(accounts: &Accounts) -> Option<u32> {
         .map(|(number, _)| number)
 }
 
-/// The segment being written, where it holds records but none that counts.
+/// The segment being written, where it holds records but no fragment is left in the whole store: what
+/// its control records say matters to nobody.
 fn dead_last(accounts: &Accounts) -> Option<u32> {
     let (number, account) = accounts.segments().last()?;
+    if accounts.live().records + accounts.trashed().records > 0 {
+        return None;
+    }
     (account.is_dead() && account.bytes > SEGMENT_HEADER_BYTES).then_some(number)
 }
