@@ -82,6 +82,12 @@ pub enum FsError {
     ShuttingDown,
 }
 
+/// An error and its causes in one line.
+pub(crate) fn whole(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(error.source(), |cause| cause.source());
+    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
+}
+
 impl FsError {
     /// The errno of this error (positive, as in `errno.h`).
     pub const fn errno(&self) -> i32 {

@@ -289,6 +289,8 @@ impl Core {
         check_name(from.1)?;
         check_name(to.1)?;
         self.need_all(&mut [from.0, to.0], Level::Exclusive)?;
+        self.need_dir(from.0, Level::Exclusive)?;
+        self.need_dir(to.0, Level::Exclusive)?;
         let Dentry::Present { ino: moved, .. } =
             self.need_name(from.0, from.1, Level::Exclusive)?
         else {

@@ -20,6 +20,8 @@ use super::shared::Shared;
 
 /// Places leased at once.
 const PLACEMENTS_LEASED: u32 = 32;
+/// How long a directory that is gone is waited for.
+const PATIENCE: Duration = Duration::from_secs(35);
 /// How long the directory may take for an answer about blocks.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(15);
 
@@ -49,13 +51,7 @@ impl Blocks {
         if let Some(lease) = leased.pop_front() {
             return Ok(lease);
         }
-        let ask = |request| {
-            Up::LeasePlacements(v1::LeasePlacements { request, count: PLACEMENTS_LEASED })
-        };
-        let answer = shared.ask(ask, ANSWER_TIMEOUT).await.map_err(|error| match error {
-            FsError::SessionEnded(detail) => ended(detail),
-            other => PlacementError::Unavailable { detail: other.to_string() },
-        })?;
+        let answer = ask_placements(&shared).await?;
         let Down::Placements(answer) = answer else {
             return Err(PlacementError::Unavailable { detail: "not an answer".to_owned() });
         };
@@ -84,6 +80,28 @@ impl Blocks {
         let info = fetched.blocks.iter().find(|info| info.block[..] == block.as_bytes()[..])?;
         let info = shared.lock().core.remember_block(info)?;
         Some((*info).clone())
+    }
+}
+
+/// Asks for places. A connection that breaks meanwhile is waited for: a directory that restarts
+/// fails no write.
+async fn ask_placements(shared: &Shared) -> Result<Down, PlacementError> {
+    let mut progress = shared.progress.subscribe();
+    let deadline = tokio::time::Instant::now() + PATIENCE;
+    loop {
+        progress.mark_unchanged();
+        let ask = |request| {
+            Up::LeasePlacements(v1::LeasePlacements { request, count: PLACEMENTS_LEASED })
+        };
+        let error = match shared.ask(ask, ANSWER_TIMEOUT).await {
+            Ok(answer) => return Ok(answer),
+            Err(FsError::SessionEnded(detail)) => return Err(PlacementError::Ended { detail }),
+            Err(error) => error,
+        };
+        // The session signals when it is resumed.
+        if !matches!(tokio::time::timeout_at(deadline, progress.changed()).await, Ok(Ok(()))) {
+            return Err(PlacementError::Unavailable { detail: error.to_string() });
+        }
     }
 }
 

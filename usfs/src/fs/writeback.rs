@@ -13,6 +13,7 @@ use super::FsError;
 use super::shared::Shared;
 use crate::core::{FlushReason, SealPlan, Stored};
 use crate::data::Ticket;
+use crate::errno::whole;
 
 /// Blocks of the background that may be on their way at once.
 const BLOCKS_IN_FLIGHT_MAX: usize = 6;
@@ -73,7 +74,10 @@ async fn store(shared: &Arc<Shared>, plan: SealPlan) {
     let (result, block) = match result {
         Ok((stored, block)) => (Ok(stored), block),
         Err(error) => {
-            tracing::warn!(%error, "a block could not be stored; its bytes stay dirty");
+            tracing::warn!(
+                error = whole(&error),
+                "a block could not be stored; its bytes stay dirty"
+            );
             (Err(write_error(&error)), None)
         }
     };
@@ -163,7 +167,7 @@ async fn wait_tickets(
 fn write_error(error: &StoreError) -> FsError {
     match error {
         StoreError::Placement(PlacementError::NoSpace { .. }) | StoreError::NoSpace { .. } => {
-            FsError::NoSpace(error.to_string())
+            FsError::NoSpace(whole(error))
         }
         StoreError::Placement(PlacementError::Ended { detail }) => {
             FsError::SessionEnded(detail.clone())
@@ -175,6 +179,6 @@ fn write_error(error: &StoreError) -> FsError {
         | StoreError::InlineBytes { .. }
         | StoreError::TooFewProviders { .. }
         | StoreError::Timeout { .. }
-        | StoreError::Closed => FsError::Io(error.to_string()),
+        | StoreError::Closed => FsError::Io(whole(error)),
     }
 }

@@ -1,0 +1,206 @@
+//! A directory inside the test: the real engine on a store in memory, with six providers that are
+//! always there, plugged straight into the mounts' [`DirectoryLink`].
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use futures::future::BoxFuture;
+use futures::{FutureExt, StreamExt};
+use parking_lot::Mutex;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::UnboundedReceiverStream;
+use us_core::disk::memory::MemoryProviders;
+use us_core::placement::Spread;
+use us_directory::engine::{
+    AskId, ConnId, Effect, Engine, EngineConfig, Event, Moment, Peer, Question, SystemEntropy,
+};
+use us_directory::store::WriteBatch;
+use us_directory::store::memory::MemoryStore;
+use us_proto::v1;
+use us_proto::v1::provider_up::Event as ProviderSays;
+use usfs::fs::{Fs, MountOptions, SwarmNews};
+use usfs::session::{DirectoryLink, LinkStream, SessionError};
+
+const PROVIDERS: u64 = 6;
+const CLUSTER: [u8; 16] = [7; 16];
+
+struct Inner {
+    engine: Engine,
+    history: Arc<Mutex<Vec<WriteBatch>>>,
+    /// Commits of earlier runs, which the present store's history does not count.
+    outlets: HashMap<ConnId, mpsc::UnboundedSender<v1::SessionDown>>,
+    next_conn: u64,
+    run: u64,
+}
+
+/// The directory; clones are the same one.
+#[derive(Clone)]
+pub struct TestDirectory {
+    inner: Arc<Mutex<Inner>>,
+    started: Instant,
+    pub swarm: Arc<MemoryProviders>,
+}
+
+struct NoNews;
+
+impl SwarmNews for NoNews {
+    fn on_providers(&self, _table: &v1::ProviderTable) {}
+    fn on_grant(&self, _grant: &bytes::Bytes) {}
+}
+
+fn engine(batches: Vec<WriteBatch>) -> (Engine, Arc<Mutex<Vec<WriteBatch>>>) {
+    let (store, history) = MemoryStore::replay(batches);
+    let config = EngineConfig { lease_ms: 3_000, fence_ms: 4_500, ..EngineConfig::default() };
+    let entropy = Box::new(SystemEntropy);
+    let engine = Engine::start(Box::new(store), config, entropy, Box::new(Spread), CLUSTER);
+    (engine.unwrap(), history)
+}
+
+impl TestDirectory {
+    /// A directory with one volume, "v", coded 4+2.
+    pub fn start() -> Self {
+        let (engine, history) = engine(Vec::new());
+        let inner = Inner { engine, history, outlets: HashMap::new(), next_conn: 1, run: 0 };
+        let directory = Self {
+            inner: Arc::new(Mutex::new(inner)),
+            started: Instant::now(),
+            swarm: Arc::new(MemoryProviders::new()),
+        };
+        directory.join_providers();
+        let (name, s, r) = ("v".to_owned(), 4, 2);
+        let question = Question::CreateVolume { name, s, r, quota_bytes: 0 };
+        directory.step(Event::Ask { ask: AskId(1), question });
+        directory.settle();
+        let ticking = directory.clone();
+        tokio::spawn(async move {
+            loop {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+                ticking.step(Event::Tick);
+                ticking.settle();
+            }
+        });
+        directory
+    }
+
+    fn join_providers(&self) {
+        for number in 1..=PROVIDERS {
+            let conn = ConnId(1_000_000 + self.inner.lock().run * 100 + number);
+            let key_hash = vec![number as u8; 32];
+            let peer = Peer { key_hash, name: format!("provider-{number}") };
+            self.step(Event::ProviderConnected { conn, peer });
+            let report = v1::ProviderReport {
+                capacity_bytes: 1 << 44,
+                free_bytes: 1 << 44,
+                accepts_puts: true,
+                ..Default::default()
+            };
+            let hello = v1::ProviderHello {
+                address: format!("test:{number}"),
+                store: vec![number as u8; 16].into(),
+                report: Some(report),
+                ..Default::default()
+            };
+            let up = v1::ProviderUp { event: Some(ProviderSays::Hello(hello)) };
+            self.step(Event::Provider { conn, up });
+        }
+        self.settle();
+    }
+
+    fn step(&self, event: Event) {
+        let at = Moment { now_ms: self.started.elapsed().as_millis() as u64, unix_ms: 0 };
+        let mut inner = self.inner.lock();
+        let effects = inner.engine.step(at, event).unwrap();
+        for effect in effects {
+            match effect {
+                Effect::Session { conn, down } => {
+                    if let Some(outlet) = inner.outlets.get(&conn) {
+                        let _ = outlet.send(down);
+                    }
+                }
+                Effect::End { conn } => drop(inner.outlets.remove(&conn)),
+                Effect::Provider { .. } | Effect::Answer { .. } => {}
+            }
+        }
+    }
+
+    /// Everything committed so far becomes durable.
+    pub fn settle(&self) {
+        let seq = self.inner.lock().history.lock().len() as u64;
+        self.step(Event::Durable { seq });
+    }
+
+    /// The directory crashes and starts again: all that was not durable is lost.
+    pub fn restart(&self, lose_last: usize) {
+        {
+            let mut inner = self.inner.lock();
+            let mut batches = inner.history.lock().clone();
+            // What was called durable must not be lost; the test settles before it asks for more.
+            let keep = batches.len() - lose_last.min(batches.len());
+            batches.truncate(keep);
+            let (engine, history) = engine(batches);
+            inner.engine = engine;
+            inner.history = history;
+            inner.outlets.clear();
+            inner.run += 1;
+        }
+        self.join_providers();
+    }
+
+    /// Breaks every connection.
+    pub fn disconnect_all(&self) {
+        let conns: Vec<_> = self.inner.lock().outlets.drain().map(|(conn, _)| conn).collect();
+        conns.into_iter().for_each(|conn| self.step(Event::Disconnected { conn }));
+    }
+
+    fn attach(&self) -> LinkStream {
+        let (outlet, down) = mpsc::unbounded_channel();
+        let (up, mut said) = mpsc::channel::<v1::SessionUp>(16);
+        let (conn, run) = {
+            let mut inner = self.inner.lock();
+            let conn = ConnId(inner.next_conn);
+            inner.next_conn += 1;
+            inner.outlets.insert(conn, outlet);
+            (conn, inner.run)
+        };
+        let peer = Peer { key_hash: vec![99; 32], name: "mount".to_owned() };
+        self.step(Event::SessionConnected { conn, peer });
+        let directory = self.clone();
+        tokio::spawn(async move {
+            while let Some(up) = said.recv().await {
+                if directory.inner.lock().run != run {
+                    return;
+                }
+                let sync = matches!(up.event, Some(v1::session_up::Event::Sync(_)));
+                directory.step(Event::Session { conn, up });
+                if sync {
+                    directory.settle();
+                }
+            }
+            if directory.inner.lock().run == run {
+                directory.step(Event::Disconnected { conn });
+            }
+        });
+        LinkStream { up, down: UnboundedReceiverStream::new(down).map(Ok).boxed() }
+    }
+
+    /// Mounts the volume.
+    pub async fn mount(&self, rescue_dir: &std::path::Path) -> Fs {
+        let options = MountOptions {
+            volume: "v".to_owned(),
+            host: "test".to_owned(),
+            memory_bytes: 96 << 20,
+            rescue_dir: rescue_dir.to_owned(),
+            ..MountOptions::default()
+        };
+        let (link, news) = (Arc::new(self.clone()), Arc::new(NoNews));
+        let transport = Arc::clone(&self.swarm);
+        Fs::mount(options, link, transport, news).await.unwrap()
+    }
+}
+
+impl DirectoryLink for TestDirectory {
+    fn connect(&self) -> BoxFuture<'_, Result<LinkStream, SessionError>> {
+        async { Ok(self.attach()) }.boxed()
+    }
+}
