@@ -35,6 +35,7 @@ const TICK: Duration = Duration::from_millis(50);
 
 /// What waits for the engine's thread.
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "nearly all are events: a box each would cost more")]
 enum Input {
     Event(Event),
     /// Look at the mark.

@@ -31,6 +31,11 @@ pub type Seq = u64;
 /// A key and its value.
 pub type Pair = (Bytes, Bytes);
 
+/// Where a scan begins and ends.
+type Bounds<'a> = (Bound<&'a [u8]>, Bound<&'a [u8]>);
+/// Ordered writes over a base.
+pub(crate) type Layer<'a> = Box<dyn Iterator<Item = (&'a Bytes, &'a Option<Bytes>)> + 'a>;
+
 /// The longest key a store takes.
 pub const KEY_BYTES_MAX: usize = 4 << 10;
 /// The longest value a store takes.
@@ -143,7 +148,7 @@ impl KeyRange {
     }
 
     /// The range as bounds for an ordered map; `None` when it is empty.
-    pub(crate) fn bounds(&self) -> Option<(Bound<&[u8]>, Bound<&[u8]>)> {
+    pub(crate) fn bounds(&self) -> Option<Bounds<'_>> {
         if self.to.as_ref().is_some_and(|to| *to <= self.from) {
             return None;
         }
@@ -264,7 +269,7 @@ impl IntoIterator for WriteBatch {
 
 /// Merges ordered layers of writes over an ordered base: upper layers first, `None` hides a key.
 pub(crate) fn merge_layers<'a>(
-    layers: Vec<Box<dyn Iterator<Item = (&'a Bytes, &'a Option<Bytes>)> + 'a>>,
+    layers: Vec<Layer<'a>>,
     mut base: impl FnMut() -> Result<Option<Pair>, StoreError>,
     limit: usize,
 ) -> Result<Vec<Pair>, StoreError> {

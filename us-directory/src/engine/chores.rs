@@ -1,6 +1,7 @@
 //! What the directory does as time passes: freeing deleted files, deleting fragments of dead blocks,
 //! asking after fragments that were not confirmed. Every chore works in bounded slices.
 
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashSet};
 
 use bytes::Bytes;
@@ -203,8 +204,8 @@ impl Engine {
     /// Starts to wait for the confirmation of a block's fragments.
     pub(super) fn watch(&mut self, key: (VolumeId, BlockId)) {
         let next_ms = self.now_ms() + self.config.settle_ms;
-        if !self.unsettled.contains_key(&key) {
-            self.unsettled.insert(key, Unsettled { late: false, next_ms });
+        if let Entry::Vacant(entry) = self.unsettled.entry(key) {
+            entry.insert(Unsettled { late: false, next_ms });
             self.settle_order.insert((next_ms, key.0, key.1));
         }
     }

@@ -497,12 +497,11 @@ impl Engine {
 
     fn unpark(&mut self, id: u64) -> Option<Parked> {
         let parked = self.parked.remove(&id)?;
-        if let Wait::Inode(key) = parked.wait {
-            if let Some(queue) = self.waiters.get_mut(&key) {
-                queue.retain(|waiting| *waiting != id);
-                if queue.is_empty() {
-                    self.waiters.remove(&key);
-                }
+        let Wait::Inode(key) = parked.wait else { return Some(parked) };
+        if let Some(queue) = self.waiters.get_mut(&key) {
+            queue.retain(|waiting| *waiting != id);
+            if queue.is_empty() {
+                self.waiters.remove(&key);
             }
         }
         Some(parked)
@@ -510,19 +509,28 @@ impl Engine {
 
     /// Tries the requests that were woken, in the order they came.
     pub(super) fn run_awake(&mut self) -> Result<(), StoreError> {
-        // What is woken while this runs waits for the next step, so that every step ends.
-        for id in std::mem::take(&mut self.awake) {
-            let alive = self.parked.get(&id).and_then(|parked| self.sessions.get(&parked.session));
-            let alive = alive.is_some_and(super::sessions::Session::is_alive);
-            if let Some(parked) = self.unpark(id) {
-                if let Wait::Inode(key) = parked.wait {
-                    self.wake_inode(&key);
+        // Each request is tried at most once in a step, so that every step ends.
+        let (mut tried, mut later) = (BTreeSet::new(), BTreeSet::new());
+        while let Some(id) = self.awake.pop_first() {
+            if !tried.insert(id) {
+                later.insert(id);
+                continue;
+            }
+            let Some(parked) = self.unpark(id) else { continue };
+            let alive = self.sessions.get(&parked.session);
+            if alive.is_some_and(super::sessions::Session::is_alive) {
+                let wait = parked.wait;
+                self.try_fetch(id, parked)?;
+                if self.parked.contains_key(&id) {
+                    continue;
                 }
-                if alive {
-                    self.try_fetch(id, parked)?;
+                // It left the queue: those behind it may have their turn.
+                if let Wait::Inode(key) = wait {
+                    self.wake_inode(&key);
                 }
             }
         }
+        self.awake = later;
         Ok(())
     }
 

@@ -412,10 +412,9 @@ impl Engine {
     pub(super) fn disconnected(&mut self, conn: ConnId) {
         self.drop_requests(conn);
         let Some(connection) = self.connections.remove(&conn) else { return };
-        if let Some(session) = connection.session.and_then(|id| self.sessions.get_mut(&id)) {
-            if session.conn == Some(conn) {
-                session.conn = None;
-            }
+        let session = connection.session.and_then(|id| self.sessions.get_mut(&id));
+        if let Some(session) = session.filter(|session| session.conn == Some(conn)) {
+            session.conn = None;
         }
         if let Some(provider) = connection.provider {
             self.provider_gone(conn, provider);

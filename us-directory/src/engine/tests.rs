@@ -21,6 +21,7 @@ use crate::store::memory::MemoryStore;
 
 mod basics;
 mod crash;
+mod simulation;
 
 /// Counts up: distinct, and the same in every run.
 struct Counting(u8);
@@ -273,7 +274,7 @@ impl Mount {
     fn lease_inodes(&mut self, world: &mut World, count: u32) {
         world.says(self.conn, Up::LeaseInodes(LeaseInodes { request: 1, count }));
         let leased = world.hear_some(self.conn, |down| match down {
-            Down::Inodes(leased) => Some(leased.clone()),
+            Down::Inodes(leased) => Some(*leased),
             _ => None,
         });
         let leased = leased.expect("inode numbers");
@@ -338,7 +339,7 @@ impl Mount {
 
     pub fn recall(&self, world: &mut World) -> Option<Recall> {
         world.hear_some(self.conn, |down| match down {
-            Down::Recall(recall) => Some(recall.clone()),
+            Down::Recall(recall) => Some(*recall),
             _ => None,
         })
     }

@@ -84,10 +84,8 @@ pub(super) fn splice(
         removed.push(part(extent, extent.offset.max(offset), extent.end().min(end)));
     }
     fresh.extend(place.extent(offset, length));
-    if let Some(extent) = map.extents[first..last].last() {
-        if extent.end() > end {
-            fresh.push(part(extent, end, extent.end()));
-        }
+    if let Some(extent) = map.extents[first..last].last().filter(|extent| extent.end() > end) {
+        fresh.push(part(extent, end, extent.end()));
     }
     // The neighbours take part in the merge.
     let from = first.saturating_sub(1);

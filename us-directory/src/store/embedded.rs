@@ -26,7 +26,7 @@ use super::journal::{
     sync_dir,
 };
 use super::{
-    Durability, DurableSink, KeyRange, MetaStore, Pair, Seq, StoreError, StoreFacts, View,
+    Durability, DurableSink, KeyRange, Layer, MetaStore, Pair, Seq, StoreError, StoreFacts, View,
     WriteBatch, merge_layers,
 };
 
@@ -106,7 +106,6 @@ impl View for Layers {
             ))),
             Some(Err(error)) => Err(base.error(&error)),
         };
-        type Layer<'l> = Box<dyn Iterator<Item = (&'l Bytes, &'l Option<Bytes>)> + 'l>;
         let mut layers: Vec<Layer<'_>> = vec![Box::new(self.active.range::<_, [u8]>(bounds))];
         if let Some(frozen) = &self.frozen {
             layers.push(Box::new(frozen.range::<_, [u8]>(bounds)));
@@ -517,15 +516,13 @@ fn replay(dir: &Path, checkpoint: Seq, overlay: &mut Overlay) -> Result<(Seq, u6
     remove_files(dir, checkpoint)?;
     let files = list_files(dir)?;
     let (mut seq, mut journal_bytes) = (checkpoint, 0);
-    if let Some((first_seq, path)) = files.first() {
-        if *first_seq > checkpoint + 1 {
-            return Err(StoreError::Damaged {
-                path: path.display().to_string(),
-                offset: 0,
-                seq: checkpoint + 1,
-                detail: "the journal starts behind the checkpoint",
-            });
-        }
+    if let Some((_, path)) = files.first().filter(|(first_seq, _)| *first_seq > checkpoint + 1) {
+        return Err(StoreError::Damaged {
+            path: path.display().to_string(),
+            offset: 0,
+            seq: checkpoint + 1,
+            detail: "the journal starts behind the checkpoint",
+        });
     }
     for (index, (first_seq, path)) in files.iter().enumerate() {
         let last = index + 1 == files.len();
