@@ -22,6 +22,7 @@
 //! Called by usfs, repair of content, and tools. What may fail: [`StoreError`], [`ReadError`].
 
 mod block;
+mod buffers;
 mod cpu;
 mod error;
 mod gather;
@@ -128,6 +129,7 @@ struct Shared {
     directory: Arc<dyn BlockDirectory>,
     transport: Arc<dyn FragmentTransport>,
     cpu: cpu::CpuJobs,
+    buffers: Arc<buffers::Buffers>,
     latencies: Mutex<latency::Latencies>,
     cache: quick_cache::sync::Cache<read::PageKey, Bytes, read::PageWeight>,
     flights: read::Flights,
@@ -176,6 +178,7 @@ impl VirtualDisk {
                 directory,
                 transport,
                 cpu: cpu::CpuJobs::new(config.cpu_jobs_max),
+                buffers: Arc::default(),
                 latencies: Mutex::default(),
                 cache: quick_cache::sync::Cache::with_weighter(
                     cache_items,

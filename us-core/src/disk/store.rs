@@ -14,6 +14,7 @@ use futures::stream::{FuturesUnordered, StreamExt};
 use tokio::sync::{OwnedSemaphorePermit, oneshot, watch};
 use tokio::time::{Instant, sleep_until, timeout_at};
 
+use super::buffers::Buffer;
 use super::placing::{Placing, Replacement};
 use super::{
     BlockInfo, FragmentBits, FragmentFailure, InlineBlock, PlacementError, PlacementLease, Retry,
@@ -22,8 +23,8 @@ use super::{
 use crate::code::ErasureCode;
 use crate::fragment::{FingerprintKind, FragmentRecord, records_of_block};
 use crate::geometry::BlockGeometry;
-use crate::ids::{Birth, BlockId, ProviderId};
-use crate::seal::{BlockSealer, FreshBlockId, INLINE_BYTES_MAX, VolumeKey};
+use crate::ids::{Birth, BlockId, ProviderId, VolumeId};
+use crate::seal::{BlockSealer, FreshBlockId, INLINE_BYTES_MAX};
 
 /// How long a provider that asked to try later is left alone.
 const RETRY_AFTER: Duration = Duration::from_millis(200);
@@ -97,7 +98,12 @@ impl Shared {
         birth: Birth,
     ) -> Result<Encoded, StoreError> {
         let (key, volume, code) = (self.key.clone(), self.volume, self.code.clone());
-        let job = move || encode(&key, volume, &code, plaintext, geometry, birth);
+        let buffers = Arc::clone(&self.buffers);
+        let job = move || {
+            let buffer = buffers.take(geometry.code().fragments() * geometry.fragment_bytes());
+            let sealer = BlockSealer::new(&key, volume, FreshBlockId::generate());
+            encode(sealer, volume, &code, plaintext, geometry, birth, buffer)
+        };
         self.cpu.run(job).await.ok_or(StoreError::Closed)
     }
 
@@ -159,27 +165,25 @@ impl Shared {
 
 /// Seals the pages into the data fragments and encodes the parity: all in one buffer.
 fn encode(
-    key: &VolumeKey,
-    volume: crate::ids::VolumeId,
+    sealer: BlockSealer,
+    volume: VolumeId,
     code: &ErasureCode,
     plaintext: Vec<Bytes>,
     geometry: BlockGeometry,
     birth: Birth,
+    mut buffer: Buffer,
 ) -> Encoded {
     let (s, fragment_bytes) = (geometry.code().s(), geometry.fragment_bytes());
-    let mut buffer = vec![0u8; geometry.code().fragments() * fragment_bytes];
-    let (data, parity) = buffer.split_at_mut(s * fragment_bytes);
+    let (data, parity) = buffer.as_mut().split_at_mut(s * fragment_bytes);
     let slices: Vec<&[u8]> = plaintext.iter().map(AsRef::as_ref).collect();
-    let sealer = BlockSealer::new(key, volume, FreshBlockId::generate());
-    let block = sealer
-        .seal_block(&geometry, &slices, data)
-        .expect("the geometry was made for these lengths");
+    let sealed = sealer.seal_block(&geometry, &slices, data);
+    let block = sealed.expect("the geometry was made for these lengths");
     drop(slices);
     drop(plaintext);
     let data: Vec<&[u8]> = data.chunks_exact(fragment_bytes).collect();
     let mut parity: Vec<&mut [u8]> = parity.chunks_exact_mut(fragment_bytes).collect();
     code.encode(&data, &mut parity).expect("s and r slices of one length");
-    let mut buffer = Bytes::from(buffer);
+    let mut buffer = buffer.freeze();
     let bodies = (0..geometry.code().fragments()).map(|_| buffer.split_to(fragment_bytes));
     let records = records_of_block(volume, block, birth, geometry, bodies.collect());
     let fingerprint_hash = records[0].trailer.fingerprints.hash();

@@ -356,7 +356,7 @@ fn bits_go_over_the_wire_and_back() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 100, ..ProptestConfig::default() })]
 
     #[test]
     fn a_disk_is_a_byte_array(seed: u64, s in 1usize..6, r in 0usize..4) {
@@ -390,6 +390,11 @@ proptest! {
                 let pieces = world.disk.read(block, start..end).await.unwrap();
                 assert!(pieces.concat() == content[start..end]);
                 world.disk.prefetch(block, start..end);
+                // What it asked under these faults must not meet the next ones: together they
+                // could be more than r.
+                while !world.disk.shared.flights.lock().is_empty() {
+                    tokio::time::sleep(Duration::from_millis(1)).await;
+                }
             }
             world.disk.close().await;
             world.check_permits(&world.disk);
@@ -408,4 +413,34 @@ async fn a_liar_found_among_the_helpers_is_replaced_by_an_honest_one() {
     let range = 600_000..600_001;
     assert!(disk.read(&block, range.clone()).await.unwrap().concat() == content[range]);
     disk.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn readers_that_share_one_cpu_job_do_not_wait_for_each_other_for_ever() {
+    // A gather that rebuilt once waited for the CPU while answers it did not poll held the permits.
+    let config = DiskConfig {
+        cpu_jobs_max: 1,
+        cache_bytes: 1 << 20,
+        read_bytes_max: 16 << 20,
+        hedge_after: Duration::ZERO..Duration::from_micros(50),
+        ..DiskConfig::default()
+    };
+    let world = World::with_config(4, 2, 6, config);
+    let mut blocks = Vec::new();
+    for _ in 0..4 {
+        blocks.push(world.store(world.code.block_bytes_max()).await);
+    }
+    world.providers.set_fault(ProviderId(2), Fault::Lying);
+    let reading = async {
+        for _ in 0..5 {
+            let reads = blocks.iter().map(|(block, _)| read_all(&world.disk, block));
+            let read = futures::future::join_all(reads).await;
+            for (read, (_, content)) in read.into_iter().zip(&blocks) {
+                assert!(read.unwrap() == *content);
+            }
+        }
+    };
+    tokio::time::timeout(60 * SECOND, reading).await.expect("it goes on");
+    world.disk.close().await;
+    world.check_permits(&world.disk);
 }
