@@ -19,5 +19,4 @@ pub mod fuse;
 pub mod mount;
 pub mod places;
 pub mod session;
-pub mod swarm;
 pub mod up;

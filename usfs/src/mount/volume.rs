@@ -5,16 +5,18 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
+use bytes::Bytes;
 use tokio::runtime::Handle;
+use us_core::disk::{LinksConfig, ProviderLinks};
 use us_core::tls::{ExpectedPeer, Identity, Role};
+use us_proto::v1;
 
 use super::sessions::{self, Sessions};
 use super::{Options, point, registry};
-use crate::fs::{Fs, MountOptions};
+use crate::fs::{Fs, MountOptions, SwarmNews};
 use crate::fuse::{self, Mounted};
 use crate::places;
 use crate::session::grpc::GrpcLink;
-use crate::swarm::Swarm;
 
 /// How long a mount in use is waited for before it is hidden.
 const USERS_LEAVE: Duration = Duration::from_secs(3);
@@ -139,6 +141,16 @@ impl VolumeMount {
     }
 }
 
+impl SwarmNews for ProviderLinks {
+    fn on_providers(&self, table: &v1::ProviderTable) {
+        self.update(table);
+    }
+
+    fn on_grant(&self, grant: &Bytes) {
+        self.set_grant(grant.clone());
+    }
+}
+
 async fn open_fs(
     spec: &VolumeSpec,
     identity: Identity,
@@ -163,7 +175,7 @@ async fn open_fs(
     }
     let expected = ExpectedPeer::role(Role::Directory);
     let link = GrpcLink::new(spec.directory.clone(), identity.clone(), expected);
-    let swarm = Arc::new(Swarm::new(identity));
+    let swarm = Arc::new(ProviderLinks::new(identity, LinksConfig::default()));
     let fs = Fs::mount(options, Arc::new(link), Arc::clone(&swarm) as _, swarm)
         .await
         .with_context(|| format!("open volume {} of {}", spec.volume, spec.directory))?;
