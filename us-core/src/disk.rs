@@ -8,8 +8,8 @@
 //!                       -> late, lost or wrong: slots of any s others -> rebuilt -> opened
 //! ```
 //!
-//! What it owns: the bytes on their way (bounded by permits), the cache of opened pages, what it has
-//! learnt about how fast each provider answers. Nothing durable. Placement leases, the current
+//! What it owns: the bytes on their way (bounded by permits), the cache of opened pages, what it
+//! has learnt about how fast each provider answers. Nothing durable. Placement leases, the current
 //! places of a block and damage reports go through [`BlockDirectory`], fragments through
 //! [`FragmentTransport`]; tests and simulation fake both.
 //!

@@ -94,12 +94,15 @@ impl Gather {
         }
     }
 
-    /// Fetches the pages; each goes to `land` as soon as it is there. Damage is reported by
+    /// Fetches the pages; they go to `land` as they come. Damage is reported by
     /// [`Gather::report`], after the reader was served.
     ///
     /// # Errors
     /// [`ReadError`] for the pages that did not land.
-    pub async fn run(&mut self, mut land: impl FnMut(usize, Bytes)) -> Result<(), ReadError> {
+    pub async fn run(
+        &mut self,
+        mut land: impl FnMut(Vec<(usize, Bytes)>),
+    ) -> Result<(), ReadError> {
         let mut by_fragment: BTreeMap<usize, BTreeSet<usize>> = BTreeMap::new();
         for page in &self.wanted {
             let (fragment, slot) = self.info.geometry.locate_page(*page);
@@ -194,7 +197,7 @@ impl Gather {
         self.running.push(answer.boxed());
     }
 
-    async fn answered(&mut self, answer: Answer, land: &mut impl FnMut(usize, Bytes)) {
+    async fn answered(&mut self, answer: Answer, land: &mut impl FnMut(Vec<(usize, Bytes)>)) {
         let Answer { fragment, slots, place, result, elapsed } = answer;
         if let Some(asked) = self.asked.get_mut(&fragment) {
             asked.retain(|asked| asked.slots != slots);
@@ -236,14 +239,16 @@ impl Gather {
         fragment: usize,
         slots: Range<usize>,
         opened: Opened,
-        land: &mut impl FnMut(usize, Bytes),
+        land: &mut impl FnMut(Vec<(usize, Bytes)>),
     ) {
+        let mut good = Vec::with_capacity(opened.pages.len());
         for (page, plaintext) in opened.pages {
             match plaintext {
-                Some(plaintext) => self.land(page, plaintext, land),
+                Some(plaintext) => good.push((page, plaintext)),
                 None => self.lose(fragment, FragmentFailure::Lying { page }),
             }
         }
+        self.land(good, land);
         if self.lost.contains_key(&fragment) {
             return;
         }
@@ -255,9 +260,10 @@ impl Gather {
         }
     }
 
-    fn land(&mut self, page: usize, plaintext: Bytes, land: &mut impl FnMut(usize, Bytes)) {
-        if self.wanted.remove(&page) {
-            land(page, plaintext);
+    fn land(&mut self, mut pages: Vec<(usize, Bytes)>, land: &mut impl FnMut(Vec<(usize, Bytes)>)) {
+        pages.retain(|(page, _)| self.wanted.remove(page));
+        if !pages.is_empty() {
+            land(pages);
         }
     }
 
@@ -367,7 +373,10 @@ impl Gather {
     }
 
     /// Rebuilds what can be rebuilt from the slots that are there.
-    async fn rebuild(&mut self, land: &mut impl FnMut(usize, Bytes)) -> Result<(), ReadError> {
+    async fn rebuild(
+        &mut self,
+        land: &mut impl FnMut(Vec<(usize, Bytes)>),
+    ) -> Result<(), ReadError> {
         let s = self.info.geometry.code().s();
         let mut jobs: Vec<(usize, usize, usize, Row)> = Vec::new();
         for (slot, pages) in self.rows_in_need() {
@@ -399,13 +408,15 @@ impl Gather {
         } else {
             self.shared.cpu.run(run).await.ok_or(ReadError::Closed)?
         };
+        let mut good = Vec::with_capacity(rebuilt.len());
         for (page, slot, Rebuilt { plaintext, liars }) in rebuilt {
             match plaintext {
-                Some(plaintext) => self.land(page, plaintext, land),
+                Some(plaintext) => good.push((page, plaintext)),
                 None => drop(self.contested.insert(slot)),
             }
             liars.into_iter().for_each(|(fragment, failure)| self.lose(fragment, failure));
         }
+        self.land(good, land);
         Ok(())
     }
 

@@ -65,8 +65,8 @@ impl Latencies {
         history.misses = history.misses.saturating_add(1);
     }
 
-    /// How long to wait for the provider's answer before others are asked: its p95, within `bounds`;
-    /// not at all when it missed the last few.
+    /// How long to wait for the provider's answer before others are asked: its p95, within
+    /// `bounds`; not at all when it missed the last few.
     pub fn hedge_after(
         &self,
         provider: ProviderId,

@@ -5,10 +5,10 @@
 //! get -> the provider's queue -> one Get while another is in flight gathers what comes meanwhile
 //! ```
 //!
-//! What it owns: the table of providers (who has which number, where it is, which key it must show),
-//! up to two connections each, and a bounded queue of gets each. A provider that cannot be reached
-//! is left alone for a while that grows with each failure; meanwhile requests fail at once, so that
-//! readers turn to others. The directory's word that it is back ends the wait.
+//! What it owns: the table of providers (who has which number, where it is, which key it must
+//! show), up to two connections each, and a bounded queue of gets each. A provider that cannot be
+//! reached is left alone for a while that grows with each failure; meanwhile requests fail at once,
+//! so that readers turn to others. The directory's word that it is back ends the wait.
 //!
 //! Called by the pipeline through [`FragmentTransport`]; the session feeds the table.
 

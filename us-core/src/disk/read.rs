@@ -1,8 +1,8 @@
 //! Reading: cache first, then flights that concurrent readers share.
 //!
 //! A flight fetches some pages of one block in a task of its own. A reader claims the pages that
-//! nobody fetches yet, waits for those that somebody does, and takes each as it lands. When a reader
-//! goes away its flight goes on: others may wait for it, and the cache will have the pages.
+//! nobody fetches yet, waits for those that somebody does, and takes each as it lands. When a
+//! reader goes away its flight goes on: others may wait for it, and the cache will have the pages.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::Range;
@@ -193,7 +193,7 @@ impl Shared {
             let Ok(_permit) = permit else { return };
             let mut landing = landing;
             let mut gather = Gather::new(shared, block, pages);
-            let result = gather.run(|page, bytes| landing.land(page, bytes)).await;
+            let result = gather.run(|pages| landing.land(pages)).await;
             landing.end(result);
             gather.report();
         });
@@ -242,13 +242,20 @@ struct Landing {
 }
 
 impl Landing {
-    fn land(&mut self, page: usize, bytes: Bytes) {
-        let key = (self.block, page as u32);
-        self.shared.cache.insert(key, bytes.clone());
-        self.flight.landed.lock().insert(page, bytes);
-        self.shared.flights.lock().remove(&key);
-        self.left.remove(&page);
-        self.flight.progress.send_modify(|(landed, _)| *landed += 1);
+    /// Pages are there: readers are woken once for all of them.
+    fn land(&mut self, pages: Vec<(usize, Bytes)>) {
+        let count = pages.len();
+        for (page, bytes) in &pages {
+            self.shared.cache.insert((self.block, *page as u32), bytes.clone());
+            self.left.remove(page);
+        }
+        let keys: Vec<PageKey> = pages.iter().map(|(page, _)| (self.block, *page as u32)).collect();
+        self.flight.landed.lock().extend(pages);
+        {
+            let mut flights = self.shared.flights.lock();
+            keys.iter().for_each(|key| drop(flights.remove(key)));
+        }
+        self.flight.progress.send_modify(|(landed, _)| *landed += count);
     }
 
     fn end(mut self, result: Result<(), ReadError>) {

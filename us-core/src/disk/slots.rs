@@ -1,7 +1,7 @@
 //! The slots of one block that a read holds, and what can be made of them: pure.
 //!
-//! A row is the slots of one number in all fragments. The code works byte by byte, so any s slots of
-//! a row give all others, and a lost page costs s slots, not s fragments.
+//! A row is the slots of one number in all fragments. The code works byte by byte, so any s slots
+//! of a row give all others, and a lost page costs s slots, not s fragments.
 
 use std::collections::{BTreeMap, BTreeSet};
 

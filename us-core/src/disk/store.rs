@@ -1,8 +1,8 @@
 //! Storing a block: seal and encode on the CPU pool, put everywhere at once, answer when the margin
 //! holds.
 //!
-//! One task drives the puts of a block to their end, whether or not anybody still waits; it owns the
-//! fragments and the permits for their bytes.
+//! One task drives the puts of a block to their end, whether or not anybody still waits; it owns
+//! the fragments and the permits for their bytes.
 
 use std::sync::Arc;
 use std::time::Duration;

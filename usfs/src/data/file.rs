@@ -298,9 +298,9 @@ impl FileData {
         extents
     }
 
-    /// The block of `ticket` could not be stored: its bytes are dirty again, except where newer ones
-    /// are. Where newer bytes are themselves in flight they become dirty too, so that whoever waits
-    /// for the older write still finds something to wait for.
+    /// The block of `ticket` could not be stored: its bytes are dirty again, except where newer
+    /// ones are. Where newer bytes are themselves in flight they become dirty too, so that whoever
+    /// waits for the older write still finds something to wait for.
     pub fn abort(&mut self, ticket: Ticket) {
         let newest = |data: &Self, range: Range<u64>| data.in_flight.overlay(range, Some(ticket));
         for piece in self.in_flight.finish(ticket) {

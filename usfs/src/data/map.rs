@@ -1,8 +1,8 @@
 //! The cached map of one file: which piece of which block each byte is.
 //!
 //! The directory gives the map in chunks of 4 MiB; a chunk is known or unknown. What this mount
-//! commits into an unknown chunk is kept over it, holes too, so that a chunk that was fetched before
-//! the commit and arrives after it changes nothing of what was committed.
+//! commits into an unknown chunk is kept over it, holes too, so that a chunk that was fetched
+//! before the commit and arrives after it changes nothing of what was committed.
 
 use std::collections::BTreeSet;
 use std::ops::Range;

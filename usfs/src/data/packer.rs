@@ -107,8 +107,8 @@ impl Packer {
         self.all.first().map(|(since_ms, _)| since_ms.saturating_add(self.limits.age_ms_max))
     }
 
-    /// The next block's contents; `None` while nothing needs to be stored yet. `pressure`: memory is
-    /// short, so store what there is. Changes nothing: the owner seals, then calls
+    /// The next block's contents; `None` while nothing needs to be stored yet. `pressure`: memory
+    /// is short, so store what there is. Changes nothing: the owner seals, then calls
     /// [`Packer::update`].
     pub fn next(&self, now_ms: u64, pressure: bool) -> Option<Vec<PackItem>> {
         let block_bytes_max = self.limits.block_bytes_max;
