@@ -9,11 +9,10 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use us_core::fragment::records_of_block;
+use us_core::geometry::{BlockGeometry, Code};
+use us_core::ids::{Birth, BlockId, FragmentId, VolumeId};
 use us_provider::store::{ReadRequest, Store, StoreOptions};
-
-#[path = "../samples/record.rs"]
-mod record;
-use record::{sample, sample_id};
 
 /// Puts under way at once.
 const DEPTH: usize = 64;
@@ -22,15 +21,19 @@ fn main() {
     let folder = std::env::args().skip(1).find(|argument| !argument.starts_with("--"));
     let folder = folder.map_or_else(std::env::temp_dir, PathBuf::from);
     println!("folder {}", folder.display());
-    for (name, bytes, count) in
-        [("1 MiB", 63 * 16384, 1024), ("8 KiB", 8192, 40_000), ("4 KiB", 4096, 60_000)]
-    {
-        run(&folder, name, bytes, count);
+    for (name, bytes, page_bytes, count) in [
+        ("1 MiB", 63 * 16384, 16384, 1024),
+        ("8 KiB", 8192, 8192, 60_000),
+        ("4 KiB", 4096, 4096, 100_000),
+    ] {
+        let geometry = BlockGeometry::with_page(code(), bytes, page_bytes).expect("a block");
+        let record = |number| record(number, geometry);
+        run(&folder, name, (0..count).map(record).collect());
     }
 }
 
-fn run(folder: &Path, name: &str, bytes: usize, count: u64) {
-    let records: Vec<Bytes> = (0..count).map(|number| sample(number, bytes, 0).1).collect();
+fn run(folder: &Path, name: &str, records: Vec<Bytes>) {
+    let count = records.len() as u64;
     let total: usize = records.iter().map(Bytes::len).sum();
     let before = append(folder, &records);
     let dir = tempfile::tempdir_in(folder).expect("a folder");
@@ -40,7 +43,7 @@ fn run(folder: &Path, name: &str, bytes: usize, count: u64) {
     let put = begun.elapsed();
     let begun = Instant::now();
     for number in 0..count {
-        let request = ReadRequest { id: sample_id(number), first_slot: 0, slots: None };
+        let request = ReadRequest { id: id(number), first_slot: 0, slots: None };
         store.read(request).expect("it was put");
     }
     let read = begun.elapsed();
@@ -86,4 +89,21 @@ fn append(folder: &Path, records: &[Bytes]) -> Duration {
         file.sync_data().expect("the disk works");
     }
     begun.elapsed()
+}
+
+fn code() -> Code {
+    Code::new(1, 0).expect("a code")
+}
+
+fn id(number: u64) -> FragmentId {
+    let mut block = [0u8; 16];
+    block[..8].copy_from_slice(&number.to_be_bytes());
+    FragmentId { block: BlockId::from_bytes(block), index: 0 }
+}
+
+fn record(number: u64, geometry: BlockGeometry) -> Bytes {
+    let body = vec![number as u8; geometry.fragment_bytes()];
+    let (volume, block) = (VolumeId::from_bytes([1; 16]), id(number).block);
+    let records = records_of_block(volume, block, Birth(number), geometry, vec![body.into()]);
+    records[0].to_parts().slices().concat().into()
 }

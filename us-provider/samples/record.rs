@@ -17,16 +17,18 @@ pub fn sample_id(number: u64) -> FragmentId {
 /// The record of fragment 0 of block `number`, whose plaintext has `bytes`; other seeds, other
 /// bytes.
 pub fn sample(number: u64, bytes: usize, seed: u64) -> (FragmentId, Bytes) {
-    let code = Code::new(1, 1).expect("a code");
-    let geometry = BlockGeometry::new(code, bytes).expect("a block");
-    let id = sample_id(number);
+    let geometry = BlockGeometry::new(Code::new(1, 1).expect("a code"), bytes).expect("a block");
+    (sample_id(number), record(number, geometry, seed))
+}
+
+fn record(number: u64, geometry: BlockGeometry, seed: u64) -> Bytes {
     let mut random = StdRng::seed_from_u64(number << 8 | seed);
     let bodies = (0..2).map(|_| {
         let mut body = vec![0u8; geometry.fragment_bytes()];
         random.fill_bytes(&mut body);
         Bytes::from(body)
     });
-    let volume = VolumeId::from_bytes([3; 16]);
+    let (volume, id) = (VolumeId::from_bytes([3; 16]), sample_id(number));
     let records = records_of_block(volume, id.block, Birth(number), geometry, bodies.collect());
-    (id, records[0].to_parts().slices().concat().into())
+    records[0].to_parts().slices().concat().into()
 }

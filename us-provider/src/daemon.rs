@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 use us_core::daemon::files::{Access, write_atomic};
 use us_core::daemon::shutdown::Shutdown;
-use us_core::daemon::{http, logging, size::Size};
+use us_core::daemon::{http, logging};
 use us_core::tls::{Identity, TlsError};
 use us_core::wire::{GRPC_MESSAGE_BYTES_MAX, Server, ServerLimits};
 use us_proto::v1::fragments_server::FragmentsServer;
@@ -295,7 +295,7 @@ pub fn ready_line(address: &str, store: &Store, data: &Path) -> String {
     format!(
         "us-provider ready address={address} fragments={} free={} data={}",
         state.fragments,
-        Size(state.free_bytes).bytes(),
+        state.free_bytes,
         data.display()
     )
 }

@@ -87,6 +87,9 @@ pub struct StoreOptions {
     pub punch_holes: bool,
     /// Unix time in seconds.
     pub clock: Clock,
+    /// Every sync fails while this is set.
+    #[cfg(test)]
+    pub(crate) fail_sync: Arc<std::sync::atomic::AtomicBool>,
 }
 
 /// Where the store takes the time from.
@@ -117,6 +120,8 @@ impl Default for StoreOptions {
             clock: Arc::new(|| {
                 SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
             }),
+            #[cfg(test)]
+            fail_sync: Arc::default(),
         }
     }
 }

@@ -143,7 +143,8 @@ fn encode_joined(joined: &Joined) -> Vec<u8> {
     seal(bytes)
 }
 
-fn decode_joined(bytes: &[u8]) -> Option<Joined> {
+/// Reads the bytes of the file `membership`; `None` for other bytes.
+pub fn decode_joined(bytes: &[u8]) -> Option<Joined> {
     let mut content = unseal(bytes)?.strip_prefix(&JOINED_MAGIC)?;
     let provider = u32::from_le_bytes(*content.split_off(..4)?.first_chunk()?);
     let (cookie, cluster) = (take_field(&mut content)?, take_field(&mut content)?);

@@ -7,9 +7,10 @@ use us_core::ids::FragmentId;
 
 use super::accounts::{Accounts, SegmentAccount};
 use super::format::SEGMENT_HEADER_BYTES;
-use super::scan::{Content, Depth, Found, Scanner};
+use super::index::Entry;
+use super::scan::{Content, Depth, Found, Scanner, verify_record};
 use super::segments::Segment;
-use super::writer::Command;
+use super::writer::{Command, entry_of};
 use super::{IDS_MAX, Store, StoreError};
 
 /// Fragments named in control records that are gathered before they are written again.
@@ -128,8 +129,8 @@ impl Store {
             }
             match found {
                 Found::Record(envelope, Content::Fragment { header, .. }) => {
-                    let place = super::index::Place { segment: number, offset: envelope.offset };
-                    done.copied_bytes += self.rescue(header.id(), place, &segment)?;
+                    let entry = entry_of(&header, &envelope, number);
+                    done.copied_bytes += self.rescue(header.id(), entry, &segment)?;
                 }
                 Found::Record(_, Content::Trash(ids) | Content::Restore(ids)) => {
                     named.extend(ids);
@@ -158,27 +159,27 @@ impl Store {
         self.ask_blocking(|reply| Command::Carry { ids, from_segment, reply }).map(drop)
     }
 
-    /// Writes a fragment again that still counts and lies at `place`. A damaged one is moved as it
-    /// is: it may have good slots.
-    fn rescue(
-        &self,
-        id: FragmentId,
-        place: super::index::Place,
-        segment: &Segment,
-    ) -> Result<u64, StoreError> {
+    /// Writes a fragment again that still counts and lies where `found` says. One that the index does
+    /// not know is written again too: either its put was never acknowledged, which harms nobody, or
+    /// the index has lost it, and then this is what saves it.
+    fn rescue(&self, id: FragmentId, found: Entry, segment: &Segment) -> Result<u64, StoreError> {
         let shared = &self.handle.shared;
-        let Some(entry) = shared.index.entry(id)?.filter(|entry| entry.place == place) else {
+        let known = shared.index.entry(id)?.map(|entry| entry.place);
+        if known.is_some_and(|place| place != found.place) {
             return Ok(0);
-        };
-        let record = match shared.read_payload(&entry, id) {
+        }
+        let record = match shared.read_payload(&found, id) {
             Ok(record) => record,
             Err(error) => {
                 tracing::warn!(%id, %error, path = %segment.path.display(), "cannot be moved");
                 return Err(error);
             }
         };
-        self.ask_blocking(|reply| Command::Move { id, entry, record, reply })?;
-        Ok(entry.padded_bytes())
+        if known.is_none() && verify_record(record.clone(), id).is_err() {
+            return Ok(0);
+        }
+        self.ask_blocking(|reply| Command::Move { entry: found, known, record, reply })?;
+        Ok(found.padded_bytes())
     }
 
     /// Reads the fragments after `after` until `bytes_max` are read, and checks them. Damage is

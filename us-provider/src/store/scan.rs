@@ -110,8 +110,10 @@ impl Scanner {
     /// The record at `offset`, if one stands there whole.
     fn record_at(&mut self, offset: u64) -> io::Result<Option<(Envelope, Content)>> {
         let salt = self.segment.salt;
-        let start = self.bytes(offset, ENVELOPE_BYTES + HEADER_BYTES)?.to_vec();
-        let start = &start[..];
+        let mut start = [0u8; ENVELOPE_BYTES + HEADER_BYTES];
+        let found = self.bytes(offset, start.len())?;
+        let start = &mut start[..found.len()];
+        start.copy_from_slice(found);
         let Some(envelope) = Envelope::decode(start, &salt, offset) else { return Ok(None) };
         if offset + ENVELOPE_BYTES as u64 + u64::from(envelope.payload_bytes) > self.end {
             return Ok(None);

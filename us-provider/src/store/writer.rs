@@ -18,7 +18,7 @@ mod stage;
 
 use std::io;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -28,7 +28,7 @@ use us_core::ids::FragmentId;
 
 use super::format::SEGMENT_HEADER_BYTES;
 use super::index::{Entry, Place, Staged};
-use super::segments::Segment;
+use super::segments::{Segment, SegmentError};
 use super::{PutOutcome, Shared, StoreError};
 use batch::Batch;
 pub(super) use stage::{entry_of, kept_bytes};
@@ -57,8 +57,9 @@ pub(super) enum Command {
     Restore { ids: Vec<FragmentId>, reply: Reply<usize> },
     /// Write the control records of a segment that is to go again, as far as they still matter.
     Carry { ids: Vec<FragmentId>, from_segment: u32, reply: Reply<usize> },
-    /// Write a fragment again that lies in a segment that is to go, unless it has moved.
-    Move { id: FragmentId, entry: Entry, record: Bytes, reply: Reply<bool> },
+    /// Write a fragment again that lies in a segment that is to go, if the index still says of it
+    /// what it did: that it lies there, or nothing.
+    Move { entry: Entry, known: Option<Place>, record: Bytes, reply: Reply<bool> },
     /// Give back the space of these, if they are in the trash. Says how many were.
     Purge { ids: Vec<FragmentId>, reply: Reply<usize> },
     /// Remove a segment in which nothing counts.
@@ -147,10 +148,7 @@ impl Writer {
             {
                 break;
             }
-            next = match commands.try_recv() {
-                Ok(command) => Some(command),
-                Err(TryRecvError::Empty | TryRecvError::Disconnected) => None,
-            };
+            next = commands.try_recv().ok();
         }
         self.commit(batch);
         match left_over {
@@ -211,8 +209,8 @@ impl Writer {
         }
         metrics::histogram!("us_provider_write_seconds").record(begun.elapsed().as_secs_f64());
         let begun = Instant::now();
-        if let Err(error) = rustix::fs::fdatasync(&active.segment.file) {
-            let error = failed("sync", error.into());
+        if let Err(error) = self.sync(&active.segment.file) {
+            let error = failed("sync", error);
             self.abandon();
             return Err(error);
         }
@@ -222,6 +220,14 @@ impl Writer {
             active.offset = end;
         }
         Ok(())
+    }
+
+    fn sync(&self, file: &std::fs::File) -> io::Result<()> {
+        #[cfg(test)]
+        if self.shared.options.fail_sync.load(std::sync::atomic::Ordering::Relaxed) {
+            return Err(io::Error::from_raw_os_error(libc::EIO));
+        }
+        Ok(rustix::fs::fdatasync(file)?)
     }
 
     /// Brings index and accounts up to what is durable.
@@ -300,7 +306,13 @@ impl Writer {
         // A number is never used twice, not even one whose file could not be made.
         self.next_segment += 1;
         let segment = created.map_err(|error| {
-            let error = StoreError::Segment(Arc::new(error));
+            let error = match error {
+                SegmentError::Io { source, .. } if is_full(&source) => {
+                    let free_bytes = self.shared.free_bytes(self.shared.used_bytes());
+                    StoreError::NoSpace { needed_bytes: bytes, free_bytes }
+                }
+                other => StoreError::Segment(Arc::new(other)),
+            };
             self.note(Some(&error));
             error
         })?;

@@ -64,11 +64,11 @@ impl Writer {
                 Err(Stop::Failed(error)) => answer(reply, Err(error)),
                 Err(Stop::Full) => return Some(Command::Restore { ids, reply }),
             },
-            Command::Move { id, entry, record, reply } => {
-                match self.stage_move(batch, id, entry, &record) {
+            Command::Move { entry, known, record, reply } => {
+                match self.stage_move(batch, entry, known, &record) {
                     Ok(moved) => batch.wait(reply, moved, None),
                     Err(Stop::Failed(error)) => answer(reply, Err(error)),
-                    Err(Stop::Full) => return Some(Command::Move { id, entry, record, reply }),
+                    Err(Stop::Full) => return Some(Command::Move { entry, known, record, reply }),
                 }
             }
             Command::Probe { reply } => {
@@ -220,16 +220,18 @@ impl Writer {
     fn stage_move(
         &mut self,
         batch: &mut Batch,
-        id: FragmentId,
         from: Entry,
+        known: Option<Place>,
         record: &Bytes,
     ) -> Result<bool, Stop> {
-        let current = batch.staged().entry(&self.shared.index, id).map_err(StoreError::Index)?;
-        let Some(entry) = current.filter(|entry| entry.place == from.place) else {
-            return Ok(false);
-        };
         let header = FragmentHeader::decode(record).map_err(StoreError::Invalid)?;
-        self.append_fragment(batch, &header, record, current, entry.trashed_at_s)?;
+        let current = batch.staged().entry(&self.shared.index, header.id());
+        let current = current.map_err(StoreError::Index)?;
+        if current.map(|entry| entry.place) != known {
+            return Ok(false);
+        }
+        let trashed_at_s = current.unwrap_or(from).trashed_at_s;
+        self.append_fragment(batch, &header, record, current, trashed_at_s)?;
         Ok(true)
     }
 
