@@ -10,8 +10,8 @@
 //! Known exceptions, because fuser 0.18 lacks what they need (docs/semantics.md has them all):
 //! no INTERRUPT, so the file system bounds every wait; no way to tell flock from fcntl locks, so flock
 //! stays with each machine's kernel; no O_TMPFILE, syncfs, statx birth time; FATTR_KILL_SUIDGID is
-//! not shown, so a truncation by anyone but root drops set-user-id; a time of before 1970 beyond
-//! ±2^63 seconds ends the process in fuser.
+//! not shown, so a truncation by anyone but root drops set-user-id; setting a file's time to -2^63
+//! seconds makes fuser panic, which ends the process.
 //!
 //! Who calls: `usfs mount` and `usfs up`. What may fail: see [`MountError`].
 

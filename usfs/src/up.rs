@@ -39,6 +39,9 @@ const LOOK_EVERY: Duration = Duration::from_millis(50);
 /// How long the last flush may take before the children are ended all the same.
 const FLUSH: Duration = Duration::from_secs(120);
 
+/// The pause before what could not be started is tried again.
+const START_AGAIN: Duration = Duration::from_secs(10);
+
 /// Flags of `usfs up`.
 #[derive(Debug, Default, clap::Args)]
 pub struct UpArgs {
@@ -315,9 +318,12 @@ impl Disk {
                 () = until(next) => {
                     let (_, spec) = revivals.remove(0);
                     let name = spec.name.clone();
-                    match self.children.start(spec) {
+                    match self.children.start(spec.clone()) {
                         Ok(()) => say(&format!("{name} runs again.")),
-                        Err(error) => say(&format!("{name} cannot be started: {error:#}")),
+                        Err(error) => {
+                            say(&format!("{name} cannot be started yet: {error:#}"));
+                            revivals.push((tokio::time::Instant::now() + START_AGAIN, spec));
+                        }
                     }
                     self.state.write_pids(&self.children.pids())?;
                 }

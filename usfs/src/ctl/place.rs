@@ -56,9 +56,6 @@ fn usable(fragment: &v1::WhereFragment) -> bool {
 }
 
 fn standing(block: &v1::WhereBlock) -> Standing {
-    if block.inline {
-        return Standing { reachable: 0, spare: block.r as isize };
-    }
     let reachable = block.fragments.iter().filter(|fragment| usable(fragment)).count();
     Standing { reachable, spare: reachable as isize - block.s as isize }
 }
@@ -80,9 +77,11 @@ pub(super) fn to_text(
 ) -> String {
     let mut out = String::new();
     let bytes = blocks.iter().flat_map(|block| &block.ranges).map(|range| range.length).sum();
-    let worst = blocks.iter().map(|block| standing(block).spare).min();
+    let spread = blocks.iter().filter(|block| !block.inline);
+    let worst = spread.map(|block| standing(block).spare).min();
     let verdict = match worst {
-        None => "nothing of it is stored: it is empty, or a hole".to_owned(),
+        None if blocks.is_empty() => "nothing of it is stored: it is empty, or a hole".to_owned(),
+        None => "all of it is still in the directory".to_owned(),
         Some(..0) => "part of it CANNOT BE READ until providers return".to_owned(),
         Some(0) => "all of it can be read, but no further provider may be lost".to_owned(),
         Some(1) => "all of it can be read, and one more provider may be lost".to_owned(),
@@ -124,7 +123,8 @@ fn write_block(out: &mut String, block: &v1::WhereBlock, names: &HashMap<u32, St
     let Standing { reachable, spare } = standing(block);
     let (id, s, r) = (hex(&block.block), block.s, block.r);
     let plaintext = Size(u64::from(block.plaintext_bytes));
-    let _ = writeln!(out, "block {id}  {s}+{r}  {plaintext}, {} live", Size(block.live_bytes));
+    let code = if block.inline { "inline".to_owned() } else { format!("{s}+{r}") };
+    let _ = writeln!(out, "block {id}  {code}  {plaintext}, {} live", Size(block.live_bytes));
     for range in &block.ranges {
         let end = range.offset + range.length;
         let _ = writeln!(out, "  bytes {}..{end} of the file", range.offset);
@@ -203,6 +203,8 @@ mod tests {
         assert!(text.contains("bytes 0..4096"), "{text}");
         assert_eq!(to_json(&file, &[block])["blocks"][0]["block"], "ab".repeat(16));
         assert!(to_text(&file, &[], &[]).contains("empty"));
+        let inline = v1::WhereBlock { inline: true, s: 1, ..Default::default() };
+        assert!(to_text(&file, &[inline], &[]).contains("still in the directory"));
     }
 
     #[test]

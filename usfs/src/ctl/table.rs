@@ -28,7 +28,10 @@ pub(super) fn providers(providers: &[v1::ProviderStatus], pids: &Pids) -> String
     let header =
         ["PROVIDER", "STATE", "USED", "CAPACITY", "FREE", "FRAGMENTS", "SEEN", "WHERE", "NOTE"];
     let mut table = table(header, &[2, 3, 4, 5]);
-    for provider in providers {
+    let mut ordered: Vec<_> = providers.iter().collect();
+    // provider10 after provider9.
+    ordered.sort_by_key(|provider| (provider.name.len(), provider.name.clone()));
+    for provider in ordered {
         let seen = match provider.state() {
             v1::ProviderState::Online => "now".to_owned(),
             _ => {

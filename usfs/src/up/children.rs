@@ -26,6 +26,13 @@ const PAUSE_MAX: Duration = Duration::from_secs(30);
 /// A child that has run this long has recovered.
 const RECOVERED: Duration = Duration::from_secs(60);
 
+/// This program. Its file may have been replaced since it was started: then it is run from what is
+/// left of it, the same version as ours.
+fn this_program() -> PathBuf {
+    let found = std::env::current_exe().ok().filter(|path| path.exists());
+    found.unwrap_or_else(|| PathBuf::from("/proc/self/exe"))
+}
+
 /// A process to run: `usfs daemon ROLE ARGUMENTS`.
 #[derive(Debug, Clone)]
 pub(super) struct ChildSpec {
@@ -87,8 +94,7 @@ impl Children {
             .append(true)
             .open(&spec.log)
             .with_context(|| format!("cannot write {}", spec.log.display()))?;
-        let program = std::env::current_exe().context("find this program")?;
-        let mut command = Command::new(program);
+        let mut command = Command::new(this_program());
         command.args(["daemon", "--parent", &std::process::id().to_string(), spec.role]);
         command.args(&spec.arguments);
         // A process group of its own: Ctrl-C is for us, who end the children in order.
