@@ -99,7 +99,7 @@ async fn reads(bench: &Bench, content: &Bytes) {
             let fault = us_core::disk::memory::Fault::Dead;
             bench.providers.set_fault(blocks[0].providers[id], fault);
         }
-        let mut at = 0;
+        let (mut at, before) = (0, bench.providers.gets());
         measure(what, async || {
             let reads = (0..4).map(|by| disk.read(&blocks[(at + by) % 16], 0..content.len()));
             let pieces = futures::future::join_all(reads).await;
@@ -107,6 +107,8 @@ async fn reads(bench: &Bench, content: &Bytes) {
             pieces.into_iter().flatten().flatten().map(|piece| piece.len()).sum()
         })
         .await;
+        let gets = (bench.providers.gets() - before) as f64 / at as f64;
+        println!("  {gets:>60.2} gets a block");
     }
     bench.providers.heal();
     let mut at = 0;

@@ -12,6 +12,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::Bytes;
 use futures::FutureExt;
@@ -50,6 +51,14 @@ struct Asked {
     slots: Range<usize>,
     late_at: Instant,
     late: bool,
+    /// The bytes are here and only wait to be opened: the provider did its part.
+    arrived: Arc<AtomicBool>,
+}
+
+impl Asked {
+    fn is_awaited(&self) -> bool {
+        !self.late && !self.arrived.load(Ordering::Relaxed)
+    }
 }
 
 /// One read of some pages of one block, from asking to reporting.
@@ -113,10 +122,12 @@ impl Gather {
         }
         while !self.wanted.is_empty() {
             self.help().await?;
-            let late_at = self.asked.values().flatten().filter(|asked| !asked.late);
+            let late_at = self.asked.values().flatten().filter(|asked| asked.is_awaited());
             let late_at = late_at.map(|asked| asked.late_at).min();
-            // Every branch is cancel-safe: gets stay in `running`, sleeps are made anew.
+            // Every branch is cancel-safe: gets stay in `running`, sleeps are made anew. Answers
+            // first: a provider is not late because this task was.
             tokio::select! {
+                biased;
                 Some(answer) = self.running.next() => self.answered(answer, &mut land).await,
                 () = sleep_until(late_at.unwrap_or(self.deadline)), if late_at.is_some() => {
                     self.mark_late();
@@ -171,7 +182,13 @@ impl Gather {
         let bounds = &self.shared.config.hedge_after;
         let patience = self.shared.latencies.lock().hedge_after(place, range.bytes(), bounds);
         let started = Instant::now();
-        let asked = Asked { slots: slots.clone(), late_at: started + patience, late: false };
+        let arrived = Arc::new(AtomicBool::new(false));
+        let asked = Asked {
+            slots: slots.clone(),
+            late_at: started + patience,
+            late: false,
+            arrived: Arc::clone(&arrived),
+        };
         self.asked.entry(fragment).or_default().push(asked);
         let get = self.shared.transport.get(place, range, self.deadline);
         let (shared, opening) = (Arc::clone(&self.shared), Arc::clone(&self.opening));
@@ -184,6 +201,7 @@ impl Gather {
         let first_slot = slots.start;
         let answer = async move {
             let result = get.await;
+            arrived.store(true, Ordering::Relaxed);
             let elapsed = started.elapsed();
             let result = match result {
                 Ok(bytes) if bytes.len() != range.bytes() => {
@@ -276,7 +294,7 @@ impl Gather {
     fn mark_late(&mut self) {
         let now = Instant::now();
         for asked in self.asked.values_mut().flatten() {
-            asked.late |= asked.late_at <= now;
+            asked.late |= asked.is_awaited() && asked.late_at <= now;
         }
     }
 
