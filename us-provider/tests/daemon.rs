@@ -1,6 +1,8 @@
 //! The real program against a directory played by the test: joining, serving, deleting, refusals,
 //! a second daemon, kill -9.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Arc;
@@ -33,11 +35,14 @@ use record::{sample, sample_id};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// The way to a provider.
+type Line = mpsc::Sender<Result<ProviderDown, Status>>;
+
 /// The directory: keeps what providers say, and says to the last one what the test tells it.
 #[derive(Clone, Default)]
 struct Played {
     heard: Arc<Mutex<Vec<Up>>>,
-    line: Arc<Mutex<Option<mpsc::Sender<Result<ProviderDown, Status>>>>>,
+    line: Arc<Mutex<Option<Line>>>,
     refuse: Arc<Mutex<Option<String>>>,
 }
 

@@ -1,6 +1,8 @@
 //! kill -9 of a process that writes to a store, at random moments: everything it acknowledged is
 //! there. The test starts itself again as the writer.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
