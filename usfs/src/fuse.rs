@@ -125,6 +125,20 @@ impl KernelNotifier for Caches {
     }
 }
 
+/// Whether FUSE can be used at all, asked before anything is begun.
+///
+/// # Errors
+/// [`MountError::NoFuse`], [`MountError::FuseForbidden`].
+pub fn check() -> Result<(), MountError> {
+    match kernel::open_device() {
+        Ok(_) => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            Err(MountError::FuseForbidden)
+        }
+        Err(_) => Err(MountError::NoFuse),
+    }
+}
+
 /// Mounts `fs` at `point` (absolute, without symbolic links) and serves it from threads of its own.
 /// Blocks until the kernel has it; call it off the runtime's workers.
 ///
@@ -229,6 +243,11 @@ impl Mounted {
     /// Where it is mounted.
     pub fn point(&self) -> &Path {
         &self.point
+    }
+
+    /// Whether [`Mounted::ended`] has said so.
+    pub fn has_ended(&self) -> bool {
+        self.ended.is_none()
     }
 
     /// Waits until the kernel is done with the file system: someone unmounted it, and nobody uses

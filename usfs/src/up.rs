@@ -26,7 +26,7 @@ use self::children::{ChildSpec, Children, Exit};
 use self::state::{State, VOLUME};
 use crate::cli::say;
 use crate::ctl::{Target, connect};
-use crate::fuse::MountError;
+use crate::fuse;
 use crate::mount::{Options, VolumeMount, VolumeSpec, point};
 use crate::places::{self, UpRecord};
 
@@ -78,9 +78,7 @@ pub fn up(args: &UpArgs) -> anyhow::Result<ExitCode> {
     logging::init(&args.log, "warn")?;
     logging::abort_on_panic();
     let options = Options::parse(&args.options)?;
-    if !Path::new("/dev/fuse").exists() {
-        return Err(MountError::NoFuse.into());
-    }
+    fuse::check()?;
     let dir = args.data.clone().unwrap_or_else(places::up_data_dir);
     let state = State::open(&dir, args)?;
     let mountpoint = point::prepare(&args.mountpoint)?;

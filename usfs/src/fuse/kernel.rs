@@ -82,10 +82,14 @@ fn unescape(text: &str) -> String {
     String::from_utf8_lossy(&out).into_owned()
 }
 
+pub(super) fn open_device() -> io::Result<File> {
+    OpenOptions::new().read(true).write(true).open("/dev/fuse")
+}
+
 /// Mounts without any helper program, which the kernel allows root alone. Done here and not by
 /// fuser, because fuser 0.18 leaves the subtype out, and nothing would tell our mounts from others.
 pub(super) fn mount(point: &Path, options: &MountOptions) -> io::Result<OwnedFd> {
-    let device = OpenOptions::new().read(true).write(true).open("/dev/fuse")?;
+    let device = open_device()?;
     let root_mode = File::open(point)?.metadata().map(|meta| {
         use std::os::unix::fs::MetadataExt;
         meta.mode() & libc::S_IFMT

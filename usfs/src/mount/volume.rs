@@ -114,7 +114,7 @@ impl VolumeMount {
     async fn take_away(&mut self) {
         let until = tokio::time::Instant::now() + USERS_LEAVE;
         let mut told = false;
-        loop {
+        while !self.mounted.has_ended() {
             let Err(error) = self.mounted.unmount(false).await else { break };
             match error.raw_os_error() {
                 // Someone was faster.
