@@ -124,6 +124,7 @@ struct Connection {
 #[derive(Debug)]
 enum Then {
     Send(ConnId, Box<SessionDown>),
+    Greet { conn: ConnId, session: u64, resumed: bool },
     Ended { session: u64, end: sessions::Ending },
     Answer(AskId, Answer),
     Deletes,
@@ -343,7 +344,8 @@ impl Engine {
     }
 
     fn send_session(&mut self, session: u64, event: session_down::Event) {
-        if let Some(conn) = self.sessions.get(&session).and_then(|session| session.conn) {
+        let greeted = self.sessions.get(&session).filter(|session| session.greeted);
+        if let Some(conn) = greeted.and_then(|session| session.conn) {
             self.send(conn, event);
         }
     }
@@ -373,6 +375,7 @@ impl Engine {
     fn run_then(&mut self, then: Then) -> Result<(), StoreError> {
         match then {
             Then::Send(conn, down) => self.effects.push(Effect::Session { conn, down: *down }),
+            Then::Greet { conn, session, resumed } => self.greet(conn, session, resumed),
             Then::Ended { session, end } => self.ended(session, end),
             Then::Answer(ask, answer) => self.effects.push(Effect::Answer { ask, answer }),
             Then::Deletes => self.send_deletes()?,

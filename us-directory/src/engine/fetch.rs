@@ -230,17 +230,21 @@ impl Engine {
 
     /// Fails while a session of the time before the restart has not said what it holds.
     fn need_grace_over(&mut self, session: u64) -> Result<(), Stop> {
-        let volume = self.sessions.get(&session).map(|known| known.volume);
-        let silent: Vec<u64> = self
-            .sessions
-            .iter()
-            .filter(|(id, other)| **id != session && !other.claimed && Some(other.volume) == volume)
-            .map(|(id, _)| *id)
-            .collect();
+        let silent = self.unclaimed_by(session);
         for other in &silent {
             self.fence_if_silent(*other)?;
         }
         if silent.is_empty() { Ok(()) } else { Err(Stop::Wait(Wait::Grace)) }
+    }
+
+    /// Other sessions of the volume that have not said what they hold since the directory started:
+    /// while there are any, nothing new is given.
+    fn unclaimed_by(&self, session: u64) -> Vec<u64> {
+        let volume = self.sessions.get(&session).map(|known| known.volume);
+        let others = self.sessions.iter().filter(|(id, other)| {
+            **id != session && !other.claimed && Some(other.volume) == volume
+        });
+        others.map(|(id, _)| *id).collect()
     }
 
     /// Fails while another session's change of the inode is not durable.
@@ -270,7 +274,10 @@ impl Engine {
         let waited_for = self.waiters.get(&key).is_some_and(|queue| {
             queue.iter().any(|id| self.parked.get(id).is_some_and(|p| p.session != session))
         });
-        let alone = !self.leases.others(session, &key) && !waited_for && !known.record.read_only;
+        let alone = !self.leases.others(session, &key)
+            && !waited_for
+            && !known.record.read_only
+            && self.unclaimed_by(session).is_empty();
         let level = if alone { Level::Exclusive } else { level };
         let (level, grant, recalled) = self.leases.grant(session, &key, level);
         if let Some(keep) = recalled {
@@ -377,6 +384,7 @@ impl Engine {
         let held = self.leases.level(asker.session, &key) >= Level::Shared;
         let free = self.leases.is_free(asker.session, &key, Level::Shared)
             && !self.waiters.contains_key(&key)
+            && self.unclaimed_by(asker.session).is_empty()
             && self.leases.count(asker.session) < SESSION_LEASES_MAX;
         if !held && (undurable || !free) {
             return Ok(());

@@ -216,6 +216,14 @@ impl Leases {
         Returned::Lowered
     }
 
+    /// What the session was asked to give back must be asked again: it may not have heard.
+    pub fn forget_recalls(&mut self, session: u64) {
+        for key in self.held_by(session) {
+            let holders = self.holders.get_mut(&key).into_iter().flatten();
+            holders.filter(|h| h.session == session).for_each(|holder| holder.recalled = None);
+        }
+    }
+
     /// The inode is gone: nobody holds it.
     pub fn forget(&mut self, session: u64, key: &InodeKey) {
         self.remove(session, key);

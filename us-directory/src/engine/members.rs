@@ -301,7 +301,7 @@ impl Engine {
         let providers = vec![Self::provider_entry(provider, member)];
         let table = ProviderTable { providers, whole: false };
         let conns: Vec<ConnId> =
-            self.sessions.values().filter_map(|session| session.conn).collect();
+            self.sessions.values().filter(|s| s.greeted).filter_map(|s| s.conn).collect();
         for conn in conns {
             self.send(conn, SessionEvent::Providers(table.clone()));
         }

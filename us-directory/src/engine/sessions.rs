@@ -7,8 +7,8 @@ use us_core::ids::VolumeId;
 use us_proto::v1::session_down::Event as Down;
 use us_proto::v1::session_up::Event as Up;
 use us_proto::v1::{
-    Durable, EndReason, LeaseReturn, OpenSession, Recall, Reclaim, Renewed, SessionDown,
-    SessionEnded, SessionOpened, SessionUp,
+    Durable, EndReason, LeaseReturn, OpenSession, Recall, Reclaim, Renewed, SessionEnded,
+    SessionOpened, SessionUp,
 };
 
 use super::leases::{InodeKey, Level, Returned};
@@ -30,6 +30,8 @@ pub(super) struct Session {
     pub record: SessionRecord,
     pub volume: VolumeId,
     pub conn: Option<ConnId>,
+    /// It has heard `SessionOpened` on this connection; nothing else may come before that.
+    pub greeted: bool,
     /// When it was last heard.
     pub heard_ms: u64,
     /// It has said what it holds since the directory started.
@@ -58,6 +60,7 @@ impl Session {
         Self {
             volume,
             conn: None,
+            greeted: false,
             heard_ms: 0,
             claimed: record.fenced,
             unclaimed: None,
@@ -185,7 +188,7 @@ impl Engine {
             connection.session = Some(session);
         }
         let seq = self.commit(batch, Durability::Durable)?;
-        self.greet(conn, session, false, seq)
+        self.then(seq, Then::Greet { conn, session, resumed: false })
     }
 
     fn resume(
@@ -211,6 +214,7 @@ impl Engine {
         }
         known.heard_ms = now_ms;
         let old = known.conn.replace(conn);
+        known.greeted = false;
         known.unclaimed = Some(self.leases.held_by(session).into_iter().collect());
         if let Some(old) = old.filter(|old| *old != conn) {
             self.connections.remove(&old);
@@ -225,19 +229,18 @@ impl Engine {
         if last_seq > self.durable {
             self.sync_store()?;
         }
-        self.greet(conn, session, true, last_seq)
+        self.then(last_seq, Then::Greet { conn, session, resumed: true })
     }
 
-    fn greet(
-        &mut self,
-        conn: ConnId,
-        session: u64,
-        resumed: bool,
-        seq: Seq,
-    ) -> Result<(), StoreError> {
-        let Some(known) = self.sessions.get(&session) else { return Ok(()) };
-        let Some(volume) = self.volumes.get(&known.volume) else { return Ok(()) };
+    /// All that the session is told is durable: it may hear that it is open.
+    pub(super) fn greet(&mut self, conn: ConnId, session: u64, resumed: bool) {
+        let Some(known) = self.sessions.get_mut(&session).filter(|s| s.conn == Some(conn)) else {
+            return;
+        };
+        let Some(volume) = self.volumes.get(&known.volume) else { return };
+        known.greeted = true;
         let applied = known.record.applied;
+        let number = known.undurable.front().map_or(applied, |(_, first)| first - 1);
         let opened = SessionOpened {
             session,
             incarnation: self.cluster.incarnation,
@@ -253,15 +256,11 @@ impl Engine {
             grant: Bytes::new(),
             now_unix_ms: self.at.unix_ms,
         };
-        let mut first = vec![Down::Opened(opened), Down::Providers(self.provider_table())];
+        self.send(conn, Down::Opened(opened));
+        self.send(conn, Down::Providers(self.provider_table()));
         if resumed {
-            first.push(Down::Durable(Durable { number: applied }));
+            self.send(conn, Down::Durable(Durable { number }));
         }
-        for event in first {
-            let down = Box::new(SessionDown { event: Some(event) });
-            self.then(seq, Then::Send(conn, down))?;
-        }
-        Ok(())
     }
 
     fn reclaim(&mut self, session: u64, reclaim: &Reclaim) -> Result<(), StoreError> {
@@ -275,8 +274,9 @@ impl Engine {
                 known.open.insert(lease.ino);
             }
             let key = (volume, lease.ino);
-            if let Some(unclaimed) = &mut known.unclaimed {
-                unclaimed.remove(&key);
+            // What it claims counts, not what was granted last: that answer may not have arrived.
+            if known.unclaimed.as_mut().is_some_and(|unclaimed| unclaimed.remove(&key)) {
+                self.leases.forget(session, &key);
             }
             let level = Level::from_wire(lease.level);
             let more = level > self.leases.level(session, &key);
@@ -304,6 +304,7 @@ impl Engine {
             self.wake_grace();
         }
         // Recalls that were on their way when the connection broke are sent again.
+        self.leases.forget_recalls(session);
         for key in self.leases.held_by(session) {
             self.wake_inode(&key);
         }

@@ -39,7 +39,7 @@ const QUEUE_BYTES_MAX: usize = 64 << 20;
 /// How long an applied commit may stay in memory only.
 const SYNC_EVERY: Duration = Duration::from_millis(500);
 /// While a checkpoint runs the next overlay may grow to this many times its usual size.
-const OVERLAY_FACTOR_MAX: u64 = 8;
+const OVERLAY_FACTOR_MAX: u64 = 3;
 
 /// Sizes of an embedded store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

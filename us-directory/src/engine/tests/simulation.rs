@@ -94,7 +94,9 @@ impl Simulation {
         let actor = &mut self.actors[index];
         let Some(recall) = actor.recalls.pop() else { return };
         let keep = Level::from_wire(recall.level);
-        let Some((level, grant)) = actor.held.get(&recall.ino).copied() else { return };
+        // What it does not hold it gives back all the same: the directory may not know.
+        let held = actor.held.get(&recall.ino).copied();
+        let (level, grant) = held.unwrap_or((Level::None, recall.grant));
         let kept = keep.min(level);
         if kept == Level::None {
             actor.held.remove(&recall.ino);
@@ -179,13 +181,26 @@ impl Simulation {
         self.world.make_durable();
         let answer = self.world.hear(actor.mount.conn);
         let Down::Opened(opened) = answer else { panic!("mount {index}: {answer:?}") };
-        let leases = actor.held.iter().map(|(ino, (level, grant))| InodeLease {
-            ino: *ino,
+        // What it holds, and what it is about to change again.
+        let mut claims = actor.held.clone();
+        for op in actor.log.range(opened.applied + 1..).flat_map(|(_, ops)| ops) {
+            let ino = match op {
+                Op::Create(create) => create.ino,
+                Op::Unlink(unlink) => unlink.ino,
+                other => panic!("{other:?}"),
+            };
+            for ino in [1, ino] {
+                claims.entry(ino).or_default().0 = Level::Exclusive;
+            }
+        }
+        let message = |ino: u64, (level, grant): (Level, u64)| InodeLease {
+            ino,
             level: level.to_wire(),
             open: false,
-            grant: *grant,
-        });
-        let reclaim = Reclaim { leases: leases.collect(), last: true };
+            grant,
+        };
+        let leases = claims.iter().map(|(ino, lease)| message(*ino, *lease)).collect();
+        let reclaim = Reclaim { leases, last: true };
         self.world.says(actor.mount.conn, Up::Reclaim(reclaim));
         let again = actor.log.range(opened.applied + 1..).map(|(number, ops)| Batch {
             number: *number,
@@ -194,6 +209,12 @@ impl Simulation {
         for batch in again.collect::<Vec<_>>() {
             self.world.says(actor.mount.conn, Up::Batch(batch));
         }
+        let back = claims.iter().map(|(ino, (_, grant))| {
+            let level = actor.held.get(ino).map_or(Level::None, |(level, _)| *level);
+            message(*ino, (level, *grant))
+        });
+        let leases = back.collect();
+        self.world.says(actor.mount.conn, Up::LeaseReturn(LeaseReturn { leases }));
         actor.connected = true;
     }
 
@@ -233,6 +254,18 @@ impl Simulation {
             }
         }
         self.world.make_durable();
+        // Nobody waits for ever: with every recall answered, every question is.
+        for round in 0..200 {
+            for index in 0..MOUNTS {
+                self.read(index);
+                self.answer_recall(index);
+            }
+            if round % 10 == 0 {
+                self.world.now_ms += 10;
+                self.world.event(Event::Tick);
+            }
+        }
+        assert!(self.world.engine.parked.is_empty(), "{:?}", self.world.engine.parked);
         for index in 0..MOUNTS {
             while self
                 .world
