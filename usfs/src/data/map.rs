@@ -170,7 +170,7 @@ impl FileMap {
     pub fn truncate(&mut self, size: u64) {
         self.places.cut(size..u64::MAX);
         let chunk = size / CHUNK_BYTES;
-        if size % CHUNK_BYTES != 0 && !self.is_known(chunk) {
+        if !size.is_multiple_of(CHUNK_BYTES) && !self.is_known(chunk) {
             self.places.set(size..chunk_range(chunk).end, Place::Hole);
         }
         self.install_end(size.div_ceil(CHUNK_BYTES));
