@@ -16,6 +16,7 @@
 
 mod acl;
 mod attributes;
+mod crowding;
 mod files;
 mod flush;
 mod handles;
@@ -37,11 +38,12 @@ use us_core::name::NameKey;
 use us_proto::v1;
 use us_proto::v1::mutation::Op;
 
+pub use self::crowding::Rewrite;
 pub use self::files::{ReadPiece, ReadPlan};
 pub use self::flush::{FlushReason, SealPlan, Stored};
 pub use self::handles::OpenFile;
 pub use self::install::Effect;
-pub use self::leases::FinishedRecall;
+pub use self::leases::{FinishedRecall, Recall};
 pub use self::names::{NewNode, Renamed};
 use self::node::{Dentry, DirNames, Level, Node};
 use crate::attributes::{Attributes, FileKind, FileTime};
@@ -79,6 +81,8 @@ pub enum Stall {
     Fetch(Want),
     /// The inode's dirty data must be committed first.
     Flush(Ino),
+    /// A chunk of a file's map (the second) has nearly as many extents as it can have.
+    Compact(Ino, u64),
     /// Dirty data fills the memory it may use.
     Space,
     /// The log is full.

@@ -9,6 +9,7 @@
 //! Who calls: `fuse` (the adapter) and tests. What may fail: see [`FsError`].
 
 mod blocks;
+mod compact;
 mod files;
 mod mount;
 mod names;

@@ -5,6 +5,8 @@
 //!
 //! `US_TEST_TIER=full` runs more seeds. A seed that failed stays in `SEEDS`.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
 #[path = "model/directory.rs"]
 mod directory;
 #[path = "model/tree.rs"]
@@ -441,7 +443,18 @@ impl World {
     }
 }
 
-/// All names but the dots, in two different page sizes.
+impl Drop for World {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("--- the last messages");
+            self.directory.trace().iter().for_each(|said| eprintln!("{said}"));
+            eprintln!("--- the last operations");
+            self.log.iter().rev().take(20).rev().for_each(|done| eprintln!("{done}"));
+        }
+    }
+}
+
+/// All names but the dots, three at a time.
 async fn list(fs: &Fs, ino: Ino) -> Vec<(String, Ino)> {
     let opened = fs.opendir(Caller::default(), ino).await.unwrap();
     let mut names = Vec::new();
@@ -459,17 +472,13 @@ async fn list(fs: &Fs, ino: Ino) -> Vec<(String, Ino)> {
             }
             true
         };
-        fs.readdir(opened.handle, cookie_of(before), &mut sink).await.unwrap();
+        fs.readdir(opened.handle, before, &mut sink).await.unwrap();
         if cookie == before {
             break;
         }
     }
     fs.releasedir(opened.handle);
     names
-}
-
-const fn cookie_of(cookie: u64) -> u64 {
-    cookie
 }
 
 fn rounds() -> (u64, usize) {
@@ -526,4 +535,33 @@ async fn restarts_and_broken_connections_change_nothing() {
     for seed in 0..rounds().0 {
         run(seed + 200, 1, true).await;
     }
+}
+
+/// A log with an fsync a line once took a chunk beyond the 1,024 extents it can have, and the
+/// directory ended the session.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn many_small_pieces_of_one_chunk_are_written_anew() {
+    let mut world = World::new(7, 1).await;
+    let fs = world.mounts[0].clone();
+    let flags = OpenFlags { append: true, ..RW };
+    let (_, log) = fs.create(Caller::default(), Ino::ROOT, b"log", 0o644, flags).await.unwrap();
+    let log_id = world.tree.make(ROOT, "log", Kind::File(Vec::new()), 0o644).unwrap();
+    for line in 0..2500u32 {
+        let text = format!("line {line}\n").into_bytes();
+        fs.write(log.handle, 0, Bytes::from(text.clone()), false).await.unwrap();
+        fs.fsync(log.handle, true).await.unwrap();
+        world.tree.bytes_mut(log_id).extend(text);
+    }
+    let (_, holes) = fs.create(Caller::default(), Ino::ROOT, b"holes", 0o644, RW).await.unwrap();
+    let holes_id = world.tree.make(ROOT, "holes", Kind::File(Vec::new()), 0o644).unwrap();
+    for piece in 0..6000usize {
+        fs.write(holes.handle, piece as u64 * 3, Bytes::from_static(b"x"), false).await.unwrap();
+        world.tree.write(holes_id, piece * 3, b"x");
+    }
+    fs.fsync(holes.handle, false).await.unwrap();
+    fs.release(log.handle);
+    fs.release(holes.handle);
+    world.compare(0).await;
+    world.remount(0).await;
+    world.compare(0).await;
 }

@@ -77,7 +77,12 @@ impl Core {
         Ok(ReadPlan { pieces, ahead })
     }
 
-    fn plan(&mut self, ino: Ino, range: Range<u64>, size: u64) -> Result<Vec<ReadPiece>, Stop> {
+    pub(super) fn plan(
+        &mut self,
+        ino: Ino,
+        range: Range<u64>,
+        size: u64,
+    ) -> Result<Vec<ReadPiece>, Stop> {
         if range.is_empty() {
             return Ok(Vec::new());
         }
@@ -142,18 +147,31 @@ impl Core {
         if bytes.is_empty() {
             return Ok(0);
         }
-        if let Some(error @ FsError::NoSpace(_)) = self.failing() {
-            return Err(error.clone().into());
+        if let Some(error) = self.no_space() {
+            return Err(error.into());
         }
         if !self.has_space(bytes.len()) {
             return Err(Stop::Stall(Stall::Space));
         }
+        self.need_map(ino, offset, end)?;
         self.data(ino)?.write(offset, bytes);
         self.attributes_mut(ino).size = size.max(end);
         self.touch_file(now, ino);
         self.drop_suid(ino, kill_suid);
         self.note_dirty(now, ino);
         Ok(bytes.len())
+    }
+
+    /// The map of the chunks at both ends of a write: how many extents they have decides how the
+    /// bytes are stored. What lies between is replaced as a whole.
+    fn need_map(&mut self, ino: Ino, start: u64, end: u64) -> Result<(), Stop> {
+        let map = self.data(ino)?.map();
+        for chunk in [start / CHUNK_BYTES, end.saturating_sub(1) / CHUNK_BYTES] {
+            if !map.is_known(chunk) {
+                return Err(want_map(ino, chunk..chunk + 1));
+            }
+        }
+        Ok(())
     }
 
     /// The file's content changed now.
@@ -230,8 +248,11 @@ impl Core {
         };
         let ranges = match mode {
             AllocateMode::Allocate { .. } => self.holes(ino, offset..end)?,
-            AllocateMode::PunchHole | AllocateMode::ZeroRange { .. } => vec![offset..end],
+            AllocateMode::PunchHole | AllocateMode::ZeroRange { .. } => {
+                std::iter::once(offset..end).collect()
+            }
         };
+        self.check_crowding(ino, offset..end, ranges.len())?;
         let before = self.data(ino)?.map().mapped_bytes();
         let mut written = Vec::new();
         for range in ranges {
@@ -331,6 +352,7 @@ impl Core {
             ClonePlan::Flush => return Err(Stop::Stall(Stall::Flush(source))),
             ClonePlan::Fetch(chunks) => return Err(want_map(source, chunks)),
         };
+        self.check_crowding(target, to.1..target_end, extents.len())?;
         let before = self.data(target)?.map().mapped_bytes();
         let mut written = Vec::new();
         for extent in extents {
@@ -399,7 +421,7 @@ fn ahead_piece(piece: ReadPiece) -> Option<(Arc<BlockInfo>, Range<usize>)> {
     }
 }
 
-fn want_map(ino: Ino, chunks: Range<u64>) -> Stop {
+pub(super) fn want_map(ino: Ino, chunks: Range<u64>) -> Stop {
     let count = (chunks.end - chunks.start).clamp(MAP_CHUNKS_MIN, MAP_CHUNKS_MAX);
     Stop::Stall(Stall::Fetch(Want::Map { ino, first_chunk: chunks.start, chunks: count as u32 }))
 }

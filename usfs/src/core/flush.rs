@@ -86,6 +86,8 @@ pub(super) struct DirtyFiles {
     retry_at: Option<Duration>,
     /// Why the last block was not stored, until one is.
     failing: Option<FsError>,
+    /// Chunks of maps with so many extents that they should be written anew.
+    pub(super) crowded: HashSet<(Ino, u64)>,
 }
 
 impl DirtyFiles {
@@ -101,6 +103,7 @@ impl DirtyFiles {
             block_bytes_max,
             retry_at: None,
             failing: None,
+            crowded: HashSet::new(),
         }
     }
 }
@@ -117,9 +120,10 @@ impl Core {
         held == 0 || held + bytes as u64 <= self.config.dirty_bytes_max as u64
     }
 
-    /// Why blocks cannot be stored at present.
-    pub(super) fn failing(&self) -> Option<&FsError> {
-        self.dirty.failing.as_ref()
+    /// What a write answers while the swarm is full: as long as earlier bytes wait for space.
+    pub(super) fn no_space(&self) -> Option<FsError> {
+        let full = self.dirty.failing.as_ref().filter(|_| self.uncommitted_bytes() > 0);
+        full.filter(|error| matches!(error, FsError::NoSpace(_))).cloned()
     }
 
     /// Why the data of `ino` could not be stored when it was last tried, if it could not.
@@ -229,6 +233,10 @@ impl Core {
             open.inos.push(ino);
             open.bytes += bytes;
         }
+        // What stays dirty is younger than what was sealed.
+        if let Some(node) = self.nodes.get_mut(&ino).filter(|_| bytes > 0) {
+            node.dirty_since = Some(now.boot);
+        }
         self.note_dirty(now, ino);
         bytes
     }
@@ -318,8 +326,12 @@ impl Core {
         let mut message = v1::CommitData { blocks: vec![commit], ..v1::CommitData::default() };
         let mut inos = Vec::new();
         for ino in open.inos {
+            if self.postpone_crowded(now, ticket, ino) {
+                continue;
+            }
             let Some(node) = self.nodes.get_mut(&ino) else { continue };
             let Some(data) = node.data.as_deref_mut() else { continue };
+            node.postponed = false;
             let mapped = data.map().mapped_bytes();
             let extents = data.commit(ticket, block);
             let grown = data.map().mapped_bytes() as i64 - mapped as i64;
@@ -335,6 +347,7 @@ impl Core {
             }
             message.extents.extend(extents.iter().map(|extent| extent_write(ino, extent)));
             message.files.extend(self.growth(ino));
+            self.note_crowded(ino, &extents);
             inos.push(ino);
             self.note_dirty(now, ino);
         }

@@ -13,7 +13,7 @@ use us_proto::v1;
 use us_proto::v1::session_down::Event as Down;
 use us_proto::v1::session_up::Event as Up;
 
-use super::leases::PIN;
+use super::leases::{PIN, Recall};
 use super::node::{Dentry, DirNames, Level, Node, attributes_from_proto};
 use super::{Core, INODES_LEASED, Now, Want};
 use crate::attributes::FileKind;
@@ -29,8 +29,8 @@ pub enum Effect {
     /// The directory had no time for the request (another mount did not give its lease back):
     /// it may be asked again.
     Contended(u64),
-    /// Answer a recall of this inode down to this level.
-    Recall(Ino, Level),
+    /// Answer a recall.
+    Recall(Recall),
     /// Everything up to here is durable.
     Durable(LogPosition),
     /// New inode numbers are there.
@@ -113,7 +113,8 @@ impl Core {
             }
             Down::Fetched(fetched) => self.on_fetched(now, &fetched),
             Down::Recall(recall) => {
-                Some(Effect::Recall(Ino(recall.ino), Level::from_proto(recall.level)))
+                let keep = Level::from_proto(recall.level);
+                Some(Effect::Recall(Recall { ino: Ino(recall.ino), keep, grant: recall.grant }))
             }
             Down::Inodes(leased) => {
                 self.inodes_asked = false;

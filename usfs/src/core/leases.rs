@@ -23,6 +23,18 @@ pub(super) struct LetGo {
     at: LogPosition,
 }
 
+/// The directory wants a lease back.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Recall {
+    /// Of this inode.
+    pub ino: Ino,
+    /// What may be kept.
+    pub keep: Level,
+    /// The newest grant this mount was given. The stream is ordered, so it was seen, also where the
+    /// inode (deleted, say) is not known any more.
+    pub grant: u64,
+}
+
 /// How answering a recall went on.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum FinishedRecall {
@@ -35,9 +47,10 @@ pub enum FinishedRecall {
 }
 
 impl Core {
-    /// A recall of `ino` arrived; new operations get at most `keep` from now on, unless the lease
+    /// A recall arrived; new operations get at most what it leaves from now on, unless the lease
     /// is pinned. Then the task that answers recalls calls [`Core::finish_recall`].
-    pub fn begin_recall(&mut self, now: Now, ino: Ino, keep: Level) -> FinishedRecall {
+    pub fn begin_recall(&mut self, now: Now, recall: Recall) -> FinishedRecall {
+        let Recall { ino, keep, .. } = recall;
         let Some(node) = self.nodes.get_mut(&ino) else { return FinishedRecall::Returned };
         if node.lease.pinned_until.is_some_and(|until| now.boot < until) {
             return FinishedRecall::Pinned;
@@ -50,8 +63,9 @@ impl Core {
         FinishedRecall::Returned
     }
 
-    /// Returns the lease of `ino` down to what the recall leaves, behind everything in the log.
-    pub fn finish_recall(&mut self, ino: Ino, keep: Level) -> FinishedRecall {
+    /// Returns the lease down to what the recall leaves, behind everything in the log.
+    pub fn finish_recall(&mut self, recall: Recall) -> FinishedRecall {
+        let Recall { ino, keep, grant } = recall;
         if keep < Level::Exclusive && self.has_uncommitted(ino) {
             return FinishedRecall::Dirty;
         }
@@ -63,7 +77,7 @@ impl Core {
             ino: ino.0,
             level: node.lease.level.to_proto(),
             open: node.handles > 0,
-            grant: node.lease.grant,
+            grant: node.lease.grant.max(grant),
         };
         if node.lease.level == Level::None {
             node.told_open = node.handles > 0;
@@ -145,7 +159,14 @@ impl Core {
 
     /// Requests that were not answered when the stream broke are asked again on the next one.
     pub fn resend_requests(&mut self) {
-        self.outbox.clear();
+        // Leases not returned yet are not reclaimed either; what is pending is asked anew; the rest
+        // (questions asked while there was no stream) keeps its place.
+        let pending = &self.pending;
+        self.outbox.retain(|event| match event {
+            Event::LeaseReturn(_) | Event::LeaseInodes(_) => false,
+            Event::Fetch(fetch) => !pending.contains_key(&fetch.request),
+            _ => true,
+        });
         let again: Vec<_> = self.pending.iter().map(|(n, want)| (*n, want.clone())).collect();
         for (number, want) in again {
             let event = self.fetch_event(number, &want);

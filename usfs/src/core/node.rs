@@ -203,6 +203,8 @@ pub struct Node {
     pub dirty_since: Option<Duration>,
     /// Its data could not be stored, and was not stored since.
     pub write_failing: bool,
+    /// Its last commit waits until a crowded chunk is written anew.
+    pub postponed: bool,
     /// The last error of writing.
     pub write_error: Option<WriteError>,
     /// A use mark for eviction.
@@ -229,6 +231,7 @@ impl Node {
             kernel_cache_valid: false,
             dirty_since: None,
             write_failing: false,
+            postponed: false,
             write_error: None,
             used: true,
         }

@@ -13,7 +13,7 @@ use super::writeback::flush_file;
 use super::{
     AllocateMode, Caller, Fs, FsError, Handle, KernelNotifier, OpenFlags, Opened, SeekFor,
 };
-use crate::core::{FlushReason, Now, ReadPiece, ReadPlan, Stop};
+use crate::core::{FlushReason, Now, ReadPiece, Stop};
 
 impl Fs {
     /// Gives the mount the way to the kernel's caches, once it exists.
@@ -37,38 +37,7 @@ impl Fs {
         for (info, range) in &plan.ahead {
             self.shared.disk.prefetch(info, range.clone());
         }
-        self.assemble(plan).await
-    }
-
-    /// Reads what the plan says, in order.
-    async fn assemble(&self, plan: ReadPlan) -> Result<Bytes, FsError> {
-        let mut pieces = plan.pieces;
-        if pieces.len() == 1
-            && let Some(ReadPiece::Bytes(bytes)) = pieces.first()
-        {
-            return Ok(bytes.clone());
-        }
-        let blocks = pieces.iter_mut().filter_map(|piece| match piece {
-            ReadPiece::Block { block, info, range } => {
-                Some(self.read_block(*block, info.take(), range.clone()))
-            }
-            ReadPiece::Bytes(_) | ReadPiece::Zero(_) => None,
-        });
-        let mut blocks: std::collections::VecDeque<Vec<Bytes>> = try_join_all(blocks).await?.into();
-        let mut parts = Vec::with_capacity(pieces.len());
-        for piece in pieces {
-            match piece {
-                ReadPiece::Bytes(bytes) => parts.push(bytes),
-                ReadPiece::Zero(bytes) => parts.push(Bytes::from(vec![0; bytes as usize])),
-                ReadPiece::Block { .. } => parts.extend(blocks.pop_front().unwrap_or_default()),
-            }
-        }
-        if parts.len() == 1 {
-            return Ok(parts.swap_remove(0));
-        }
-        let mut whole = BytesMut::with_capacity(parts.iter().map(Bytes::len).sum());
-        parts.iter().for_each(|part| whole.extend_from_slice(part));
-        Ok(whole.freeze())
+        assemble(self, plan.pieces).await
     }
 
     async fn read_block(
@@ -207,4 +176,34 @@ impl Fs {
     ) -> Result<u64, FsError> {
         self.run(|state, now| state.core.clone_range(now, from, to, length)).await
     }
+}
+
+/// Reads what the plan says, in order.
+pub(super) async fn assemble(fs: &Fs, mut pieces: Vec<ReadPiece>) -> Result<Bytes, FsError> {
+    if pieces.len() == 1
+        && let Some(ReadPiece::Bytes(bytes)) = pieces.first()
+    {
+        return Ok(bytes.clone());
+    }
+    let blocks = pieces.iter_mut().filter_map(|piece| match piece {
+        ReadPiece::Block { block, info, range } => {
+            Some(fs.read_block(*block, info.take(), range.clone()))
+        }
+        ReadPiece::Bytes(_) | ReadPiece::Zero(_) => None,
+    });
+    let mut blocks: std::collections::VecDeque<Vec<Bytes>> = try_join_all(blocks).await?.into();
+    let mut parts = Vec::with_capacity(pieces.len());
+    for piece in pieces {
+        match piece {
+            ReadPiece::Bytes(bytes) => parts.push(bytes),
+            ReadPiece::Zero(bytes) => parts.push(Bytes::from(vec![0; bytes as usize])),
+            ReadPiece::Block { .. } => parts.extend(blocks.pop_front().unwrap_or_default()),
+        }
+    }
+    if parts.len() == 1 {
+        return Ok(parts.swap_remove(0));
+    }
+    let mut whole = BytesMut::with_capacity(parts.iter().map(Bytes::len).sum());
+    parts.iter().for_each(|part| whole.extend_from_slice(part));
+    Ok(whole.freeze())
 }

@@ -18,8 +18,7 @@ use super::blocks::Blocks;
 use super::shared::{Parts, RECALLS_MAX, Shared, now};
 use super::writeback::flush_file;
 use super::{Fs, FsError};
-use crate::core::node::Level;
-use crate::core::{Core, CoreConfig, FlushReason};
+use crate::core::{Core, CoreConfig, FlushReason, Recall};
 use crate::session::stream::{OpenStream, margin};
 use crate::session::{DirectoryLink, SessionError, stream};
 
@@ -171,7 +170,13 @@ impl Fs {
         if shared.lock().core.ended().is_none() {
             let flushed = tokio::time::timeout(SHUTDOWN_TIMEOUT, self.flush_all()).await;
             let flushed = flushed.unwrap_or_else(|_| {
-                Err(FsError::TimedOut("not everything could be made durable".to_owned()))
+                let mut state = shared.lock();
+                let (files, bytes) =
+                    (state.core.uncommitted_files().len(), state.core.log().bytes());
+                Err(FsError::TimedOut(format!(
+                    "the data of {files} files is not stored, and {bytes} bytes of changes are not \
+                     durable"
+                )))
             });
             match &flushed {
                 Ok(()) => {
@@ -271,7 +276,7 @@ fn start(
     link: Arc<dyn DirectoryLink>,
     opened: OpenStream,
     open: v1::OpenSession,
-    recalled: mpsc::Receiver<(Ino, Level)>,
+    recalled: mpsc::Receiver<Recall>,
     dirty_bytes_max: usize,
 ) {
     let stop = shared.stop.clone();

@@ -13,7 +13,7 @@ use us_core::ids::Ino;
 use super::shared::Shared;
 use super::writeback::flush_file;
 use crate::core::node::Level;
-use crate::core::{FinishedRecall, FlushReason};
+use crate::core::{FinishedRecall, FlushReason, Recall};
 
 /// Recalls answered at once.
 const RECALLS_AT_ONCE: usize = 64;
@@ -23,7 +23,7 @@ const PIN_POLL: Duration = Duration::from_millis(2);
 const FLUSH_RETRY: Duration = Duration::from_millis(500);
 
 /// Answers recalls until the mount stops.
-pub(crate) async fn run(shared: Arc<Shared>, mut recalls: mpsc::Receiver<(Ino, Level)>) {
+pub(crate) async fn run(shared: Arc<Shared>, mut recalls: mpsc::Receiver<Recall>) {
     let slots = Arc::new(Semaphore::new(RECALLS_AT_ONCE));
     loop {
         // Cancel-safe: `recv` takes nothing before it is ready.
@@ -31,13 +31,13 @@ pub(crate) async fn run(shared: Arc<Shared>, mut recalls: mpsc::Receiver<(Ino, L
             recall = recalls.recv() => recall,
             () = shared.stop.cancelled() => return,
         };
-        let Some((ino, keep)) = recall else { return };
+        let Some(recall) = recall else { return };
         let Ok(slot) = Arc::clone(&slots).acquire_owned().await else { return };
         let shared_too = Arc::clone(&shared);
         shared.tasks.spawn(async move {
             // Cancel-safe: a mount that stops returns all leases by closing its session.
             tokio::select! {
-                () = answer(&shared_too, ino, keep) => {}
+                () = answer(&shared_too, recall) => {}
                 () = shared_too.stop.cancelled() => {}
             }
             drop(slot);
@@ -45,10 +45,11 @@ pub(crate) async fn run(shared: Arc<Shared>, mut recalls: mpsc::Receiver<(Ino, L
     }
 }
 
-async fn answer(shared: &Arc<Shared>, ino: Ino, keep: Level) {
+async fn answer(shared: &Arc<Shared>, recall: Recall) {
+    let Recall { ino, keep, .. } = recall;
     loop {
         let now = shared.now();
-        let begun = shared.lock().core.begin_recall(now, ino, keep);
+        let begun = shared.lock().core.begin_recall(now, recall);
         match begun {
             FinishedRecall::Pinned => tokio::time::sleep(PIN_POLL).await,
             FinishedRecall::Dirty => {
@@ -61,7 +62,7 @@ async fn answer(shared: &Arc<Shared>, ino: Ino, keep: Level) {
                 if keep == Level::None {
                     forget_in_kernel(shared, ino).await;
                 }
-                if shared.lock().core.finish_recall(ino, keep) == FinishedRecall::Returned {
+                if shared.lock().core.finish_recall(recall) == FinishedRecall::Returned {
                     break;
                 }
             }

@@ -23,8 +23,7 @@ use super::blocks::Blocks;
 use super::notify::KernelCalls;
 use super::{FsError, SwarmNews};
 use crate::attributes::FileTime;
-use crate::core::node::Level;
-use crate::core::{Core, Effect, Now};
+use crate::core::{Core, Effect, Now, Recall};
 use crate::session::SessionError;
 use crate::session::log::LogPosition;
 use crate::session::stream::{OpenStream, margin};
@@ -62,7 +61,7 @@ pub(crate) struct Shared {
     pub durable: watch::Sender<LogPosition>,
     /// A block may be due.
     pub dirty: Notify,
-    pub recalls: mpsc::Sender<(Ino, Level)>,
+    pub recalls: mpsc::Sender<Recall>,
     pub kernel: KernelCalls,
     pub disk: VirtualDisk,
     pub blocks: Arc<Blocks>,
@@ -77,7 +76,7 @@ pub(crate) struct Shared {
 /// What a mount is made of.
 pub(crate) struct Parts {
     pub core: Core,
-    pub recalls: mpsc::Sender<(Ino, Level)>,
+    pub recalls: mpsc::Sender<Recall>,
     pub disk: VirtualDisk,
     pub blocks: Arc<Blocks>,
     pub swarm: Arc<dyn SwarmNews>,
@@ -173,9 +172,9 @@ impl Shared {
         match effect {
             None => self.outgoing.notify_one(),
             Some(Effect::Answered(..) | Effect::Contended(_)) => {}
-            Some(Effect::Recall(ino, keep)) => {
-                if self.recalls.try_send((ino, keep)).is_err() {
-                    tracing::error!(%ino, "too many recalls at once; one is not answered");
+            Some(Effect::Recall(recall)) => {
+                if self.recalls.try_send(recall).is_err() {
+                    tracing::error!(ino = %recall.ino, "too many recalls at once; one is not answered");
                 }
             }
             Some(Effect::Durable(position)) => {

@@ -5,6 +5,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 use us_core::ids::Ino;
 
+use super::compact::compact;
 use super::shared::{Answer, State};
 use super::writeback::flush_file;
 use super::{Fs, FsError};
@@ -73,7 +74,7 @@ impl Fs {
             }
             let what = describe(&stall);
             let resolved = tokio::time::timeout_at(deadline, self.resolve(stall, &mut progress));
-            resolved.await.unwrap_or_else(|_| Err(FsError::TimedOut(what)))?;
+            resolved.await.unwrap_or(Err(FsError::TimedOut(what)))?;
         }
     }
 
@@ -87,6 +88,10 @@ impl Fs {
         match stall {
             Stall::Fetch(want) => return self.fetch(&want).await,
             Stall::Flush(ino) => return flush_file(shared, ino, FlushReason::Commit).await,
+            Stall::Compact(ino, chunk) => {
+                compact(shared, ino, chunk).await?;
+                return flush_file(shared, ino, FlushReason::Commit).await;
+            }
             Stall::Space => shared.dirty.notify_one(),
             Stall::Log => {
                 shared.lock().core.want_sync();
@@ -146,6 +151,7 @@ fn describe(stall: &Stall) -> String {
             format!("for inode {}: the directory, or another mount, did not answer", want.ino())
         }
         Stall::Flush(ino) => format!("for the data of inode {ino} to be stored"),
+        Stall::Compact(ino, _) => format!("for the map of inode {ino} to be tidied up"),
         Stall::Space => "for memory: data is written faster than it can be stored".to_owned(),
         Stall::Log => "for the directory to make changes durable".to_owned(),
         Stall::Inodes => "for new inode numbers".to_owned(),

@@ -10,6 +10,7 @@ use us_core::disk::{LateFragments, PlacementError, StoreError, StoredBlock};
 use us_core::ids::{BlockId, Ino};
 
 use super::FsError;
+use super::compact::compact;
 use super::shared::Shared;
 use crate::core::{FlushReason, SealPlan, Stored};
 use crate::data::Ticket;
@@ -19,6 +20,9 @@ use crate::errno::whole;
 const BLOCKS_IN_FLIGHT_MAX: usize = 6;
 /// How long storing one block may take before its bytes are dirty again.
 const STORE_TIMEOUT: Duration = Duration::from_secs(45);
+/// How often a flush tries to get by a crowded chunk, and the pause while the background is at it.
+const REWRITES_MAX: usize = 200;
+const REWRITE_POLL: Duration = Duration::from_millis(5);
 /// The longest sleep of the background: new dirty data wakes it anyway.
 const IDLE_MAX: Duration = Duration::from_secs(60);
 
@@ -33,6 +37,17 @@ pub(crate) async fn run(shared: Arc<Shared>, dirty_bytes_max: usize) {
         };
         let Ok(slot) = slot else { return };
         let now = shared.now();
+        let crowded = shared.lock().core.take_crowded();
+        if let Some((ino, chunk)) = crowded {
+            let shared_too = Arc::clone(&shared);
+            shared.tasks.spawn(async move {
+                if let Err(error) = compact(&shared_too, ino, chunk).await {
+                    tracing::warn!(%ino, chunk, %error, "cannot write a crowded chunk anew yet");
+                }
+                drop(slot);
+            });
+            continue;
+        }
         let (plan, due) = {
             let mut state = shared.lock();
             let pressure = state.core.uncommitted_bytes() > dirty_bytes_max as u64 / 2;
@@ -123,6 +138,25 @@ pub(crate) async fn flush_file(
     ino: Ino,
     reason: FlushReason,
 ) -> Result<(), FsError> {
+    // Bytes whose commit would have overfilled a chunk are stored when the chunk is written anew.
+    for _ in 0..REWRITES_MAX {
+        flush_once(shared, ino, reason).await?;
+        let (postponed, crowded) = {
+            let mut state = shared.lock();
+            let postponed = state.core.is_postponed(ino);
+            (postponed, postponed.then(|| state.core.take_crowded_of(ino)).flatten())
+        };
+        match (postponed, crowded) {
+            (false, _) => return Ok(()),
+            (true, Some(chunk)) => compact(shared, ino, chunk).await?,
+            // The background is at it.
+            (true, None) => tokio::time::sleep(REWRITE_POLL).await,
+        }
+    }
+    Err(FsError::Io("the map of the file could not be tidied up".to_owned()))
+}
+
+async fn flush_once(shared: &Arc<Shared>, ino: Ino, reason: FlushReason) -> Result<(), FsError> {
     let mut progress = shared.progress.subscribe();
     let now = shared.now();
     let (plans, tickets) = {

@@ -25,7 +25,7 @@ impl GrpcLink {
 
     async fn open(&self) -> Result<LinkStream, SessionError> {
         let unreachable = |detail: String| SessionError::Unreachable { detail };
-        let channel = connect_grpc(&self.address, &self.identity, self.expected.clone())
+        let channel = connect_grpc(&self.address, &self.identity, self.expected)
             .map_err(|error| unreachable(error.to_string()))
             .await?;
         let mut client = SessionsClient::new(channel)

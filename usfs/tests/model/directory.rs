@@ -1,7 +1,7 @@
 //! A directory inside the test: the real engine on a store in memory, with six providers that are
 //! always there, plugged straight into the mounts' [`DirectoryLink`].
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -32,6 +32,18 @@ struct Inner {
     outlets: HashMap<ConnId, mpsc::UnboundedSender<v1::SessionDown>>,
     next_conn: u64,
     run: u64,
+    /// What was said lately, for a test that fails.
+    trace: VecDeque<String>,
+}
+
+impl Inner {
+    fn trace(&mut self, mut said: String) {
+        said.truncate((0..=400).rev().find(|at| said.is_char_boundary(*at)).unwrap_or(0));
+        self.trace.push_back(said);
+        if self.trace.len() > 120 {
+            self.trace.pop_front();
+        }
+    }
 }
 
 /// The directory; clones are the same one.
@@ -57,11 +69,27 @@ fn engine(batches: Vec<WriteBatch>) -> (Engine, Arc<Mutex<Vec<WriteBatch>>>) {
     (engine.unwrap(), history)
 }
 
+fn report() -> v1::ProviderReport {
+    v1::ProviderReport {
+        capacity_bytes: 1 << 44,
+        free_bytes: 1 << 44,
+        accepts_puts: true,
+        ..Default::default()
+    }
+}
+
 impl TestDirectory {
     /// A directory with one volume, "v", coded 4+2.
     pub fn start() -> Self {
         let (engine, history) = engine(Vec::new());
-        let inner = Inner { engine, history, outlets: HashMap::new(), next_conn: 1, run: 0 };
+        let inner = Inner {
+            engine,
+            history,
+            outlets: HashMap::new(),
+            next_conn: 1,
+            run: 0,
+            trace: VecDeque::new(),
+        };
         let directory = Self {
             inner: Arc::new(Mutex::new(inner)),
             started: Instant::now(),
@@ -74,10 +102,13 @@ impl TestDirectory {
         directory.settle();
         let ticking = directory.clone();
         tokio::spawn(async move {
-            loop {
+            for tick in 0u64.. {
                 tokio::time::sleep(Duration::from_millis(5)).await;
                 ticking.step(Event::Tick);
                 ticking.settle();
+                if tick % 50 == 0 {
+                    ticking.report_providers();
+                }
             }
         });
         directory
@@ -85,20 +116,14 @@ impl TestDirectory {
 
     fn join_providers(&self) {
         for number in 1..=PROVIDERS {
-            let conn = ConnId(1_000_000 + self.inner.lock().run * 100 + number);
+            let conn = self.provider_conn(number);
             let key_hash = vec![number as u8; 32];
             let peer = Peer { key_hash, name: format!("provider-{number}") };
             self.step(Event::ProviderConnected { conn, peer });
-            let report = v1::ProviderReport {
-                capacity_bytes: 1 << 44,
-                free_bytes: 1 << 44,
-                accepts_puts: true,
-                ..Default::default()
-            };
             let hello = v1::ProviderHello {
                 address: format!("test:{number}"),
                 store: vec![number as u8; 16].into(),
-                report: Some(report),
+                report: Some(report()),
                 ..Default::default()
             };
             let up = v1::ProviderUp { event: Some(ProviderSays::Hello(hello)) };
@@ -107,13 +132,31 @@ impl TestDirectory {
         self.settle();
     }
 
+    fn provider_conn(&self, number: u64) -> ConnId {
+        ConnId(1_000_000 + self.inner.lock().run * 100 + number)
+    }
+
+    fn report_providers(&self) {
+        for number in 1..=PROVIDERS {
+            let up = v1::ProviderUp { event: Some(ProviderSays::Report(report())) };
+            self.step(Event::Provider { conn: self.provider_conn(number), up });
+        }
+    }
+
     fn step(&self, event: Event) {
         let at = Moment { now_ms: self.started.elapsed().as_millis() as u64, unix_ms: 0 };
         let mut inner = self.inner.lock();
+        if matches!(
+            event,
+            Event::Session { .. } | Event::SessionConnected { .. } | Event::Disconnected { .. }
+        ) {
+            inner.trace(format!("{} up {event:?}", at.now_ms));
+        }
         let effects = inner.engine.step(at, event).unwrap();
         for effect in effects {
             match effect {
                 Effect::Session { conn, down } => {
+                    inner.trace(format!("{} down {conn:?} {down:?}", at.now_ms));
                     if let Some(outlet) = inner.outlets.get(&conn) {
                         let _ = outlet.send(down);
                     }
@@ -122,6 +165,11 @@ impl TestDirectory {
                 Effect::Provider { .. } | Effect::Answer { .. } => {}
             }
         }
+    }
+
+    /// What was said lately.
+    pub fn trace(&self) -> Vec<String> {
+        self.inner.lock().trace.iter().cloned().collect()
     }
 
     /// Everything committed so far becomes durable.
@@ -143,6 +191,7 @@ impl TestDirectory {
             inner.history = history;
             inner.outlets.clear();
             inner.run += 1;
+            inner.trace("restart".to_owned());
         }
         self.join_providers();
     }

@@ -1,0 +1,29 @@
+//! Writing a crowded chunk of a file anew: read it, make it dirty, and it is stored as one run.
+
+use std::sync::Arc;
+
+use us_core::ids::Ino;
+
+use super::files::assemble;
+use super::shared::Shared;
+use super::{Fs, FsError};
+
+/// Tries against a file that changes all the time.
+const TRIES_MAX: usize = 8;
+
+/// Makes a chunk of a file dirty as a whole, where nothing newer is dirty already. The next flush
+/// stores it as one run.
+pub(crate) async fn compact(shared: &Arc<Shared>, ino: Ino, chunk: u64) -> Result<(), FsError> {
+    let fs = Fs { shared: Arc::clone(shared) };
+    for _ in 0..TRIES_MAX {
+        let plan = shared.lock().core.plan_rewrite(ino, chunk);
+        let Some(rewrite) = plan else { return Ok(()) };
+        let content = assemble(&fs, rewrite.pieces.clone()).await?;
+        let now = shared.now();
+        if shared.lock().core.rewrite(now, &rewrite, &content) {
+            shared.dirty.notify_one();
+            return Ok(());
+        }
+    }
+    Err(FsError::Io("the file changes too fast to tidy up its map".to_owned()))
+}
