@@ -20,13 +20,17 @@ pub const PATIENCE: Duration = Duration::from_secs(60);
 const LEASE_MS: &str = "3000";
 const FENCE_MS: &str = "5000";
 
-/// The folder of the built programs; builds them first, once a test process.
+/// The folder of the programs under test: `US_TEST_PROGRAMS` where it is set (installed ones), else
+/// those of this workspace, built first, once a test process.
 ///
 /// # Panics
 /// When they do not build.
 pub fn programs() -> &'static Path {
     static PROGRAMS: OnceLock<PathBuf> = OnceLock::new();
     PROGRAMS.get_or_init(|| {
+        if let Some(folder) = std::env::var_os("US_TEST_PROGRAMS") {
+            return PathBuf::from(folder);
+        }
         let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
         let mut build = Command::new(cargo);
         build.args(["build", "--quiet", "--workspace", "--bins"]);

@@ -14,11 +14,14 @@ use us_tests::tree::noise;
 struct Up {
     child: Child,
     root: PathBuf,
+    log: PathBuf,
 }
 
 impl Up {
     fn start(root: &Path) -> Self {
-        let log = fs::File::options().create(true).append(true).open(root.join("log")).unwrap();
+        let starts = fs::read_dir(root).unwrap().count();
+        let log_path = root.join(format!("log{starts}"));
+        let log = fs::File::create_new(&log_path).unwrap();
         let child = Command::new(programs().join("usfs"))
             .args(["up", root.join("disk").to_str().unwrap(), "--providers", "6", "--code", "4+2"])
             .args(["--data", root.join("data").to_str().unwrap(), "--capacity", "4G"])
@@ -27,16 +30,14 @@ impl Up {
             .stderr(log)
             .spawn()
             .unwrap();
-        let mut up = Self { child, root: root.to_path_buf() };
+        let mut up = Self { child, root: root.to_path_buf(), log: log_path };
         poll::until("the disk", PATIENCE, || {
             if let Some(status) = up.child.try_wait().unwrap() {
                 panic!("usfs up ended with {status}:\n{}", up.log());
             }
-            is_mounted(&up.disk()).then_some(()).ok_or_else(|| up.log())
-        });
-        poll::until("the first line that matters", PATIENCE, || {
-            let said = up.log().contains(up.disk().to_str().unwrap());
-            said.then_some(()).ok_or_else(|| up.log())
+            // A stale mount of a killed predecessor does not count: it must say so itself.
+            let said = up.log().contains(&format!("Your disk is at {}", up.disk().display()));
+            (said && is_mounted(&up.disk())).then_some(()).ok_or_else(|| up.log())
         });
         up
     }
@@ -46,7 +47,7 @@ impl Up {
     }
 
     fn log(&self) -> String {
-        fs::read_to_string(self.root.join("log")).unwrap_or_default()
+        fs::read_to_string(&self.log).unwrap_or_default()
     }
 
     fn usctl(&self, arguments: &[&str]) -> std::process::Output {
