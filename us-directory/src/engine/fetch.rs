@@ -143,6 +143,10 @@ impl Engine {
             Tried::Answer(mut fetched) => {
                 fetched.request = request;
                 self.send(parked.conn, Down::Fetched(*fetched));
+                // Behind the answer: a recall must never overtake the grant that it names.
+                for (session, key, keep, grant) in std::mem::take(&mut self.recall_again) {
+                    self.recall(session, &key, keep, grant);
+                }
             }
             Tried::Wait(_) if self.parked.len() >= PARKED_MAX => {
                 self.give_up(&parked, "too many requests wait for leases");
@@ -281,7 +285,7 @@ impl Engine {
         let level = if alone { Level::Exclusive } else { level };
         let (level, grant, recalled) = self.leases.grant(session, &key, level);
         if let Some(keep) = recalled {
-            self.recall(session, &key, keep, grant);
+            self.recall_again.push((session, key, keep, grant));
         }
         Some(InodeLease { ino, level: level.to_wire(), open: false, grant })
     }
