@@ -128,9 +128,7 @@ impl Core {
 
     /// Why the data of `ino` could not be stored when it was last tried, if it could not.
     pub fn storing_fails(&self, ino: Ino) -> Option<FsError> {
-        let failing = self.nodes.get(&ino).is_some_and(|node| node.write_failing);
-        let unknown = || FsError::Io("its data could not be stored".to_owned());
-        failing.then(|| self.dirty.failing.clone().unwrap_or_else(unknown))
+        self.nodes.get(&ino)?.write_failing.clone()
     }
 
     /// Whether data of `ino` is dirty or in flight.
@@ -294,7 +292,7 @@ impl Core {
             if let Some(data) = node.data.as_deref_mut() {
                 data.abort(ticket);
             }
-            if !std::mem::replace(&mut node.write_failing, true) {
+            if node.write_failing.replace(error.clone()).is_none() {
                 self.write_errors += 1;
                 let error = error.clone();
                 node.write_error = Some(WriteError { sequence: self.write_errors, error });
@@ -336,7 +334,7 @@ impl Core {
             let extents = data.commit(ticket, block);
             let grown = data.map().mapped_bytes() as i64 - mapped as i64;
             if data.is_clean() {
-                node.write_failing = false;
+                node.write_failing = None;
             }
             if let Some(attributes) = &mut node.attributes {
                 attributes.allocated_bytes =

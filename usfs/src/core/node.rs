@@ -201,8 +201,8 @@ pub struct Node {
     pub kernel_cache_valid: bool,
     /// When the first byte that is still dirty was written.
     pub dirty_since: Option<Duration>,
-    /// Its data could not be stored, and was not stored since.
-    pub write_failing: bool,
+    /// Why its data could not be stored when last tried, while some of it still is not.
+    pub write_failing: Option<FsError>,
     /// Its last commit waits until a crowded chunk is written anew.
     pub postponed: bool,
     /// The last error of writing.
@@ -230,7 +230,7 @@ impl Node {
             told_open: false,
             kernel_cache_valid: false,
             dirty_since: None,
-            write_failing: false,
+            write_failing: None,
             postponed: false,
             write_error: None,
             used: true,
