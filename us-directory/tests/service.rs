@@ -1,5 +1,7 @@
 //! The whole daemon in this process: files on disk, mutual TLS, gRPC, and a restart.
 
+#![expect(clippy::unwrap_used, reason = "a test: a failure is to stop it where it happens")]
+
 use std::net::SocketAddr;
 use std::path::Path;
 use std::time::Duration;
