@@ -138,15 +138,17 @@ enum Answer {
     None,
 }
 
-/// Asks the mount for its root's attributes. A thread that gets no answer is left behind.
+/// Asks the mount for its free space: unlike attributes, the kernel never answers that from memory.
+/// A thread that gets no answer is left behind.
 fn answer_of(point: &Path) -> Answer {
     let (sender, answer) = mpsc::sync_channel(1);
     let asked = point.to_owned();
     std::thread::spawn(move || {
-        let _ = sender.send(std::fs::metadata(&asked).err().and_then(|e| e.raw_os_error()));
+        // Nobody may wait any more.
+        let _ = sender.send(rustix::fs::statvfs(&asked).err());
     });
     match answer.recv_timeout(ANSWER) {
-        Ok(Some(libc::ENOTCONN)) => Answer::Dead,
+        Ok(Some(rustix::io::Errno::NOTCONN)) => Answer::Dead,
         Ok(_) => Answer::Alive,
         Err(_elapsed) => Answer::None,
     }
