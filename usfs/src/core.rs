@@ -25,6 +25,8 @@ mod leases;
 mod listing;
 mod names;
 pub mod node;
+#[cfg(test)]
+mod tests;
 mod xattrs;
 
 use std::collections::{HashMap, VecDeque};
