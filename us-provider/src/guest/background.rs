@@ -78,7 +78,11 @@ pub async fn run(store: Store, config: GuestConfig, pause: Pause, stop: Cancella
         let (cpu, io) = (Pressure::of("cpu"), Pressure::of("io"));
         if let Err(why) = may_work(&config, pause.is_on(), cpu, io) {
             tracing::debug!(why, "background work waits");
-            wait = LOOK_EVERY;
+            let store = store.clone();
+            let Ok(relieved) = tokio::task::spawn_blocking(move || relieve(&store)).await else {
+                return;
+            };
+            wait = if relieved { PIECE_EVERY } else { LOOK_EVERY };
             continue;
         }
         let (piece_store, piece_config, mut piece_position) = (store.clone(), config, position);
@@ -95,6 +99,18 @@ pub async fn run(store: Store, config: GuestConfig, pause: Pause, stop: Cancella
         wait = if busy { PIECE_EVERY } else { LOOK_EVERY };
     }
     position.save(&path);
+}
+
+/// Makes room where there is hardly any left. Says whether there may be more to do at once.
+fn relieve(store: &Store) -> bool {
+    let pressure_bytes = store.state().capacity_bytes / PRESSURE_SHARE;
+    match store.relieve(&MaintainLimits { pressure_bytes, ..MaintainLimits::default() }) {
+        Ok(purged) => purged > 0,
+        Err(error) => {
+            tracing::warn!(%error, "cannot purge the trash");
+            false
+        }
+    }
 }
 
 /// One piece. Says whether there may be more to do at once.

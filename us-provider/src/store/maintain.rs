@@ -88,6 +88,19 @@ impl Store {
         Ok(done)
     }
 
+    /// Purges the trash before its time if less than `limits.pressure_bytes` is free: somebody waits
+    /// for the space, so this is done on a busy machine too. Says how many went. Blocks.
+    ///
+    /// # Errors
+    /// As [`Store::maintain`].
+    pub fn relieve(&self, limits: &MaintainLimits) -> Result<usize, StoreError> {
+        let shared = &self.handle.shared;
+        if shared.free_bytes(shared.used_bytes()) >= limits.pressure_bytes {
+            return Ok(0);
+        }
+        self.purge_due(limits)
+    }
+
     fn purge_due(&self, limits: &MaintainLimits) -> Result<usize, StoreError> {
         let shared = &self.handle.shared;
         let now_s = (shared.options.clock)();
