@@ -148,7 +148,8 @@ fn answer_of(point: &Path) -> Answer {
         let _ = sender.send(rustix::fs::statvfs(&asked).err());
     });
     match answer.recv_timeout(ANSWER) {
-        Ok(Some(rustix::io::Errno::NOTCONN)) => Answer::Dead,
+        // The second while the kernel is still ending the dead process's connection.
+        Ok(Some(rustix::io::Errno::NOTCONN | rustix::io::Errno::CONNABORTED)) => Answer::Dead,
         Ok(_) => Answer::Alive,
         Err(_elapsed) => Answer::None,
     }
