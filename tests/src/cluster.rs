@@ -91,7 +91,8 @@ impl Running {
         let errors = output.try_clone().expect("a log");
         command.stdin(Stdio::null()).stdout(output).stderr(errors);
         command.env("US_LOG", std::env::var("US_LOG").unwrap_or_else(|_| "info".into()));
-        let child = command.spawn().unwrap_or_else(|error| panic!("{name} does not start: {error}"));
+        let child =
+            command.spawn().unwrap_or_else(|error| panic!("{name} does not start: {error}"));
         Self { child, name: name.into() }
     }
 
@@ -190,7 +191,8 @@ pub const VOLUME: &str = "disk";
 impl Cluster {
     /// Starts everything and makes the volume; ready when every provider is online.
     pub fn start(shape: Shape) -> Self {
-        let root = tempfile::Builder::new().prefix("us-test-").tempdir().expect("a temporary folder");
+        let root =
+            tempfile::Builder::new().prefix("us-test-").tempdir().expect("a temporary folder");
         let mut cluster =
             Self { root, providers: Vec::new(), directory: None, mounts_made: 0, shape };
         cluster.run_to_end("us-directory", &["init", "--data", &cluster.at("directory")]);

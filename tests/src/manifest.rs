@@ -102,7 +102,8 @@ impl Manifest {
     pub fn check(&mut self, folder: &Path) {
         for (number, length) in &self.files {
             let path = folder.join(format!("file{number}"));
-            let read = fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+            let read =
+                fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
             assert!(read == noise(*number, *length), "{}: not what was synced", path.display());
         }
         self.check_records(folder);

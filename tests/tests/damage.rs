@@ -1,5 +1,7 @@
 //! Bytes that rot on a provider's disk: right bytes are served all the same, and it is reported.
 
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
 use std::fs::{self, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};

@@ -1,5 +1,7 @@
 //! A day's work on the mount with ordinary programs, and everything still there after a remount.
 
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
 use std::fs;
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::FileExt;
@@ -34,7 +36,8 @@ fn a_days_work_survives_a_remount() {
     assert_same(&outside.path().join("sources"), &disk.join("sources"));
     run(&disk.join("clone"), "git", &["fsck", "--full", "--strict"]);
     assert_eq!(run(&disk.join("clone"), "git", &["status", "--porcelain"]), "");
-    let check = run(disk, "sqlite3", &["test.db", "pragma integrity_check; select count(*) from t"]);
+    let check =
+        run(disk, "sqlite3", &["test.db", "pragma integrity_check; select count(*) from t"]);
     assert_eq!(check, "ok\n2000\n");
     check_the_large_sparse_file(disk);
     run(disk, "rm", &["-rf", "sources", "clone", "hello", "large"]);
@@ -60,7 +63,8 @@ fn work_with_git(outside: &Path, disk: &Path) {
 fn build_a_crate(disk: &Path) {
     let package = disk.join("hello");
     fs::create_dir_all(package.join("src")).unwrap();
-    let manifest = "[package]\nname = \"hello\"\nversion = \"0.1.0\"\nedition = \"2021\"\n[workspace]\n";
+    let manifest =
+        "[package]\nname = \"hello\"\nversion = \"0.1.0\"\nedition = \"2021\"\n[workspace]\n";
     fs::write(package.join("Cargo.toml"), manifest).unwrap();
     fs::write(package.join("src/main.rs"), "fn main() { println!(\"from the disk\") }\n").unwrap();
     run(&package, "cargo", &["build", "-q", "--offline"]);

@@ -13,8 +13,7 @@ fn a_full_swarm_says_so_and_recovers() {
     if !fuse_is_here() {
         return;
     }
-    let mut cluster =
-        Cluster::start(Shape { capacity: "64M".into(), ..Shape::default() });
+    let mut cluster = Cluster::start(Shape { capacity: "64M".into(), ..Shape::default() });
     let mount = cluster.mount();
     let kept = noise(1, 20_000_000);
     fs::write(mount.path().join("kept"), &kept).unwrap();
@@ -23,9 +22,7 @@ fn a_full_swarm_says_so_and_recovers() {
     // 6 x 64 MiB hold at most 256 MiB of data at 4+2.
     let chunk = noise(2, 4 << 20);
     let mut file = File::create(mount.path().join("filler")).unwrap();
-    let full = (0..128).find_map(|_| {
-        file.write_all(&chunk).and_then(|()| file.sync_data()).err()
-    });
+    let full = (0..128).find_map(|_| file.write_all(&chunk).and_then(|()| file.sync_data()).err());
     let error = full.expect("it must become full");
     assert_eq!(error.kind(), ErrorKind::StorageFull, "{error}");
     drop(file);
@@ -33,8 +30,10 @@ fn a_full_swarm_says_so_and_recovers() {
     assert_ne!(cluster.status().unwrap()["health"], "lost");
 
     fs::remove_file(mount.path().join("filler")).unwrap();
-    poll::until("room after the delete", Duration::from_secs(120), || {
-        let mut file = File::create(mount.path().join("again")).map_err(|error| error.to_string())?;
+    // The trash stays readable for a minute, whatever is pressed for.
+    poll::until("room after the delete", Duration::from_secs(300), || {
+        let mut file =
+            File::create(mount.path().join("again")).map_err(|error| error.to_string())?;
         file.write_all(&chunk).and_then(|()| file.sync_all()).map_err(|error| error.to_string())
     });
     assert!(fs::read(mount.path().join("again")).unwrap() == chunk);

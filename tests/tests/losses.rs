@@ -1,5 +1,7 @@
 //! What dead providers may and may not do to a reader and a writer.
 
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
 use std::fs::{self, File};
 use std::io::{ErrorKind, Read, Write};
 use std::path::Path;
@@ -12,7 +14,11 @@ use us_tests::tree::noise;
 const FILE_BYTES: usize = 20_000_000;
 
 /// Reads without the mount's caches: a fresh mount has none.
-fn read_fresh(cluster: &mut Cluster, mount: Mount, name: &str) -> (Mount, std::io::Result<Vec<u8>>) {
+fn read_fresh(
+    cluster: &mut Cluster,
+    mount: Mount,
+    name: &str,
+) -> (Mount, std::io::Result<Vec<u8>>) {
     mount.unmount();
     let mount = cluster.mount();
     let bytes = fs::read(mount.path().join(name));
@@ -109,7 +115,8 @@ fn three_dead_are_an_error_and_one_back_is_not() {
     cluster.wait_online(4);
     let read = poll::until("the file to be readable", PATIENCE, || {
         let mut read = Vec::new();
-        let file = File::open(mount.path().join("file")).and_then(|mut file| file.read_to_end(&mut read));
+        let file =
+            File::open(mount.path().join("file")).and_then(|mut file| file.read_to_end(&mut read));
         file.map_err(|error| error.to_string()).map(|_| read)
     });
     assert!(read == bytes);
@@ -140,7 +147,8 @@ fn too_few_providers_refuse_writes_clearly() {
     cluster.wait_online(6);
     let bytes = noise(4, 1_000_000);
     poll::until("writing to go on", Duration::from_secs(90), || {
-        let mut file = File::create(mount.path().join("file")).map_err(|error| error.to_string())?;
+        let mut file =
+            File::create(mount.path().join("file")).map_err(|error| error.to_string())?;
         file.write_all(&bytes).and_then(|()| file.sync_all()).map_err(|error| error.to_string())
     });
     assert!(fs::read(mount.path().join("file")).unwrap() == bytes);

@@ -39,7 +39,10 @@ fn what_fsync_acknowledged_survives_pulled_plugs() {
         let moment = Duration::from_millis(random.random_range(300..3000));
         thread::park_timeout(moment);
         let victim = random.random_range(0..3);
-        eprintln!("round {round}: after {moment:?}, kill {}", ["provider", "directory", "mount"][victim]);
+        eprintln!(
+            "round {round}: after {moment:?}, kill {}",
+            ["provider", "directory", "mount"][victim]
+        );
         match victim {
             0 => {
                 let provider = random.random_range(0..6);

@@ -20,7 +20,10 @@ fn what_one_mount_closed_the_other_sees() {
         // A new file, the same file rewritten, the same file grown.
         let bytes = noise(round, 10_000 + round as usize * 7_919);
         fs::write(writer.join(format!("new{round}")), &bytes).unwrap();
-        assert!(fs::read(reader.join(format!("new{round}"))).unwrap() == bytes, "round {round}: new");
+        assert!(
+            fs::read(reader.join(format!("new{round}"))).unwrap() == bytes,
+            "round {round}: new"
+        );
         fs::write(writer.join("same"), &bytes).unwrap();
         assert!(fs::read(reader.join("same")).unwrap() == bytes, "round {round}: rewritten");
         let mut log =

@@ -1,6 +1,8 @@
 //! `usfs up` as a newcomer meets it: one command, a disk; its processes one by one; the state found
 //! again at the next start.
 
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -144,8 +146,10 @@ fn one_command_gives_a_disk_that_survives() {
     let pids = up.pids();
     kill_process(Pid::from_child(&up.child), Signal::KILL).unwrap();
     poll::until("the children to follow", PATIENCE, || {
-        let alive: Vec<_> =
-            pids.iter().filter(|(_, pid)| Path::new(&format!("/proc/{pid}/exe")).exists()).collect();
+        let alive: Vec<_> = pids
+            .iter()
+            .filter(|(_, pid)| Path::new(&format!("/proc/{pid}/exe")).exists())
+            .collect();
         alive.is_empty().then_some(()).ok_or(format!("{alive:?}"))
     });
     let mut up = up;

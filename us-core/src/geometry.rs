@@ -34,7 +34,9 @@ pub struct Code {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum GeometryError {
     /// Outside 1 ≤ s, s + r ≤ 255.
-    #[error("a code needs at least one data fragment and at most 255 fragments in all, not {s}+{r}")]
+    #[error(
+        "a code needs at least one data fragment and at most 255 fragments in all, not {s}+{r}"
+    )]
     Code {
         /// Data fragments asked for.
         s: usize,

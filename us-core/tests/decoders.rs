@@ -19,7 +19,7 @@ fn seeds(target: &str) -> Vec<Vec<u8>> {
     let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../fuzz/seeds").join(target);
     let files = std::fs::read_dir(&folder)
         .unwrap_or_else(|error| panic!("seeds of {target}: {error}"))
-        .map(|file| std::fs::read(file.unwrap().path()).unwrap());
+        .map(|file| std::fs::read(file.expect("a seed").path()).expect("a seed"));
     files.collect()
 }
 

@@ -8,6 +8,8 @@
 //! A new format gets its sample by `cargo test -p us-core --test golden -- --ignored`, which
 //! writes what is missing and never overwrites.
 
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::PathBuf;

@@ -290,7 +290,12 @@ impl Shared {
             }
         };
         tracing::error!(reason = text, "the session with the directory ended");
-        self.lock().core.end(text);
+        self.end(text);
+    }
+
+    /// From now on everything fails, and whoever waits is told so.
+    pub fn end(&self, why: String) {
+        self.lock().core.end(why);
         self.signal();
         self.durable.send_modify(|_| {});
     }

@@ -106,6 +106,11 @@ pub(crate) async fn run(
             };
             shared.disconnected();
             match broken {
+                SessionError::Ended { reason, .. }
+                    if reason == v1::EndReason::Closed.as_str_name() =>
+                {
+                    return shared.end("closed".to_owned());
+                }
                 SessionError::Ended { .. } | SessionError::Protocol { .. } => {
                     shared.session_ended(&broken.to_string()).await;
                     return;

@@ -32,6 +32,8 @@ struct Inner {
     outlets: HashMap<ConnId, mpsc::UnboundedSender<v1::SessionDown>>,
     next_conn: u64,
     run: u64,
+    /// The providers have said hello: only then they may report.
+    joined: bool,
     /// What was said lately, for a test that fails.
     trace: VecDeque<String>,
 }
@@ -39,8 +41,11 @@ struct Inner {
 impl Inner {
     fn trace(&mut self, mut said: String) {
         said.truncate((0..=400).rev().find(|at| said.is_char_boundary(*at)).unwrap_or(0));
+        if said.contains("Renew") || said.contains("Placements") {
+            return;
+        }
         self.trace.push_back(said);
-        if self.trace.len() > 120 {
+        if self.trace.len() > 200 {
             self.trace.pop_front();
         }
     }
@@ -88,6 +93,7 @@ impl TestDirectory {
             outlets: HashMap::new(),
             next_conn: 1,
             run: 0,
+            joined: false,
             trace: VecDeque::new(),
         };
         let directory = Self {
@@ -129,6 +135,7 @@ impl TestDirectory {
             let up = v1::ProviderUp { event: Some(ProviderSays::Hello(hello)) };
             self.step(Event::Provider { conn, up });
         }
+        self.inner.lock().joined = true;
         self.settle();
     }
 
@@ -137,6 +144,9 @@ impl TestDirectory {
     }
 
     fn report_providers(&self) {
+        if !self.inner.lock().joined {
+            return;
+        }
         for number in 1..=PROVIDERS {
             let up = v1::ProviderUp { event: Some(ProviderSays::Report(report())) };
             self.step(Event::Provider { conn: self.provider_conn(number), up });
@@ -161,8 +171,14 @@ impl TestDirectory {
                         let _ = outlet.send(down);
                     }
                 }
-                Effect::End { conn } => drop(inner.outlets.remove(&conn)),
-                Effect::Provider { .. } | Effect::Answer { .. } => {}
+                Effect::End { conn } => {
+                    inner.trace(format!("{} end {conn:?}", at.now_ms));
+                    inner.outlets.remove(&conn);
+                }
+                Effect::Provider { conn, down } => {
+                    inner.trace(format!("{} provider {conn:?} {down:?}", at.now_ms));
+                }
+                Effect::Answer { .. } => {}
             }
         }
     }
@@ -191,6 +207,7 @@ impl TestDirectory {
             inner.history = history;
             inner.outlets.clear();
             inner.run += 1;
+            inner.joined = false;
             inner.trace("restart".to_owned());
         }
         self.join_providers();
