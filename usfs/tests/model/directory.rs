@@ -32,6 +32,8 @@ struct Inner {
     outlets: HashMap<ConnId, mpsc::UnboundedSender<v1::SessionDown>>,
     next_conn: u64,
     run: u64,
+    /// What each provider was given to prove itself with at its next hello.
+    cookies: HashMap<u64, bytes::Bytes>,
     /// The providers have said hello: only then they may report.
     joined: bool,
     /// What was said lately, for a test that fails.
@@ -93,6 +95,7 @@ impl TestDirectory {
             outlets: HashMap::new(),
             next_conn: 1,
             run: 0,
+            cookies: HashMap::new(),
             joined: false,
             trace: VecDeque::new(),
         };
@@ -129,6 +132,7 @@ impl TestDirectory {
             let hello = v1::ProviderHello {
                 address: format!("test:{number}"),
                 store: vec![number as u8; 16].into(),
+                cookie: self.inner.lock().cookies.get(&number).cloned().unwrap_or_default(),
                 report: Some(report()),
                 ..Default::default()
             };
@@ -177,6 +181,9 @@ impl TestDirectory {
                 }
                 Effect::Provider { conn, down } => {
                     inner.trace(format!("{} provider {conn:?} {down:?}", at.now_ms));
+                    if let Some(v1::provider_down::Event::Welcome(welcome)) = down.event {
+                        inner.cookies.insert(conn.0 % 100, welcome.cookie);
+                    }
                 }
                 Effect::Answer { .. } => {}
             }
