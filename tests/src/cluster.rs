@@ -33,7 +33,9 @@ pub fn programs() -> &'static Path {
         }
         let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
         let mut build = Command::new(cargo);
-        build.args(["build", "--quiet", "--workspace", "--bins"]);
+        // With the tests, because that is what `cargo test --workspace` has built already: without
+        // them features differ, and half the workspace would be compiled once more.
+        build.args(["build", "--quiet", "--workspace", "--bins", "--tests"]);
         if !cfg!(debug_assertions) {
             build.arg("--release");
         }

@@ -139,7 +139,8 @@ impl Gather {
         Ok(())
     }
 
-    /// Tells the directory about damage, and remembers who did not answer.
+    /// Tells the directory about damage, and remembers who did not answer. A fragment that is not
+    /// there and was never said to be durable is still on its way: no damage.
     pub fn report(self) {
         for (fragment, asked) in &self.asked {
             if asked.iter().any(|asked| asked.late) {
@@ -147,7 +148,9 @@ impl Gather {
             }
         }
         for (fragment, failure) in self.lost {
-            if failure.is_damage() {
+            let on_its_way =
+                failure == FragmentFailure::NotFound && !self.info.durable.contains(fragment);
+            if failure.is_damage() && !on_its_way {
                 let (provider, block) = (self.info.providers[fragment], self.info.id);
                 tracing::warn!(%block, fragment, %provider, %failure, "fragment damaged");
                 let fragment = self.info.fragment(fragment);
@@ -233,6 +236,9 @@ impl Gather {
                     fresh.geometry == self.info.geometry
                         && fresh.providers.len() == self.info.providers.len()
                 });
+                if let Some(fresh) = &moved {
+                    self.info.durable = fresh.durable;
+                }
                 match moved {
                     Some(fresh) if fresh.providers[fragment] != place => {
                         self.info = fresh;

@@ -66,7 +66,9 @@ impl World {
         let content = random_bytes(bytes, bytes as u64);
         let pieces = content.chunks(10_007).map(Bytes::copy_from_slice).collect();
         let mut stored = self.disk.store(pieces, Instant::now() + 60 * SECOND).await.unwrap();
-        while stored.late.next().await.is_some() {}
+        while let Some(durable) = stored.late.next().await {
+            stored.info.durable = durable;
+        }
         self.directory.commit(stored.info.clone());
         (stored.info, content)
     }
@@ -221,6 +223,20 @@ async fn a_moved_block_is_located_once_more_before_it_counts_as_damage() {
     stale.providers = places.into();
     let disk = world.fresh_disk();
     assert!(read_all(&disk, &stale).await.unwrap() == content);
+    disk.close().await;
+    assert_eq!(world.directory.damage(), []);
+}
+
+/// A reader that came before the last put had arrived reported the fragment as damaged.
+#[tokio::test(start_paused = true)]
+async fn a_fragment_on_its_way_is_no_damage() {
+    let world = World::new(4, 2, 6);
+    let (mut block, content) = world.store(100_000).await;
+    block.durable.remove(1);
+    world.directory.commit(block.clone());
+    world.providers.remove(block.providers[1], block.fragment(1));
+    let disk = world.fresh_disk();
+    assert!(read_all(&disk, &block).await.unwrap() == content);
     disk.close().await;
     assert_eq!(world.directory.damage(), []);
 }
