@@ -19,6 +19,10 @@ pub const PATIENCE: Duration = Duration::from_secs(60);
 /// Short leases, so that a fence takes seconds.
 const LEASE_MS: &str = "3000";
 const FENCE_MS: &str = "5000";
+/// What a mount that ended did not report, the directory asks of providers this soon.
+const SETTLE_MS: &str = "3000";
+/// How long the slowest path to "settled" may take.
+const SETTLED: Duration = Duration::from_secs(180);
 
 /// The folder of the programs under test: `US_TEST_PROGRAMS` where it is set (installed ones), else
 /// those of this workspace, built first, once a test process.
@@ -263,7 +267,7 @@ impl Cluster {
             .map_or_else(|_| "127.0.0.1:0".to_string(), |text| text.trim().to_string());
         let mut command = self.program("us-directory");
         command.args(["run", "--data", &self.at("directory"), "--listen", &listen]);
-        command.args(["--lease-ms", LEASE_MS, "--fence-ms", FENCE_MS]);
+        command.args(["--lease-ms", LEASE_MS, "--fence-ms", FENCE_MS, "--settle-ms", SETTLE_MS]);
         let log = self.at("directory.log");
         let mut running = Running::start("us-directory", command, Path::new(&log));
         poll::until("the directory to listen", PATIENCE, || {
@@ -388,7 +392,7 @@ impl Cluster {
 
     /// Waits until `status` says that every fragment of every block is durable.
     pub fn wait_settled(&self) {
-        poll::until("status to say settled", PATIENCE, || {
+        poll::until("status to say settled", SETTLED, || {
             let status = self.status()?;
             let settled = status["counting"] == false && status["blocks"]["unsettled"] == 0;
             settled.then_some(()).ok_or(status["blocks"].to_string())

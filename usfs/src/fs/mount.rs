@@ -26,6 +26,8 @@ use crate::session::{DirectoryLink, SessionError, stream};
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(120);
 /// How long the directory may take to say goodbye.
 const GOODBYE_TIMEOUT: Duration = Duration::from_secs(3);
+/// How long an unmount waits for fragments beyond the write margin.
+const SETTLING_TIMEOUT: Duration = Duration::from_secs(5);
 /// How often inodes nobody uses are looked for.
 const EVICT_EVERY: Duration = Duration::from_secs(5);
 /// Inodes cached without being used.
@@ -229,6 +231,10 @@ impl Fs {
                 }
             }
         }
+        // Fragments still on their way: what is not reported now the directory asks of their
+        // providers later, and status would say "unsettled" until then.
+        shared.settling.close();
+        let _ = tokio::time::timeout(SETTLING_TIMEOUT, shared.settling.wait()).await;
         self.wait_durable().await
     }
 

@@ -67,6 +67,8 @@ pub(crate) struct Shared {
     pub blocks: Arc<Blocks>,
     pub swarm: Arc<dyn SwarmNews>,
     pub tasks: TaskTracker,
+    /// Tasks that report late fragments.
+    pub settling: TaskTracker,
     pub stop: CancellationToken,
     pub rescue_dir: PathBuf,
     pub volume_name: String,
@@ -105,6 +107,7 @@ impl Shared {
             blocks: parts.blocks,
             swarm: parts.swarm,
             tasks: TaskTracker::new(),
+            settling: TaskTracker::new(),
             stop: CancellationToken::new(),
             rescue_dir: parts.rescue_dir,
             volume_name: parts.volume_name,

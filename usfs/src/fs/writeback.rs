@@ -105,7 +105,7 @@ async fn store(shared: &Arc<Shared>, plan: SealPlan) {
         let fragments = info.geometry.code().fragments();
         if info.durable.count() < fragments {
             let shared_too = Arc::clone(shared);
-            shared.tasks.spawn(async move {
+            shared.settling.spawn(async move {
                 report_late(&shared_too, info.id, fragments, late).await;
             });
         }
