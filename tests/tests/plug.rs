@@ -78,8 +78,11 @@ fn what_fsync_acknowledged_survives_pulled_plugs() {
         eprintln!("round {round}: {} files acknowledged", manifest.files() - before);
     }
     assert!(manifest.files() > 0, "the load did nothing");
-    poll::until("the swarm to be whole", PATIENCE, || match cluster.status_code() {
-        0 => Ok(()),
+    // A put that its provider's death cut short may be missing for good, within the margin: status
+    // says "degraded" then. Nothing may wait or be lost.
+    cluster.wait_settled();
+    poll::until("everything to be readable", PATIENCE, || match cluster.status_code() {
+        0 | 1 => Ok(()),
         code => Err(format!("status {code}: {:?}", cluster.status())),
     });
     mount.unmount();
