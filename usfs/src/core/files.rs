@@ -147,7 +147,7 @@ impl Core {
         if bytes.is_empty() {
             return Ok(0);
         }
-        if let Some(error) = self.no_space() {
+        if let Some(error) = self.no_space(now) {
             return Err(error.into());
         }
         if !self.has_space(bytes.len()) {

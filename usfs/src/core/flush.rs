@@ -120,9 +120,12 @@ impl Core {
         held == 0 || held + bytes as u64 <= self.config.dirty_bytes_max as u64
     }
 
-    /// What a write answers while the swarm is full: as long as earlier bytes wait for space.
-    pub(super) fn no_space(&self) -> Option<FsError> {
-        let full = self.dirty.failing.as_ref().filter(|_| self.uncommitted_bytes() > 0);
+    /// What a write answers while the swarm is full: as long as earlier bytes wait for space, and
+    /// until it is time to try again.
+    pub(super) fn no_space(&self, now: Now) -> Option<FsError> {
+        let waits = self.uncommitted_bytes() > 0
+            && self.dirty.retry_at.is_some_and(|retry_at| now.boot < retry_at);
+        let full = self.dirty.failing.as_ref().filter(|_| waits);
         full.filter(|error| matches!(error, FsError::NoSpace(_))).cloned()
     }
 
