@@ -4,3 +4,6 @@
 //! by path and run the targets without a fuzzer.
 
 pub mod us_core;
+pub mod us_directory;
+pub mod us_provider;
+pub mod usfs;

@@ -6,6 +6,8 @@
 //! `fuzz_targets/` run them under libFuzzer.
 
 use bytes::Bytes;
+use us_core::daemon::logging::RequestId;
+use us_core::daemon::size::Size;
 use us_core::fragment::{
     FingerprintKind, FingerprintList, FragmentHeader, FragmentRecord, FragmentTrailer,
     HEADER_BYTES, MAGIC, crc32c,
@@ -14,18 +16,24 @@ use us_core::geometry::{BlockGeometry, Code, PAGE_SIZES};
 use us_core::ids::{Birth, BlockId, FragmentId, Ino, VolumeId};
 use us_core::name::NameKey;
 use us_core::seal::{BlockOpener, KEY_BYTES, VolumeKey};
+use us_core::tls::PeerIdentity;
+use us_core::wire::decoders::reencode;
+use us_core::wire::{FRAME_BYTES_MAX, HEADER_BYTES as FRAME_HEADER_BYTES};
 
 /// A decoder's target, by the name under which its seeds lie in `fuzz/seeds/`.
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets of this file.
-pub const TARGETS: [Target; 6] = [
+pub const TARGETS: [Target; 9] = [
     ("fragment_header", fragment_header),
     ("fragment_trailer", fragment_trailer),
     ("fragment_record", fragment_record),
     ("sealed_page", sealed_page),
     ("sealed_name", sealed_name),
     ("ids", ids),
+    ("frame", frame),
+    ("certificate", certificate),
+    ("texts", texts),
 ];
 
 /// A header as it comes, and once more with magic, version and sum put right, so that the fields
@@ -152,5 +160,48 @@ pub fn ids(bytes: &[u8]) {
     }
     if let Ok(code) = text.parse::<Code>() {
         assert_eq!(code.to_string().parse(), Ok(code));
+    }
+}
+
+/// A frame as it comes, and once more with magic, reserved bytes and lengths put right, as each end
+/// of a connection reads it.
+pub fn frame(bytes: &[u8]) {
+    frame_of(bytes);
+    let Some((header, rest)) = bytes.split_first_chunk::<FRAME_HEADER_BYTES>() else { return };
+    let head_bytes = usize::from(header[16]).min(rest.len());
+    let mut mended = *header;
+    mended[..4].copy_from_slice(b"USB1");
+    mended[4] = 1 + mended[4] % 8;
+    mended[5..8].fill(0);
+    mended[16..20].copy_from_slice(&(head_bytes as u32).to_le_bytes());
+    mended[20..].fill(0);
+    frame_of(&[&mended, rest].concat());
+    mended[20..].copy_from_slice(&((rest.len() - head_bytes) as u32).to_le_bytes());
+    frame_of(&[&mended, rest].concat());
+}
+
+fn frame_of(bytes: &[u8]) {
+    for at_server in [true, false] {
+        let Ok(frame) = reencode(bytes, at_server) else { continue };
+        assert!(frame.len() <= FRAME_BYTES_MAX);
+        assert_eq!(reencode(&frame, at_server).as_ref(), Ok(&frame));
+    }
+}
+
+/// A peer's certificate, as it is read after TLS has verified it.
+pub fn certificate(bytes: &[u8]) {
+    if let Ok(peer) = PeerIdentity::from_certificate(&bytes.into()) {
+        assert!(!peer.to_string().is_empty());
+    }
+}
+
+/// Sizes and request numbers, as flags and files give them.
+pub fn texts(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else { return };
+    if let Ok(size) = text.parse::<Size>() {
+        let _ = size.to_string();
+    }
+    if let Ok(request) = text.parse::<RequestId>() {
+        assert_eq!(request.to_string().parse(), Ok(request));
     }
 }

@@ -52,6 +52,12 @@ pub mod unsecured {
     pub use super::served::serve_plain;
 }
 
+#[doc(hidden)]
+pub mod decoders {
+    //! The frame codec, for the fuzzer: no program calls it from outside.
+    pub use super::frame::reencode;
+}
+
 /// The largest gRPC message: a whole fragment and what goes with it.
 pub const GRPC_MESSAGE_BYTES_MAX: usize = FRAME_BYTES_MAX;
 /// A TCP connection and its TLS handshake must be complete after this time.

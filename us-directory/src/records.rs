@@ -114,7 +114,7 @@ pub struct ExtentRecord {
 impl ExtentRecord {
     /// The first byte behind it, within the chunk.
     pub fn end(&self) -> u32 {
-        self.offset + self.length
+        self.offset.saturating_add(self.length)
     }
 }
 

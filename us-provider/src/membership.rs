@@ -26,7 +26,9 @@ use us_proto::v1::{
 
 use crate::service::{id_of, wire_id};
 
-pub use files::{FileError, Joined, MembershipFiles, decode_joined, decode_root, encode_root};
+pub use files::{
+    FileError, Joined, MembershipFiles, decode_joined, decode_root, encode_joined, encode_root,
+};
 pub(crate) use link::report;
 pub use link::{LinkConfig, LinkEnd, run};
 

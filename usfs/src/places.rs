@@ -6,6 +6,7 @@
 //! running   /run/us as root, else $XDG_RUNTIME_DIR/us, else /tmp/us-UID
 //! ```
 
+use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -108,6 +109,11 @@ impl UpRecord {
         }
     }
 
+    /// Reads what [`UpRecord::publish`] wrote; `None` for another text.
+    pub fn parse(text: &[u8]) -> Option<Self> {
+        serde_json::from_slice(text).ok()
+    }
+
     /// The `usfs up` of this machine: the one whose state `US_DATA` names, else the one that runs,
     /// else the one of the usual place.
     pub fn find() -> Option<Self> {
@@ -120,7 +126,12 @@ impl UpRecord {
 }
 
 fn read_record(path: &Path) -> Option<UpRecord> {
-    serde_json::from_slice(&std::fs::read(path).ok()?).ok()
+    UpRecord::parse(&std::fs::read(path).ok()?)
+}
+
+/// The processes of a `usfs up`, by name: what its file `pids` holds. `None` for another text.
+pub fn parse_pids(text: &[u8]) -> Option<BTreeMap<String, i32>> {
+    serde_json::from_slice(text).ok()
 }
 
 #[cfg(test)]

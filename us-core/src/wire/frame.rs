@@ -296,6 +296,23 @@ impl Frame {
     }
 }
 
+/// Decodes the whole frame at the start of `bytes`, as the server's end reads it or the client's,
+/// and encodes it again: what a decoder's test compares.
+///
+/// # Errors
+/// [`FrameError`]; [`FrameError::Truncated`] where `bytes` end too early.
+pub fn reencode(bytes: &[u8], at_server: bool) -> Result<Vec<u8>, FrameError> {
+    let side = if at_server { Side::Server } else { Side::Client };
+    let (header, rest) = bytes.split_first_chunk().ok_or(FrameError::Truncated)?;
+    let header = Header::decode(header, side)?;
+    let head_bytes = header.head_bytes as usize;
+    let (head, rest) = rest.split_at_checked(head_bytes).ok_or(FrameError::Truncated)?;
+    let body = rest.get(..header.body_bytes as usize).ok_or(FrameError::Truncated)?;
+    let frame = Frame::decode(&header, head, Bytes::copy_from_slice(body))?;
+    let (front, body) = frame.encode(&mut BytesMut::new())?;
+    Ok([front, body].concat())
+}
+
 /// Whether a get's number of items is possible.
 pub(crate) fn check_items(get: &GetRequest) -> Result<(), FrameError> {
     let items = get.items.len();

@@ -26,10 +26,11 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
-use crc_fast::{CrcAlgorithm, checksum};
+use crc_fast::{CrcAlgorithm, Digest, checksum};
 
 use super::{KEY_BYTES_MAX, Seq, StoreError, VALUE_BYTES_MAX, WriteBatch};
 
@@ -65,6 +66,15 @@ fn crc(bytes: &[u8]) -> u32 {
     checksum(CrcAlgorithm::Crc32Iscsi, bytes) as u32
 }
 
+/// The CRC of `bytes` as if those of `field` were zero, without a copy.
+fn crc_without(bytes: &[u8], field: Range<usize>) -> u32 {
+    let mut digest = Digest::new(CrcAlgorithm::Crc32Iscsi);
+    digest.update(&bytes[..field.start]);
+    digest.update(&[0; 4][..field.len()]);
+    digest.update(&bytes[field.end..]);
+    digest.finalize() as u32
+}
+
 /// The body of a batch.
 pub fn encode_body(batch: &WriteBatch) -> Vec<u8> {
     let bytes: usize =
@@ -81,9 +91,10 @@ pub fn encode_body(batch: &WriteBatch) -> Vec<u8> {
     body
 }
 
-/// The batch of a body; `None` when it is none.
+/// The batch of a body; `None` when it is none: its keys do not ascend, or it is not all there.
 pub fn decode_body(body: &Bytes) -> Option<WriteBatch> {
     let mut batch = WriteBatch::new();
+    let mut last: Option<Bytes> = None;
     let writes = u32_at(body, 0)?;
     let mut at = 4;
     for _ in 0..writes {
@@ -95,6 +106,10 @@ pub fn decode_body(body: &Bytes) -> Option<WriteBatch> {
         }
         let key = body.slice(at..at + key_bytes);
         at += key_bytes;
+        if last.as_ref().is_some_and(|last| *last >= key) {
+            return None;
+        }
+        last = Some(key.clone());
         if value_bytes == REMOVED {
             batch.delete(key);
             continue;
@@ -122,7 +137,9 @@ pub fn encode_header(tag: FileTag, first_seq: Seq) -> [u8; FILE_HEADER_BYTES] {
     header
 }
 
-fn decode_header(bytes: &[u8]) -> Option<(FileTag, Seq)> {
+/// The header at the start of `bytes`, and the record its file begins with; `None` when it does not
+/// hold.
+pub fn decode_header(bytes: &[u8]) -> Option<(FileTag, Seq)> {
     let mut header: [u8; FILE_HEADER_BYTES] = bytes.get(..FILE_HEADER_BYTES)?.try_into().ok()?;
     let sum = u32_at(&header, 12)?;
     header[12..16].fill(0);
@@ -152,7 +169,7 @@ pub fn encode_record(out: &mut Vec<u8>, tag: FileTag, seq: Seq, synced: Seq, bod
 struct Record {
     seq: Seq,
     synced: Seq,
-    body: std::ops::Range<usize>,
+    body: Range<usize>,
     end: usize,
 }
 
@@ -168,9 +185,7 @@ fn decode_record(bytes: &[u8], at: usize, tag: FileTag) -> Option<Record> {
         return None;
     }
     let body = at + RECORD_HEADER_BYTES..at + RECORD_HEADER_BYTES + body_bytes;
-    let mut whole = bytes.get(at..body.end)?.to_vec();
-    whole[8..12].fill(0);
-    if crc(&whole) != u32_at(header, 8)? {
+    if crc_without(bytes.get(at..body.end)?, 8..12) != u32_at(header, 8)? {
         return None;
     }
     let end = body.end.next_multiple_of(8);
@@ -201,14 +216,27 @@ pub fn read_file(
     let mut bytes = Vec::new();
     let mut file = File::open(path).map_err(|error| StoreError::io("open", path, error))?;
     file.read_to_end(&mut bytes).map_err(|error| StoreError::io("read", path, error))?;
-    let bytes = Bytes::from(bytes);
+    replay(&bytes.into(), path, first_seq, needed, last)
+}
+
+/// [`read_file`] of a file's bytes; `path` is for errors.
+///
+/// # Errors
+/// [`StoreError::Damaged`].
+pub fn replay(
+    bytes: &Bytes,
+    path: &Path,
+    first_seq: Seq,
+    needed: Seq,
+    last: bool,
+) -> Result<Replayed, StoreError> {
     let damaged = |offset: usize, seq: Seq, detail: &'static str| StoreError::Damaged {
         path: path.display().to_string(),
         offset: offset as u64,
         seq,
         detail,
     };
-    let Some((tag, named_seq)) = decode_header(&bytes) else {
+    let Some((tag, named_seq)) = decode_header(bytes) else {
         // The header is synced before the first record is written.
         if last && bytes.len() <= FILE_HEADER_BYTES {
             return Ok(Replayed { torn_bytes: bytes.len() as u64, ..Default::default() });
@@ -221,11 +249,11 @@ pub fn read_file(
     let (mut at, mut expected) = (FILE_HEADER_BYTES, first_seq);
     let mut batches = Vec::new();
     while at < bytes.len() {
-        let Some(record) = decode_record(&bytes, at, tag) else {
+        let Some(record) = decode_record(bytes, at, tag) else {
             if !last {
                 return Err(damaged(at, expected, "a record does not hold, and files follow"));
             }
-            if is_witnessed(&bytes, at, tag, expected) {
+            if is_witnessed(bytes, at, tag, expected) {
                 return Err(damaged(at, expected, "a record does not hold that was durable"));
             }
             break;

@@ -18,7 +18,8 @@ impl Pressure {
 pub fn parse_pressure(text: &str) -> Option<Pressure> {
     let line = text.lines().find_map(|line| line.strip_prefix("some "))?;
     let value = line.split_whitespace().find_map(|field| field.strip_prefix("avg10="))?;
-    Some(Pressure { some_percent: value.parse().ok()? })
+    let some_percent = value.parse().ok().filter(|percent: &f64| percent.is_finite())?;
+    Some(Pressure { some_percent })
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! What a provider remembers of its directory: two small files, each replaced whole.
 
-use std::io;
+use std::fs::File;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
@@ -13,6 +14,8 @@ const ROOT_MAGIC: [u8; 8] = *b"UsRoot\x01\x00";
 const JOINED_MAGIC: [u8; 8] = *b"UsJoin\x01\x00";
 /// The most bytes a cookie, a cluster id or a root may have.
 const FIELD_BYTES_MAX: usize = 1 << 20;
+/// The most bytes of a file: two fields, and less than this beside them.
+const FILE_BYTES_MAX: usize = 2 * FIELD_BYTES_MAX + 64;
 
 /// Who we are to the directory.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -112,7 +115,13 @@ impl MembershipFiles {
 }
 
 fn read(path: &Path) -> Result<Option<Vec<u8>>, FileError> {
-    match std::fs::read(path) {
+    let read = File::open(path).and_then(|file| {
+        let mut bytes = Vec::new();
+        file.take(FILE_BYTES_MAX as u64 + 1).read_to_end(&mut bytes)?;
+        Ok(bytes)
+    });
+    match read {
+        // A longer file is none of ours, and its sum does not hold.
         Ok(bytes) => Ok(Some(bytes)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(source) => Err(FileError::Io { action: "read", path: path.to_owned(), source }),
@@ -135,7 +144,8 @@ pub fn decode_root(bytes: &[u8]) -> Option<(u64, Bytes)> {
     content.is_empty().then_some((sequence, root))
 }
 
-fn encode_joined(joined: &Joined) -> Vec<u8> {
+/// The bytes of the file `membership`: magic, number, cookie and cluster, CRC-32C of it all.
+pub fn encode_joined(joined: &Joined) -> Vec<u8> {
     let mut bytes = JOINED_MAGIC.to_vec();
     bytes.extend_from_slice(&joined.provider.to_le_bytes());
     push_field(&mut bytes, &joined.cookie);
@@ -159,6 +169,9 @@ fn push_field(bytes: &mut Vec<u8>, field: &[u8]) {
 
 fn take_field(content: &mut &[u8]) -> Option<Bytes> {
     let length = u32::from_le_bytes(*content.split_off(..4)?.first_chunk()?) as usize;
+    if length > FIELD_BYTES_MAX {
+        return None;
+    }
     content.split_off(..length).map(Bytes::copy_from_slice)
 }
 
@@ -169,6 +182,9 @@ fn seal(mut bytes: Vec<u8>) -> Vec<u8> {
 }
 
 fn unseal(bytes: &[u8]) -> Option<&[u8]> {
+    if bytes.len() > FILE_BYTES_MAX {
+        return None;
+    }
     let (content, sum) = bytes.split_last_chunk()?;
     (crc32c(content) == u32::from_le_bytes(*sum)).then_some(content)
 }

@@ -248,9 +248,10 @@ pub fn encode_control(ids: &[FragmentId]) -> Vec<u8> {
     ids.iter().flat_map(|id| id.to_key()).collect()
 }
 
-/// Reads the payload of a control record; `None` unless it is a whole number of keys.
+/// Reads the payload of a control record; `None` unless it is a whole number of keys, at most
+/// [`CONTROL_IDS_MAX`] of them.
 pub fn decode_control(payload: &[u8]) -> Option<Vec<FragmentId>> {
-    if !payload.len().is_multiple_of(KEY_BYTES) {
+    if !payload.len().is_multiple_of(KEY_BYTES) || payload.len() > CONTROL_IDS_MAX * KEY_BYTES {
         return None;
     }
     payload.chunks_exact(KEY_BYTES).map(FragmentId::from_key).collect()

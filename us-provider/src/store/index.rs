@@ -69,7 +69,8 @@ impl Entry {
         padded_bytes(self.payload_bytes)
     }
 
-    fn encode(&self) -> Vec<u8> {
+    /// The entry's value in the index.
+    pub fn encode(&self) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(61);
         bytes.extend_from_slice(&self.place.segment.to_le_bytes());
         bytes.extend_from_slice(&self.place.offset.to_le_bytes());
@@ -94,9 +95,17 @@ impl Entry {
             volume: VolumeId::from_bytes(fields.take()?),
             birth: Birth(fields.u64()?),
             trashed_at_s: fields.u64()?,
-            damaged: fields.take::<1>()? != [0],
+            damaged: flag(fields.take()?)?,
         };
         fields.0.is_empty().then_some(entry)
+    }
+}
+
+const fn flag([byte]: [u8; 1]) -> Option<bool> {
+    match byte {
+        0 => Some(false),
+        1 => Some(true),
+        _ => None,
     }
 }
 
@@ -112,7 +121,8 @@ pub struct Mark {
 }
 
 impl Mark {
-    fn encode(&self) -> Vec<u8> {
+    /// The mark's value in the index.
+    pub fn encode(&self) -> Vec<u8> {
         let mut bytes = self.place.segment.to_le_bytes().to_vec();
         for value in [self.place.offset, self.next_seq, self.fragments] {
             bytes.extend_from_slice(&value.to_le_bytes());
@@ -120,7 +130,8 @@ impl Mark {
         bytes
     }
 
-    fn decode(bytes: &[u8]) -> Option<Self> {
+    /// Reads the mark's value; `None` for bytes that [`Index`] never writes.
+    pub fn decode(bytes: &[u8]) -> Option<Self> {
         let mut fields = Fields(bytes);
         let mark = Self {
             place: Place { segment: fields.u32()?, offset: fields.u64()? },

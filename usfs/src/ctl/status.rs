@@ -11,7 +11,7 @@ use us_proto::v1;
 use super::connect::{Admin, Target, connect};
 use super::json::{Pids, health_word};
 use super::{EXIT_UNREACHABLE, JsonArgs, json, table};
-use crate::places::UpRecord;
+use crate::places::{self, UpRecord};
 
 /// Columns of the longest bar.
 const BAR_COLUMNS: u64 = 30;
@@ -86,7 +86,7 @@ fn exit_code(health: v1::Health) -> ExitCode {
 pub(super) fn local_pids() -> Pids {
     UpRecord::find()
         .and_then(|up| std::fs::read(up.data.join("pids")).ok())
-        .and_then(|text| serde_json::from_slice(&text).ok())
+        .and_then(|text| places::parse_pids(&text))
         .unwrap_or_default()
 }
 

@@ -52,7 +52,8 @@ pub fn mount_of(path: &Path) -> io::Result<Option<MountEntry>> {
     Ok(covering.max_by_key(|entry| entry.point.components().count()))
 }
 
-fn parse_mount(line: &str) -> Option<MountEntry> {
+/// Reads a line of `/proc/self/mountinfo`; `None` for another text.
+pub fn parse_mount(line: &str) -> Option<MountEntry> {
     let (place, what) = line.split_once(" - ")?;
     let mut place = place.split(' ').skip(2);
     let device = place.next()?.to_owned();

@@ -1,0 +1,4 @@
+//! See `index_value` in src/us_provider.rs.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| us_fuzz::us_provider::index_value(bytes));

@@ -1,0 +1,4 @@
+//! See `up_files` in src/usfs.rs.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| us_fuzz::usfs::up_files(bytes));
