@@ -341,7 +341,7 @@ fn wanted(bytes: usize) -> GetRequest {
     let fragment = Some(FragmentId { block: Bytes::from_static(&[7; 16]), index: 0 });
     let slots = (bytes / SLOT_BYTES) as u32;
     GetRequest {
-        items: vec![GetItem { fragment, first_slot: 0, slots, trailer: false }],
+        items: vec![GetItem { fragment, first_slot: 0, slots, trailer: false, trace: 0 }],
         ..GetRequest::default()
     }
 }

@@ -96,7 +96,6 @@ impl Running {
         let output = File::options().create(true).append(true).open(log).expect("a log");
         let errors = output.try_clone().expect("a log");
         command.stdin(Stdio::null()).stdout(output).stderr(errors);
-        command.env("US_LOG", std::env::var("US_LOG").unwrap_or_else(|_| "info".into()));
         let child =
             command.spawn().unwrap_or_else(|error| panic!("{name} does not start: {error}"));
         Self { child, name: name.into() }
@@ -189,6 +188,7 @@ pub struct Cluster {
     directory: Option<Running>,
     providers: Vec<Option<Running>>,
     mounts_made: usize,
+    log_filter: String,
 }
 
 /// The one volume of a test cluster.
@@ -197,10 +197,21 @@ pub const VOLUME: &str = "disk";
 impl Cluster {
     /// Starts everything and makes the volume; ready when every provider is online.
     pub fn start(shape: Shape) -> Self {
+        Self::start_logging(shape, &std::env::var("US_LOG").unwrap_or_else(|_| "info".into()))
+    }
+
+    /// [`Cluster::start`] with programs that log what `log_filter` says.
+    pub fn start_logging(shape: Shape, log_filter: &str) -> Self {
         let root =
             tempfile::Builder::new().prefix("us-test-").tempdir().expect("a temporary folder");
-        let mut cluster =
-            Self { root, providers: Vec::new(), directory: None, mounts_made: 0, shape };
+        let mut cluster = Self {
+            root,
+            providers: Vec::new(),
+            directory: None,
+            mounts_made: 0,
+            shape,
+            log_filter: log_filter.to_string(),
+        };
         cluster.run_to_end("us-directory", &["init", "--data", &cluster.at("directory")]);
         cluster.start_directory();
         cluster.issue("client", "client");
@@ -231,7 +242,9 @@ impl Cluster {
     }
 
     fn program(&self, name: &str) -> Command {
-        Command::new(programs().join(name))
+        let mut command = Command::new(programs().join(name));
+        command.env("US_LOG", &self.log_filter);
+        command
     }
 
     fn run_to_end(&self, name: &str, arguments: &[&str]) -> String {
@@ -306,6 +319,16 @@ impl Cluster {
         self.providers[number].take().expect("it runs").kill();
     }
 
+    /// Holds provider `number` still (SIGSTOP): its connections stay, and nothing answers.
+    pub fn freeze_provider(&self, number: usize) {
+        self.providers[number].as_ref().expect("it runs").signal(Signal::STOP);
+    }
+
+    /// Lets a provider that was held still go on.
+    pub fn thaw_provider(&self, number: usize) {
+        self.providers[number].as_ref().expect("it runs").signal(Signal::CONT);
+    }
+
     /// Ends provider `number` as a shutdown would.
     pub fn stop_provider(&mut self, number: usize) {
         let status = self.providers[number].take().expect("it runs").stop();
@@ -317,18 +340,30 @@ impl Cluster {
     /// # Panics
     /// When it does not come up.
     pub fn mount(&mut self) -> Mount {
+        self.mount_with(&[])
+    }
+
+    /// [`Cluster::mount`] with more arguments to `usfs mount`.
+    ///
+    /// # Panics
+    /// When it does not come up.
+    pub fn mount_with(&mut self, arguments: &[&str]) -> Mount {
         let name = format!("mount{}", self.mounts_made);
         self.mounts_made += 1;
         let path = self.root.path().join(&name);
         fs::create_dir(&path).expect("a mount point");
-        self.mount_at(&path, &name)
+        self.mount_at_with(&path, &name, arguments)
     }
 
     /// Mounts the volume again where it was.
     pub fn mount_at(&self, path: &Path, name: &str) -> Mount {
+        self.mount_at_with(path, name, &[])
+    }
+
+    fn mount_at_with(&self, path: &Path, name: &str, arguments: &[&str]) -> Mount {
         let mut command = self.program("usfs");
         command.arg("mount").arg(format!("{}/{VOLUME}", self.directory_address())).arg(path);
-        command.args(["--identity", &self.at("identity-client")]);
+        command.args(["--identity", &self.at("identity-client")]).args(arguments);
         // Each mount keeps its own state in the cluster's folder.
         command.env("XDG_DATA_HOME", self.at("data")).env("US_DATA", self.at("data"));
         let log = self.at(&format!("{name}.log"));

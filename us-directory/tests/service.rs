@@ -152,7 +152,7 @@ async fn what_was_durable_is_there_after_a_restart() {
         })
         .await;
     let root_inode = || FetchInode { ino: 1, level: LeaseLevel::Exclusive as i32 };
-    let fetch = Fetch { request: 2, want: Some(Want::Inode(root_inode())) };
+    let fetch = Fetch { request: 2, want: Some(Want::Inode(root_inode())), trace: 0 };
     mount.say(Up::Fetch(fetch)).await;
     let create = Create {
         dir: 1,
@@ -163,7 +163,7 @@ async fn what_was_durable_is_there_after_a_restart() {
         ..Default::default()
     };
     let mutations = vec![Mutation { op: Some(Op::Create(create)) }];
-    mount.say(Up::Batch(Batch { number: 1, mutations })).await;
+    mount.say(Up::Batch(Batch { number: 1, mutations, traces: Vec::new() })).await;
     mount.say(Up::Sync(Sync {})).await;
     let durable = mount
         .hear(|down| match down {

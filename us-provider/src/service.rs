@@ -15,6 +15,8 @@ use futures::StreamExt;
 use futures::stream::{self, BoxStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tonic::{Request, Response, Status, Streaming};
+use us_core::daemon::logging::RequestId;
+use us_core::fragment::FragmentHeader;
 use us_core::ids::{BlockId, FragmentId};
 use us_core::tls::{PeerIdentity, Role};
 use us_core::wire::{BulkService, grpc_get, grpc_put, peer_of};
@@ -76,7 +78,12 @@ impl FragmentService {
             return (v1::FragmentStatus::Busy, "too many puts at once".to_owned());
         };
         let (begun, bytes) = (Instant::now(), request.record.len());
+        let trace = RequestId(request.trace);
+        let fragment = tracing::enabled!(tracing::Level::DEBUG).then(|| named(&request.record));
         let result = self.store.put(request.record).await;
+        if let Some(fragment) = fragment {
+            tracing::debug!(request = %trace, fragment, bytes, ?result, "put");
+        }
         metrics::histogram!("us_provider_put_seconds").record(begun.elapsed().as_secs_f64());
         match result {
             Ok(_) => {
@@ -104,7 +111,10 @@ impl FragmentService {
             slots: (asked.slots != 0).then_some(asked.slots as usize),
         };
         let begun = Instant::now();
+        let trace = RequestId(asked.trace);
         let result = self.blocking(move |store| store.read(request)).await;
+        let failure = result.as_ref().err();
+        tracing::debug!(request = %trace, fragment = %id, ?failure, "get");
         metrics::histogram!("us_provider_get_seconds").record(begun.elapsed().as_secs_f64());
         match result {
             Ok(read) => {
@@ -274,6 +284,12 @@ impl Fragments for FragmentService {
         let statuses = statuses.await.map_err(|error| Status::unavailable(error.to_string()))?;
         Ok(Response::new(v1::VerifyReply { statuses }))
     }
+}
+
+/// The fragment that a record says it is, for the log.
+fn named(record: &[u8]) -> String {
+    let header = FragmentHeader::decode(record);
+    header.map_or_else(|_| "damaged".to_owned(), |header| header.id().to_string())
 }
 
 fn verify_one(store: &Store, id: &v1::FragmentId) -> v1::FragmentStatus {

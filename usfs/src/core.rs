@@ -33,6 +33,7 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
+use us_core::daemon::logging::RequestId;
 use us_core::disk::BlockInfo;
 use us_core::geometry::Code;
 use us_core::ids::{BlockId, Ino};
@@ -165,7 +166,7 @@ pub struct Core {
     blocks: quick_cache::unsync::Cache<BlockId, Arc<BlockInfo>>,
     log: SessionLog,
     outbox: VecDeque<v1::session_up::Event>,
-    pending: HashMap<u64, Want>,
+    pending: HashMap<u64, (Want, RequestId)>,
     requests: HashMap<Want, u64>,
     requests_made: u64,
     inodes: std::ops::Range<u64>,

@@ -3,15 +3,16 @@
 //! `US_LOG` (or `--log`) chooses what is logged in the syntax of `tracing`'s filters, for example
 //! `info,us_core::disk=debug`. `--log-json` writes one JSON object a line.
 //!
-//! A request keeps one number on its whole way: the FUSE call makes a [`RequestId`], every span
-//! carries it as the field `request`, frames and gRPC messages carry it as their `request` or under
-//! [`RequestId::METADATA`]. To follow one: search the logs of all machines for its digits.
+//! A request keeps one id on its whole way: the FUSE call makes a [`RequestId`], events and spans
+//! carry it as the field `request`, messages to the directory and to providers as their `trace`
+//! (docs/wire.md). To follow one: log at `debug`, and search the logs of all machines for its digits.
 
 use std::fmt;
 use std::io::IsTerminal;
 use std::str::FromStr;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use tracing::Instrument;
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
@@ -84,8 +85,8 @@ pub fn abort_on_panic() {
 pub struct RequestId(pub u64);
 
 impl RequestId {
-    /// The gRPC metadata key that carries it.
-    pub const METADATA: &'static str = "us-request";
+    /// No request: what is done for nobody in particular.
+    pub const NONE: Self = Self(0);
 
     /// A new one: 32 bits of the process (random at its first use), then a count.
     pub fn next() -> Self {
@@ -95,7 +96,7 @@ impl RequestId {
             // Another thread that comes between takes a number without the random part: harmless.
             let mut random = [0u8; 4];
             let _ = getrandom::fill(&mut random);
-            next = u64::from(u32::from_le_bytes(random)) << 32;
+            next = u64::from(u32::from_le_bytes(random).max(1)) << 32;
             NEXT.fetch_add(next, Ordering::Relaxed);
         }
         Self(next)
@@ -108,14 +109,19 @@ tokio::task_local! {
 
 impl RequestId {
     /// Runs `work` as this request: inside it, [`RequestId::current`] knows the number. A task it
-    /// spawns must be given the number by hand.
+    /// spawns knows it only through [`RequestId::carried`].
     pub fn scope<F: Future>(self, work: F) -> impl Future<Output = F::Output> {
         CURRENT.scope(self, work)
     }
 
-    /// The request this code runs for, if it runs under [`RequestId::scope`].
-    pub fn current() -> Option<Self> {
-        CURRENT.try_with(|id| *id).ok()
+    /// Work for a task of its own that goes on being this request's, in its logs too.
+    pub fn carried<F: Future>(work: F) -> impl Future<Output = F::Output> {
+        CURRENT.scope(Self::current(), work.in_current_span())
+    }
+
+    /// The request this code runs for; [`RequestId::NONE`] outside of any.
+    pub fn current() -> Self {
+        CURRENT.try_with(|id| *id).unwrap_or(Self::NONE)
     }
 }
 
@@ -149,8 +155,11 @@ mod tests {
     #[tokio::test]
     async fn a_request_is_known_in_its_own_work_only() {
         let id = RequestId::next();
-        assert_eq!(id.scope(async { RequestId::current() }).await, Some(id));
-        assert_eq!(RequestId::current(), None);
+        assert_eq!(id.scope(async { RequestId::current() }).await, id);
+        assert_eq!(RequestId::current(), RequestId::NONE);
+        let spawn =
+            async { tokio::spawn(RequestId::carried(async { RequestId::current() })).await };
+        assert_eq!(id.scope(spawn).await.unwrap(), id, "a task of its own");
     }
 
     #[test]

@@ -25,6 +25,7 @@ use tokio::time::{Instant, timeout_at};
 use us_proto::v1::{self, FragmentStatus, GetItem, GetReply, GetRequest, PutRequest};
 
 use super::{FragmentFailure, FragmentTransport, SlotRange};
+use crate::daemon::logging::RequestId;
 use crate::fragment::FragmentRecord;
 use crate::ids::ProviderId;
 use crate::tls::{ExpectedPeer, Identity, KeyHash, Role};
@@ -114,6 +115,8 @@ struct Trouble {
 struct Waiting {
     slots: SlotRange,
     deadline: Instant,
+    /// Whom it is for.
+    request: RequestId,
     answer: oneshot::Sender<Result<Bytes, FragmentFailure>>,
 }
 
@@ -171,15 +174,19 @@ impl FragmentTransport for ProviderLinks {
         deadline: Instant,
     ) -> BoxFuture<'static, Result<(), FragmentFailure>> {
         let (inner, link) = (Arc::clone(&self.inner), self.link(provider));
+        let request = RequestId::current();
         async move {
             let link = link?;
             let lane = link.lanes.len() - 1;
             let client = link.client(&inner, lane, deadline).await?;
             let grant = inner.grant.read().clone();
-            let request = PutRequest { request: 0, grant, record: contiguous(&record) };
+            let (id, trace) = (record.header.id(), request.0);
+            let put = PutRequest { request: 0, grant, record: contiguous(&record), trace };
             drop(record);
-            let reply = client.put(request, deadline).await.map_err(|error| link.broke(&error))?;
-            status_result(reply.status(), reply.detail)
+            let reply = client.put(put, deadline).await.map_err(|error| link.broke(&error));
+            let result = reply.and_then(|reply| status_result(reply.status(), reply.detail));
+            tracing::debug!(%request, %provider, fragment = %id, ?result, "put");
+            result
         }
         .boxed()
     }
@@ -191,20 +198,24 @@ impl FragmentTransport for ProviderLinks {
         deadline: Instant,
     ) -> BoxFuture<'static, Result<Bytes, FragmentFailure>> {
         let link = self.link(provider);
+        let request = RequestId::current();
         async move {
             let link = link?;
             link.check_trouble()?;
             let started = Instant::now();
             let (answer, answered) = oneshot::channel();
-            let waiting = Waiting { slots, deadline, answer };
+            let waiting = Waiting { slots, deadline, request, answer };
             link.gets.try_send(waiting).map_err(|_| FragmentFailure::Busy)?;
-            match timeout_at(deadline, answered).await {
+            let result = match timeout_at(deadline, answered).await {
                 Ok(Ok(result)) => result,
                 Ok(Err(_)) => Err(FragmentFailure::UnknownProvider),
                 Err(_) => Err(FragmentFailure::Timeout {
                     waited_ms: started.elapsed().as_millis() as u64,
                 }),
-            }
+            };
+            let failure = result.as_ref().err();
+            tracing::debug!(%request, %provider, fragment = %slots.fragment, ?failure, "get");
+            result
         }
         .boxed()
     }
@@ -371,6 +382,7 @@ async fn fetch(inner: &Inner, link: &Link, mut batch: Vec<Waiting>) {
         first_slot: waiting.slots.first_slot,
         slots: waiting.slots.slots,
         trailer: false,
+        trace: waiting.request.0,
     });
     let grant = inner.grant.read().clone();
     let request = GetRequest { request: 0, grant, items: items.collect() };

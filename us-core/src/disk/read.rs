@@ -16,6 +16,7 @@ use super::gather::Gather;
 use super::slots::Opening;
 use super::{BlockInfo, ReadError, Shared, permits_for};
 use crate::code::ErasureCode;
+use crate::daemon::logging::RequestId;
 use crate::ids::BlockId;
 use crate::seal::BlockOpener;
 
@@ -178,7 +179,7 @@ impl Shared {
     ) {
         let shared = Arc::clone(self);
         let units = self.flight_units(&block, pages.len());
-        self.tasks.spawn(async move {
+        self.tasks.spawn(RequestId::carried(async move {
             // Clears up even when the runtime drops the task half-way.
             let landing = Landing {
                 shared: Arc::clone(&shared),
@@ -196,7 +197,7 @@ impl Shared {
             let result = gather.run(|pages| landing.land(pages)).await;
             landing.end(result);
             gather.report();
-        });
+        }));
     }
 
     /// What opening and rebuilding a block needs.

@@ -21,6 +21,7 @@ use super::{
     Shared, StoreError, StoredBlock, permits_for,
 };
 use crate::code::ErasureCode;
+use crate::daemon::logging::RequestId;
 use crate::fragment::{FingerprintKind, FragmentRecord, records_of_block};
 use crate::geometry::BlockGeometry;
 use crate::ids::{Birth, BlockId, ProviderId, VolumeId};
@@ -132,7 +133,7 @@ impl Shared {
             waiting: Vec::new(),
             _permit: permit,
         };
-        self.tasks.spawn(puts.run());
+        self.tasks.spawn(RequestId::carried(puts.run()));
         let (providers, durable) = answered.await.map_err(|_| StoreError::Closed)??;
         Ok(StoredBlock {
             info: BlockInfo {

@@ -72,12 +72,17 @@ fn soon() -> Instant {
 }
 
 fn put_of(request: u64, bytes: usize) -> PutRequest {
-    PutRequest { request, grant: Bytes::from_static(b"grant"), record: vec![7; bytes].into() }
+    PutRequest {
+        request,
+        grant: Bytes::from_static(b"grant"),
+        record: vec![7; bytes].into(),
+        trace: 5,
+    }
 }
 
 fn get_of(items: usize, bytes: u32) -> GetRequest {
     let fragment = Some(FragmentId { block: vec![3; 16].into(), index: 1 });
-    let item = GetItem { fragment, first_slot: 0, slots: bytes, trailer: false };
+    let item = GetItem { fragment, first_slot: 0, slots: bytes, trailer: false, trace: 5 };
     GetRequest { request: 77, items: vec![item; items], ..GetRequest::default() }
 }
 

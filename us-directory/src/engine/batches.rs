@@ -1,5 +1,6 @@
 //! Batches of mutations: applied whole, acknowledged applied and later durable.
 
+use us_core::daemon::logging::RequestId;
 use us_proto::v1::mutation::Op;
 use us_proto::v1::session_down::Event as Down;
 use us_proto::v1::{Applied, Batch, Durable};
@@ -12,6 +13,8 @@ use crate::store::{StoreError, WriteBatch};
 
 /// The most mutations a batch may have.
 pub const BATCH_MUTATIONS_MAX: usize = 4096;
+/// The most requests a batch may name for the logs.
+const TRACES_MAX: usize = 64;
 
 /// What a session may do, for the namespace.
 struct SessionAuthority<'e> {
@@ -77,6 +80,10 @@ impl Engine {
             let detail = format!("batch {} came where {} is next", batch.number, applied + 1);
             return self.refuse(session, detail);
         }
+        if batch.traces.len() > TRACES_MAX {
+            let detail = format!("{} requests named in one batch", batch.traces.len());
+            return self.refuse(session, detail);
+        }
         if batch.mutations.len() > BATCH_MUTATIONS_MAX {
             let detail = format!("{} mutations in one batch", batch.mutations.len());
             return self.refuse(session, detail);
@@ -131,6 +138,10 @@ impl Engine {
         }
         metrics::counter!("us_directory_batches_total").increment(1);
         metrics::counter!("us_directory_mutations_total").increment(batch.mutations.len() as u64);
+        for trace in &batch.traces {
+            let (request, batch) = (RequestId(*trace), batch.number);
+            tracing::debug!(%request, session, batch, seq, "applied");
+        }
         self.send_session(session, Down::Applied(Applied { number: batch.number }));
         if seq <= self.durable {
             self.send_session(session, Down::Durable(Durable { number: batch.number }));

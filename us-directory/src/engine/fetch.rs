@@ -7,6 +7,7 @@
 use std::collections::{BTreeSet, HashSet};
 
 use bytes::Bytes;
+use us_core::daemon::logging::RequestId;
 use us_proto::v1::fetch::Want;
 use us_proto::v1::session_down::Event as Down;
 use us_proto::v1::{
@@ -139,9 +140,11 @@ impl Engine {
 
     fn try_fetch(&mut self, park: u64, mut parked: Parked) -> Result<(), StoreError> {
         let request = parked.fetch.request;
+        let (trace, session) = (RequestId(parked.fetch.trace), parked.session);
         match self.attempt(Asker { session: parked.session, park }, &parked.fetch)? {
             Tried::Answer(mut fetched) => {
                 fetched.request = request;
+                tracing::debug!(request = %trace, session, number = request, "fetched");
                 self.send(parked.conn, Down::Fetched(*fetched));
                 // Behind the answer: a recall must never overtake the grant that it names.
                 for (session, key, keep, grant) in std::mem::take(&mut self.recall_again) {
@@ -157,6 +160,7 @@ impl Engine {
                     let place = queue.partition_point(|other| *other < park);
                     queue.insert(place, park);
                 }
+                tracing::debug!(request = %trace, session, number = request, ?wait, "waits");
                 parked.wait = wait;
                 self.parked.insert(park, parked);
             }

@@ -291,7 +291,7 @@ impl Mount {
     pub fn send(&mut self, world: &mut World, ops: Vec<Op>) {
         self.batch += 1;
         let mutations = ops.into_iter().map(|op| Mutation { op: Some(op) }).collect();
-        world.says(self.conn, Up::Batch(Batch { number: self.batch, mutations }));
+        world.says(self.conn, Up::Batch(Batch { number: self.batch, mutations, traces: vec![7] }));
     }
 
     /// Sends a batch that must be applied.
@@ -308,7 +308,7 @@ impl Mount {
 
     pub fn want(&mut self, world: &mut World, want: Want) -> u64 {
         self.request += 1;
-        let fetch = Fetch { request: self.request, want: Some(want) };
+        let fetch = Fetch { request: self.request, want: Some(want), trace: 7 };
         world.says(self.conn, Up::Fetch(fetch));
         self.request
     }

@@ -6,6 +6,7 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
+use us_core::daemon::logging::RequestId;
 use us_core::disk::BlockInfo;
 use us_core::ids::Ino;
 use us_core::name::NameHash;
@@ -42,15 +43,15 @@ pub enum Effect {
 }
 
 impl Core {
-    /// Registers a want; answers the request's number and whether it is new.
-    pub fn request(&mut self, want: &Want) -> u64 {
+    /// Registers a want, first of the request `trace`; answers the number under which it is asked.
+    pub fn request(&mut self, want: &Want, trace: RequestId) -> u64 {
         if let Some(number) = self.requests.get(want) {
             return *number;
         }
         let number = self.request_number();
         self.requests.insert(want.clone(), number);
-        self.pending.insert(number, want.clone());
-        let event = self.fetch_event(number, want);
+        self.pending.insert(number, (want.clone(), trace));
+        let event = self.fetch_event(number, want, trace);
         self.send(event);
         number
     }
@@ -68,7 +69,7 @@ impl Core {
         self.inodes.end - self.inodes.start < u64::from(INODES_LEASED / 4)
     }
 
-    pub(super) fn fetch_event(&self, request: u64, want: &Want) -> Up {
+    pub(super) fn fetch_event(&self, request: u64, want: &Want, trace: RequestId) -> Up {
         use v1::fetch::Want as Wire;
         let shared = Level::Shared.to_proto();
         let wire = match want {
@@ -97,7 +98,7 @@ impl Core {
                 Wire::Xattrs(v1::FetchXattrs { ino: ino.0, level: level.to_proto() })
             }
         };
-        Up::Fetch(v1::Fetch { request, want: Some(wire) })
+        Up::Fetch(v1::Fetch { request, want: Some(wire), trace: trace.0 })
     }
 
     /// Takes a message of the directory in.
@@ -137,7 +138,7 @@ impl Core {
 
     fn on_fetched(&mut self, now: Now, fetched: &v1::Fetched) -> Option<Effect> {
         let number = fetched.request;
-        let Some(want) = self.pending.remove(&number) else {
+        let Some((want, _)) = self.pending.remove(&number) else {
             return Some(Effect::Other(Down::Fetched(fetched.clone())));
         };
         self.requests.remove(&want);

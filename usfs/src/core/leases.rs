@@ -168,8 +168,8 @@ impl Core {
             _ => true,
         });
         let again: Vec<_> = self.pending.iter().map(|(n, want)| (*n, want.clone())).collect();
-        for (number, want) in again {
-            let event = self.fetch_event(number, &want);
+        for (number, (want, trace)) in again {
+            let event = self.fetch_event(number, &want, trace);
             self.send(event);
         }
         if self.inodes_asked {

@@ -1,6 +1,7 @@
 //! The core on its own, fed with made-up answers of the directory.
 
 use bytes::Bytes;
+use us_core::daemon::logging::RequestId;
 use us_core::seal::VolumeKey;
 use us_proto::v1::session_down::Event as Down;
 use us_proto::v1::session_up::Event as Up;
@@ -46,7 +47,8 @@ fn lease(ino: u64, level: Level, grant: u64) -> v1::InodeLease {
 
 /// Answers the want with what `fill` makes of an empty answer.
 fn answer(core: &mut Core, want: &Want, fill: impl FnOnce(&mut v1::Fetched)) -> Option<Effect> {
-    let mut fetched = v1::Fetched { request: core.request(want), ..Default::default() };
+    let mut fetched =
+        v1::Fetched { request: core.request(want, RequestId::NONE), ..Default::default() };
     fill(&mut fetched);
     core.on_down(at(1), Down::Fetched(fetched))
 }
@@ -257,7 +259,8 @@ fn a_lease_let_go_is_reclaimed_as_long_as_the_log_behind_it_may_be_replayed() {
 fn an_answer_never_overwrites_what_was_changed_since() {
     let mut core = core();
     give_root(&mut core);
-    let number = core.request(&Want::Inode { ino: Ino::ROOT, level: Level::Exclusive });
+    let number =
+        core.request(&Want::Inode { ino: Ino::ROOT, level: Level::Exclusive }, RequestId::NONE);
     let change = SetAttributes { mode: Some(0o700), ..SetAttributes::default() };
     core.setattr(at(3), Ino::ROOT, None, change).unwrap();
     let fetched = v1::Fetched {

@@ -7,6 +7,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures::FutureExt;
 use futures::future::BoxFuture;
+use us_core::daemon::logging::RequestId;
 use us_core::disk::{
     BlockDirectory, BlockInfo, Damage, FragmentFailure, PlacementError, PlacementLease,
 };
@@ -70,9 +71,10 @@ impl Blocks {
     async fn locate(&self, block: BlockId) -> Option<BlockInfo> {
         let shared = self.mount()?;
         let blocks = vec![Bytes::copy_from_slice(block.as_bytes())];
+        let trace = RequestId::current().0;
         let ask = |request| {
             let want = v1::fetch::Want::Blocks(v1::FetchBlocks { blocks });
-            Up::Fetch(v1::Fetch { request, want: Some(want) })
+            Up::Fetch(v1::Fetch { request, want: Some(want), trace })
         };
         let Ok(Down::Fetched(fetched)) = shared.ask(ask, ANSWER_TIMEOUT).await else {
             return None;

@@ -13,6 +13,7 @@ use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use us_core::daemon::logging::RequestId;
 use us_core::disk::VirtualDisk;
 use us_core::ids::{Ino, SessionId};
 use us_proto::v1;
@@ -208,11 +209,14 @@ impl Shared {
     /// Registers for the answer to a want of the core.
     pub fn wait_for(&self, want: &crate::core::Want) -> oneshot::Receiver<Answer> {
         let (sender, answer) = oneshot::channel();
-        {
+        let request = RequestId::current();
+        let number = {
             let mut state = self.lock();
-            let number = state.core.request(want);
+            let number = state.core.request(want, request);
             state.waiters.entry(number).or_default().push(sender);
-        }
+            number
+        };
+        tracing::debug!(%request, number, ?want, "asks the directory");
         self.outgoing.notify_one();
         answer
     }
@@ -305,6 +309,14 @@ impl Shared {
 }
 
 impl State {
+    /// What was just appended to the log comes from the request this code runs for. Nothing is
+    /// noted where nobody logs it.
+    pub fn note_request(&mut self) {
+        if tracing::enabled!(tracing::Level::DEBUG) {
+            self.core.log().note_trace(RequestId::current().0);
+        }
+    }
+
     /// `owner` may hold a lock on `ino`.
     pub fn note_lock(&mut self, ino: Ino, owner: u64) {
         self.lock_owners.insert((ino, owner));

@@ -47,7 +47,11 @@ impl Fs {
             let mut state = self.shared.lock();
             let before = state.core.log_end();
             let result = operation(&mut state, now);
-            (result, state.core.log_end() != before)
+            let appended = state.core.log_end() != before;
+            if appended {
+                state.note_request();
+            }
+            (result, appended)
         };
         if appended {
             self.shared.outgoing.notify_one();

@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
+use tracing::Instrument;
+use us_core::daemon::logging::RequestId;
 use us_core::disk::{LateFragments, PlacementError, StoreError, StoredBlock};
 use us_core::ids::{BlockId, Ino};
 
@@ -55,10 +57,14 @@ pub(crate) async fn run(shared: Arc<Shared>, dirty_bytes_max: usize) {
         };
         if let Some(plan) = plan {
             let shared_too = Arc::clone(&shared);
-            shared.tasks.spawn(async move {
+            // The bytes of many requests: a request of its own.
+            let request = RequestId::next();
+            let span = tracing::debug_span!("background", %request);
+            let storing = async move {
                 store(&shared_too, plan).await;
                 drop(slot);
-            });
+            };
+            shared.tasks.spawn(request.scope(storing).instrument(span));
             continue;
         }
         drop(slot);
@@ -87,7 +93,11 @@ async fn store(shared: &Arc<Shared>, plan: SealPlan) {
         })
     };
     let (result, block) = match result {
-        Ok((stored, block)) => (Ok(stored), block),
+        Ok((stored, block)) => {
+            let request = RequestId::current();
+            tracing::debug!(%request, block = %stored.info.id, inline, "stored a block");
+            (Ok(stored), block)
+        }
         Err(error) => {
             tracing::warn!(
                 error = whole(&error),
@@ -97,7 +107,11 @@ async fn store(shared: &Arc<Shared>, plan: SealPlan) {
         }
     };
     let now = shared.now();
-    shared.lock().core.finish_ticket(now, ticket, result);
+    {
+        let mut state = shared.lock();
+        state.core.finish_ticket(now, ticket, result);
+        state.note_request();
+    }
     shared.outgoing.notify_one();
     shared.dirty.notify_one();
     shared.signal();
@@ -170,7 +184,8 @@ async fn flush_once(shared: &Arc<Shared>, ino: Ino, reason: FlushReason) -> Resu
             store(shared, plan).await;
         } else {
             let shared_too = Arc::clone(shared);
-            shared.tasks.spawn(async move { store(&shared_too, plan).await });
+            let storing = async move { store(&shared_too, plan).await };
+            shared.tasks.spawn(RequestId::carried(storing));
         }
     }
     wait_tickets(shared, &tickets, &mut progress).await?;

@@ -73,6 +73,7 @@ impl Adapter {
     ) {
         let request = RequestId::next();
         let span = tracing::debug_span!("fuse", operation, ino = ino.0, %request);
+        tracing::debug!(parent: &span, "asked");
         let mut work = Box::pin(request.scope(work).instrument(span));
         let first = {
             let _entered = self.runtime.enter();

@@ -21,6 +21,8 @@ pub const BATCH_BYTES_MAX: usize = (4 << 20) - (64 << 10);
 pub const LOG_BYTES_MAX: usize = 64 << 20;
 /// How many batches may be on their way unapplied before small ones are gathered.
 const UNAPPLIED_BATCHES_MAX: u64 = 3;
+/// The most requests a batch names for the logs.
+const TRACES_MAX: usize = 64;
 
 /// The place of a mutation in the log; the first is 1.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
@@ -31,6 +33,8 @@ pub struct LogPosition(pub u64);
 pub struct SessionLog {
     forming: VecDeque<(v1::Mutation, usize)>,
     forming_bytes: usize,
+    /// The requests that what is forming comes from, as far as anybody wants to know.
+    traces: Vec<u64>,
     batches: VecDeque<Numbered>,
     batches_bytes: usize,
     appended: u64,
@@ -64,6 +68,14 @@ impl SessionLog {
         self.forming_bytes += bytes;
         self.appended += 1;
         LogPosition(self.appended)
+    }
+
+    /// What was appended last comes from this request: for the directory's logs.
+    pub fn note_trace(&mut self, trace: u64) {
+        let known = trace == 0 || self.forming.is_empty() || self.traces.last() == Some(&trace);
+        if !known && self.traces.len() < TRACES_MAX {
+            self.traces.push(trace);
+        }
     }
 
     /// The position of the newest mutation.
@@ -133,7 +145,11 @@ impl SessionLog {
         self.batches_bytes += total;
         self.last_number += 1;
         let last = LogPosition(self.appended - self.forming.len() as u64);
-        let batch = v1::Batch { number: self.last_number, mutations };
+        let batch = v1::Batch {
+            number: self.last_number,
+            mutations,
+            traces: std::mem::take(&mut self.traces),
+        };
         self.batches.push_back(Numbered { batch, bytes: total, last });
     }
 
@@ -247,6 +263,25 @@ mod tests {
         assert_eq!(log.take_sendable(false), None);
         log.on_applied(1);
         assert_eq!(inos(&log.take_sendable(false).unwrap()), [4, 5]);
+    }
+
+    #[test]
+    fn a_batch_names_the_requests_it_comes_from() {
+        let mut log = SessionLog::new();
+        log.note_trace(1);
+        for trace in [2, 2, 0, 3] {
+            log.append(release(trace));
+            log.note_trace(trace);
+        }
+        let first = log.take_sendable(true).unwrap();
+        assert_eq!(first.traces, [2, 3], "1 has appended nothing");
+        log.append(release(4));
+        assert_eq!(log.take_sendable(true).unwrap().traces, []);
+        for trace in 1..100 {
+            log.append(release(trace));
+            log.note_trace(trace);
+        }
+        assert_eq!(log.take_sendable(true).unwrap().traces.len(), TRACES_MAX);
     }
 
     #[test]

@@ -8,16 +8,20 @@ fn bytes(max: usize) -> impl Strategy<Value = Bytes> {
 }
 
 fn item() -> impl Strategy<Value = GetItem> {
-    (bytes(17), any::<u32>(), any::<u32>(), any::<bool>()).prop_map(|(block, a, b, trailer)| {
+    let numbers = (any::<u32>(), any::<u32>(), any::<u64>());
+    (bytes(17), numbers, any::<bool>()).prop_map(|(block, (a, b, trace), trailer)| {
         let fragment = Some(FragmentId { block, index: a });
-        GetItem { fragment, first_slot: b, slots: a, trailer }
+        GetItem { fragment, first_slot: b, slots: a, trailer, trace }
     })
 }
 
 /// Frames as a decoder returns them: the message's number is the header's.
 pub(in crate::wire) fn frame() -> impl Strategy<Value = Frame> {
-    let put = (any::<u64>(), bytes(100), bytes(3000))
-        .prop_map(|(request, grant, record)| Payload::Put(PutRequest { request, grant, record }));
+    let put = (any::<u64>(), bytes(100), bytes(3000), any::<u64>()).prop_map(
+        |(request, grant, record, trace)| {
+            Payload::Put(PutRequest { request, grant, record, trace })
+        },
+    );
     let put_reply = (any::<u64>(), any::<i32>(), ".*").prop_map(|(request, status, detail)| {
         Payload::PutReply(PutReply { request, status, detail })
     });
@@ -102,7 +106,12 @@ proptest! {
 
 #[test]
 fn the_header_lies_as_drawn() {
-    let put = PutRequest { request: 0x0102, grant: Bytes::from("g"), record: Bytes::from("rec") };
+    let put = PutRequest {
+        request: 0x0102,
+        grant: Bytes::from("g"),
+        record: Bytes::from("rec"),
+        trace: 0,
+    };
     let (front, body) =
         Frame { request: 0x0102, payload: Payload::Put(put) }.encode(&mut BytesMut::new()).unwrap();
     let header =

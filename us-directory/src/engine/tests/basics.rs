@@ -369,7 +369,7 @@ fn dead_mounts_are_replaced_without_waiting_for_the_fence() {
     let conn = world.dial(1, open);
     assert!(matches!(world.hear(conn), Down::Opened(_)));
     let want = FetchInode { ino: 1, level: Level::Exclusive.to_wire() };
-    let fetch = Fetch { request: 1, want: Some(Want::Inode(want)) };
+    let fetch = Fetch { request: 1, want: Some(Want::Inode(want)), trace: 0 };
     world.says(conn, Up::Fetch(fetch));
     let answered = world.hear_some(conn, |down| matches!(down, Down::Fetched(_)).then_some(()));
     assert!(answered.is_some());

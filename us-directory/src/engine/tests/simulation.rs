@@ -205,6 +205,7 @@ impl Simulation {
         let again = actor.log.range(opened.applied + 1..).map(|(number, ops)| Batch {
             number: *number,
             mutations: ops.iter().map(|op| Mutation { op: Some(op.clone()) }).collect(),
+            traces: Vec::new(),
         });
         for batch in again.collect::<Vec<_>>() {
             self.world.says(actor.mount.conn, Up::Batch(batch));
