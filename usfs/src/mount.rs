@@ -19,7 +19,7 @@ use anyhow::{Context, bail};
 use us_core::daemon::logging::{self, LogArgs};
 use us_core::daemon::shutdown::Shutdown;
 
-pub use self::options::Options;
+pub use self::options::{Ack, Options};
 pub use self::volume::{VolumeMount, VolumeSpec};
 use crate::fuse::kernel;
 use crate::places::{self, UpRecord};
@@ -35,7 +35,9 @@ pub struct MountArgs {
     /// The folder of the certificate to show
     #[arg(long, env = "US_IDENTITY", value_name = "DIR")]
     pub(super) identity: Option<PathBuf>,
-    /// Mount options: ro, allow_other, suid, dev, noexec, noatime, sync, identity=DIR, memory=SIZE
+    /// Mount options, separated by commas: ro, allow_other, suid, dev, noexec, noatime, sync,
+    /// ack=full (fsync waits for every fragment, not only for the write margin), identity=DIR,
+    /// memory=SIZE
     #[arg(short = 'o', value_name = "OPTIONS")]
     pub(super) options: Vec<String>,
     /// Stay in the foreground (as it does anyhow)

@@ -27,7 +27,7 @@ use self::state::{State, VOLUME};
 use crate::cli::say;
 use crate::ctl::{Target, connect};
 use crate::fuse;
-use crate::mount::{Options, VolumeMount, VolumeSpec, point};
+use crate::mount::{Ack, Options, VolumeMount, VolumeSpec, point};
 use crate::places::{self, UpRecord};
 
 pub use self::daemon::{DaemonArgs, daemon};
@@ -63,6 +63,10 @@ pub struct UpArgs {
     /// Start a process again when it dies
     #[arg(long)]
     restart: bool,
+    /// When fsync may return: margin (any w providers may then vanish) or full (any r)
+    /// [default: margin]
+    #[arg(long, value_enum, value_name = "WHEN", hide_possible_values = true)]
+    ack: Option<Ack>,
     /// Mount options, as for `usfs mount`
     #[arg(short = 'o', value_name = "OPTIONS")]
     options: Vec<String>,
@@ -77,7 +81,8 @@ pub struct UpArgs {
 pub fn up(args: &UpArgs) -> anyhow::Result<ExitCode> {
     logging::init(&args.log, "warn")?;
     logging::abort_on_panic();
-    let options = Options::parse(&args.options)?;
+    let mut options = Options::parse(&args.options)?;
+    options.ack = args.ack.unwrap_or(options.ack);
     fuse::check()?;
     let dir = args.data.clone().unwrap_or_else(places::up_data_dir);
     let state = State::open(&dir, args)?;

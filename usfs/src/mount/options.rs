@@ -27,6 +27,18 @@ pub struct Options {
     pub identity: Option<PathBuf>,
     /// The most memory for data on its way.
     pub memory: Option<Size>,
+    /// When a block counts as stored.
+    pub ack: Ack,
+}
+
+/// When a block counts as stored, so that an `fsync` that waits for it may return.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
+pub enum Ack {
+    /// Any w of its providers may vanish; the other fragments follow in the background
+    #[default]
+    Margin,
+    /// Every fragment is durable: any r of its providers may vanish
+    Full,
 }
 
 /// An option that makes no sense.
@@ -35,7 +47,7 @@ pub enum OptionError {
     /// Nobody knows it.
     #[error(
         "unknown mount option {0:?}: there are ro, rw, allow_other, suid, dev, noexec, noatime, \
-         sync, identity=DIR, memory=SIZE"
+         sync, ack=margin, ack=full, identity=DIR, memory=SIZE"
     )]
     Unknown(String),
     /// Its value is not what it takes.
@@ -95,6 +107,14 @@ impl Options {
 
     fn add_value(&mut self, word: &str) -> Result<(), OptionError> {
         match word.split_once('=') {
+            Some(("ack", "margin")) => self.ack = Ack::Margin,
+            Some(("ack", "full")) => self.ack = Ack::Full,
+            Some(("ack", _)) => {
+                return Err(OptionError::Value {
+                    option: word.to_owned(),
+                    reason: "it can be margin or full".to_owned(),
+                });
+            }
             Some(("identity", dir)) if !dir.is_empty() => self.identity = Some(dir.into()),
             Some(("memory", size)) => {
                 let size: Size = size.parse().map_err(|error| OptionError::Value {
@@ -130,6 +150,16 @@ mod tests {
 
     fn parse(text: &str) -> Result<Options, OptionError> {
         Options::parse(&[text.to_owned()])
+    }
+
+    #[test]
+    fn ack_is_margin_or_full() {
+        assert_eq!(parse("").unwrap().ack, Ack::Margin);
+        assert_eq!(parse("rw,ack=full").unwrap().ack, Ack::Full);
+        assert_eq!(parse("ack=full,ack=margin").unwrap().ack, Ack::Margin);
+        let error = parse("ack=most").unwrap_err().to_string();
+        assert_eq!(error, "mount option ack=most: it can be margin or full");
+        assert_eq!(parse("ack"), Err(OptionError::Unknown("ack".into())));
     }
 
     #[test]

@@ -12,7 +12,7 @@ use us_core::tls::{ExpectedPeer, Identity, Role};
 use us_proto::v1;
 
 use super::sessions::{self, Sessions};
-use super::{Options, point, registry};
+use super::{Ack, Options, point, registry};
 use crate::fs::{Fs, MountOptions, SwarmNews};
 use crate::fuse::{self, Mounted};
 use crate::places;
@@ -166,6 +166,7 @@ async fn open_fs(
         volume: spec.volume.clone(),
         host: host_name(),
         read_only: spec.options.read_only,
+        acknowledge_full: spec.options.ack == Ack::Full,
         rescue_dir,
         replaces: dead.clone(),
         ..MountOptions::default()
