@@ -5,6 +5,7 @@
 //! [`config::load`], [`shutdown::Shutdown::on_signals`], [`http::serve`], its own work, then the
 //! stages of its end, each with [`shutdown::drain`].
 
+pub mod cli;
 pub mod config;
 pub mod files;
 pub mod http;

@@ -3,8 +3,9 @@
 use std::path::PathBuf;
 
 use anyhow::Context;
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, Parser, Subcommand};
 use serde::Serialize;
+use us_core::daemon::cli::CliCommand;
 use us_core::daemon::config::{Layers, load};
 use us_core::daemon::logging::{self, LogArgs};
 use us_core::daemon::shutdown::Shutdown;
@@ -13,7 +14,7 @@ use us_directory::run::{Config, init, issue_identity, run};
 
 /// The directory of an Us cluster: who takes part, what the files are, where their bytes lie.
 #[derive(Debug, Parser)]
-#[command(version)]
+#[command(name = "us-directory", version)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -46,6 +47,8 @@ enum Command {
         #[arg(long)]
         out: PathBuf,
     },
+    #[command(flatten)]
+    Cli(CliCommand),
 }
 
 #[derive(Debug, Args)]
@@ -107,6 +110,7 @@ fn main() -> anyhow::Result<()> {
             println!("cluster {cluster}");
             Ok(())
         }
+        Command::Cli(command) => Ok(command.run(Cli::command())?),
         Command::Identity { data, role, name, out } => issue_identity(&data, role, &name, &out),
         Command::Run(args) => {
             let layers = Layers {
@@ -122,5 +126,20 @@ fn main() -> anyhow::Result<()> {
                 .context("starting the runtime")?;
             runtime.block_on(async { run(config, Shutdown::on_signals()?).await })
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_flag_is_documented() {
+        Cli::command().debug_assert();
+        let doc = include_str!("../../docs/configuration.md");
+        for name in us_core::daemon::cli::settings(&Cli::command()) {
+            assert!(doc.contains(&format!("`{name}`")), "{name} is not in docs/configuration.md");
+        }
+        assert!(Cli::try_parse_from(["us-directory", "completions", "bash"]).is_ok());
     }
 }

@@ -4,8 +4,9 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, bail};
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, Parser, Subcommand};
 use serde::Serialize;
+use us_core::daemon::cli::CliCommand;
 use us_core::daemon::config::{Layers, load};
 use us_core::daemon::logging::{self, LogArgs};
 use us_core::daemon::shutdown::Shutdown;
@@ -38,6 +39,8 @@ enum Command {
     Pause(DataArgs),
     /// End a pause
     Resume(DataArgs),
+    #[command(flatten)]
+    Cli(CliCommand),
 }
 
 #[derive(Args, Debug)]
@@ -112,6 +115,7 @@ fn main() -> ExitCode {
             println!("paused: no new fragments; what is stored stays readable");
         }),
         Command::Resume(args) => ask(&args, Request::Resume).map(|_| println!("resumed")),
+        Command::Cli(command) => command.run(Cli::command()).map_err(Into::into),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -186,4 +190,19 @@ fn show(status: &Status, json: bool) -> anyhow::Result<()> {
         status.fragments, status.trashed, status.damaged
     );
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_flag_is_documented() {
+        Cli::command().debug_assert();
+        let doc = include_str!("../../docs/configuration.md");
+        for name in us_core::daemon::cli::settings(&Cli::command()) {
+            assert!(doc.contains(&format!("`{name}`")), "{name} is not in docs/configuration.md");
+        }
+        assert!(Cli::try_parse_from(["us-provider", "completions", "bash"]).is_ok());
+    }
 }

@@ -8,7 +8,8 @@ use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
+use us_core::daemon::cli::CliCommand;
 
 use crate::{mount, up};
 
@@ -37,6 +38,8 @@ enum Command {
     /// One process of `usfs up`
     #[command(hide = true)]
     Daemon(up::DaemonArgs),
+    #[command(flatten)]
+    Cli(CliCommand),
 }
 
 /// The whole of `usfs`: reads the command line, acts, answers the exit code.
@@ -57,6 +60,9 @@ pub fn main() -> ExitCode {
         Command::Mount(args) => mount::mount(&args),
         Command::Umount(args) => mount::umount(&args),
         Command::Daemon(args) => up::daemon(&args),
+        Command::Cli(command) => {
+            command.run(Args::command()).map(|()| ExitCode::SUCCESS).map_err(Into::into)
+        }
     };
     done.unwrap_or_else(|error| {
         let _ = writeln!(std::io::stderr(), "usfs: {error:#}");
@@ -82,7 +88,6 @@ pub(crate) fn say(line: &str) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory;
 
     #[test]
     fn the_command_line_is_sound() {
@@ -92,10 +97,22 @@ mod tests {
         assert!(parse("usfs up /mnt/a --providers 6 --code 4+2 --data /d --capacity 4G").is_ok());
         assert!(parse("usfs up /mnt/a --code 4").is_err());
         assert!(parse("usfs up --providers 0").is_err());
+        assert!(parse("usfs up --ack full -o ack=margin").is_ok());
+        let error = parse("usfs up --ack most").unwrap_err().to_string();
+        assert!(error.contains("margin") && error.contains("full"), "{error}");
         assert!(parse("usfs mount h:1/disk /mnt/a -o ro --identity /i -f").is_ok());
         assert!(parse("usfs mount h:1/disk /mnt/a -f --background").is_err());
         assert!(parse("usfs umount /mnt/a --flush").is_ok());
+        assert!(parse("usfs completions zsh").is_ok() && parse("usfs man").is_ok());
         assert!(parse("usfs daemon --parent 1 directory --data /x --listen 127.0.0.1:0").is_ok());
+    }
+
+    #[test]
+    fn every_flag_is_documented() {
+        let doc = include_str!("../../docs/configuration.md");
+        for name in us_core::daemon::cli::settings(&Args::command()) {
+            assert!(doc.contains(&format!("`{name}`")), "{name} is not in docs/configuration.md");
+        }
     }
 
     #[test]

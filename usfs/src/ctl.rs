@@ -17,6 +17,7 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::{CommandFactory, Parser, Subcommand};
+use us_core::daemon::cli::CliCommand;
 use us_core::daemon::logging::{self, LogArgs};
 use us_core::daemon::size::Size;
 use us_core::geometry::Code;
@@ -76,14 +77,8 @@ enum Command {
         #[command(flatten)]
         json: JsonArgs,
     },
-    /// Print the completions for a shell
-    Completions {
-        /// Which shell
-        shell: clap_complete::Shell,
-    },
-    /// Print the manual page
-    #[command(hide = true)]
-    Man,
+    #[command(flatten)]
+    Cli(CliCommand),
 }
 
 /// How to print.
@@ -133,21 +128,9 @@ pub fn main() -> ExitCode {
 }
 
 fn run(args: CtlArgs) -> anyhow::Result<ExitCode> {
-    match &args.command {
-        Command::Completions { shell } => {
-            clap_complete::generate(
-                *shell,
-                &mut CtlArgs::command(),
-                "usctl",
-                &mut std::io::stdout(),
-            );
-            return Ok(ExitCode::SUCCESS);
-        }
-        Command::Man => {
-            clap_mangen::Man::new(CtlArgs::command()).render(&mut std::io::stdout())?;
-            return Ok(ExitCode::SUCCESS);
-        }
-        _ => {}
+    if let Command::Cli(command) = &args.command {
+        command.run(CtlArgs::command())?;
+        return Ok(ExitCode::SUCCESS);
     }
     logging::init(&args.log, "warn")?;
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -193,7 +176,7 @@ async fn act(args: CtlArgs) -> anyhow::Result<ExitCode> {
             let block = admin.block(id).await?;
             print(json, &json::block(&block), || place::block_text(&block, &providers))?;
         }
-        Command::Completions { .. } | Command::Man => {}
+        Command::Cli(_) => {}
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -236,5 +219,14 @@ mod tests {
         assert!(parse(&["volume", "create", "disk", "--code", "4"]).is_err());
         assert!(parse(&["block", "xyz"]).is_err());
         assert!(parse(&["repair"]).is_err(), "what is not built is not there");
+        assert!(parse(&["completions", "bash"]).is_ok() && parse(&["man"]).is_ok());
+    }
+
+    #[test]
+    fn every_flag_is_documented() {
+        let doc = include_str!("../../docs/configuration.md");
+        for name in us_core::daemon::cli::settings(&CtlArgs::command()) {
+            assert!(doc.contains(&format!("`{name}`")), "{name} is not in docs/configuration.md");
+        }
     }
 }
