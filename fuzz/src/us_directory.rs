@@ -93,7 +93,9 @@ fn file_of(file: Vec<u8>, first_seq: u64) {
 /// Every kind of value in the store.
 pub fn directory_record(bytes: &[u8]) {
     let bytes = Bytes::copy_from_slice(bytes);
-    fn again<T: prost::Message + Default + PartialEq>(bytes: &Bytes) -> Option<T> {
+    fn again<T: prost::Message + Default + PartialEq + std::fmt::Debug>(
+        bytes: &Bytes,
+    ) -> Option<T> {
         let record: T = records::decode(b"key", bytes).ok()?;
         let encoded = records::encode(&record);
         assert_eq!(records::decode::<T>(b"key", &encoded).ok().as_ref(), Some(&record));

@@ -184,7 +184,7 @@ async fn what_was_durable_is_there_after_a_restart() {
     assert!(again.resumed && again.applied == 1);
     mount.say(Up::Reclaim(Reclaim { leases: vec![], last: true })).await;
     let want = FetchEntries { dir: 1, after_cookie: 0, limit: 10, dir_level: 1 };
-    mount.say(Up::Fetch(Fetch { request: 1, want: Some(Want::Entries(want)) })).await;
+    mount.say(Up::Fetch(Fetch { request: 1, want: Some(Want::Entries(want)), trace: 0 })).await;
     let listed = mount
         .hear(|down| match down {
             Down::Fetched(fetched) => Some(fetched),

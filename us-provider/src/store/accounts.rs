@@ -7,6 +7,9 @@ use std::collections::BTreeMap;
 
 use super::format::SEGMENT_HEADER_BYTES;
 
+/// No segment has more bytes or records: far more than any is allowed.
+const FIGURE_MAX: u64 = 1 << 48;
+
 /// A number of records and the bytes they take in their segment, envelopes and padding included.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
 pub struct Tally {
@@ -76,7 +79,8 @@ impl SegmentAccount {
         bytes
     }
 
-    /// The inverse of [`SegmentAccount::encode`]; `None` unless there are exactly 48 bytes.
+    /// The inverse of [`SegmentAccount::encode`]; `None` unless there are exactly 48 bytes, and no
+    /// figure beyond what a segment can be, so that sums of them do not overflow.
     pub fn decode(bytes: &[u8]) -> Option<Self> {
         let (fields, rest) = bytes.as_chunks::<8>();
         let &[bytes, live_records, live_bytes, trashed_records, trashed_bytes, punched_bytes] =
@@ -85,7 +89,8 @@ impl SegmentAccount {
             return None;
         };
         let number = u64::from_le_bytes;
-        rest.is_empty().then_some(Self {
+        let possible = fields.iter().all(|field| number(*field) <= FIGURE_MAX);
+        (rest.is_empty() && possible).then_some(Self {
             bytes: number(bytes),
             live: Tally { records: number(live_records), bytes: number(live_bytes) },
             trashed: Tally { records: number(trashed_records), bytes: number(trashed_bytes) },
