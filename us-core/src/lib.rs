@@ -6,6 +6,7 @@
 pub mod code;
 pub mod daemon;
 pub mod disk;
+pub mod durability;
 pub mod fragment;
 pub mod geometry;
 pub mod ids;

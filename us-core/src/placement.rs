@@ -100,6 +100,14 @@ struct Slot<'a> {
     fragments: usize,
 }
 
+/// Header, slot sums and trailer of a fragment's record, and what aligns it, at most.
+const RECORD_OVERHEAD_BYTES: u64 = 16 << 10;
+
+/// The most bytes a fragment of `fragment_bytes` takes at a provider.
+pub const fn record_bytes_max(fragment_bytes: u64) -> u64 {
+    fragment_bytes + RECORD_OVERHEAD_BYTES
+}
+
 /// The next number of the splitmix64 sequence.
 fn next(state: &mut u64) -> u64 {
     *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);

@@ -25,13 +25,17 @@ use us_proto::v1::{SessionDown, session_down};
 
 use crate::keys;
 use crate::namespace::{BlockChange, Tx};
-use crate::records::{ClusterRecord, SessionRecord, VolumeRecord, decode, encode, volume_id};
+use crate::records::{
+    ClusterRecord, ProviderRecord, SessionRecord, VolumeRecord, decode, encode, volume_id,
+};
 use crate::store::{Durability, KeyRange, MetaStore, Seq, StoreError, WriteBatch};
 
 mod admin;
 mod batches;
 mod chores;
+mod deaths;
 mod event;
+mod events;
 mod fetch;
 pub mod health;
 pub mod leases;
@@ -39,6 +43,8 @@ pub mod locks;
 mod lockwait;
 mod members;
 mod placement;
+pub mod presence;
+pub mod repair;
 mod sessions;
 #[cfg(test)]
 mod tests;
@@ -93,6 +99,10 @@ pub struct EngineConfig {
     pub settle_ms: u64,
     /// How often providers report.
     pub report_every_ms: u64,
+    /// When a silent provider is absent, dormant, dead.
+    pub clocks: presence::Clocks,
+    /// How much repair may be under way.
+    pub repair: repair::RepairLimits,
 }
 
 impl Default for EngineConfig {
@@ -103,6 +113,8 @@ impl Default for EngineConfig {
             fetch_wait_ms: 60_000,
             settle_ms: 60_000,
             report_every_ms: 2_000,
+            clocks: presence::Clocks::default(),
+            repair: repair::RepairLimits::default(),
         }
     }
 }
@@ -168,6 +180,15 @@ pub struct Engine {
     changed_while_counting: HashSet<(VolumeId, BlockId)>,
     pending_deletes: i64,
     last_slow_tick_ms: u64,
+    repairs: repair::Repairs,
+    /// Providers that are due and not given up, because many fell silent together.
+    braked: usize,
+    /// The hour in which blocks that cannot bear the brake were last looked for.
+    braked_hour: u64,
+    /// The wall-clock hour whose presence was learnt last, and the slow ticks of the present one.
+    learnt_hour: u64,
+    hour_ticks: u64,
+    next_event: u64,
     effects: Vec<Effect>,
 }
 
@@ -257,6 +278,12 @@ impl Engine {
             changed_while_counting: HashSet::new(),
             pending_deletes: 0,
             last_slow_tick_ms: 0,
+            repairs: repair::Repairs::new(config.repair),
+            braked: 0,
+            braked_hour: 0,
+            learnt_hour: 0,
+            hour_ticks: 0,
+            next_event: 1,
             effects: Vec::new(),
         };
         engine.load()?;
@@ -282,8 +309,17 @@ impl Engine {
         }
         for (key, value) in self.scan_all(&keys::tag(&keys::CLUSTER, b'y'))? {
             let number = key[keys::HEAD_BYTES..].try_into().map_or(0, u32::from_be_bytes);
-            self.members.insert(number, Member::restored(decode(&key, &value)?));
+            let mut record: ProviderRecord = decode(&key, &value)?;
+            // One that was online when the directory stopped is silent since it started.
+            if record.silent_since_ms == 0 {
+                record.silent_since_ms = self.clock_base_ms.max(1);
+            }
+            if record.dead || record.draining {
+                self.repairs.unwell.insert(number);
+            }
+            self.members.insert(number, Member::restored(record));
         }
+        self.load_events()?;
         Ok(())
     }
 
@@ -322,7 +358,7 @@ impl Engine {
             }
             Event::Session { conn, up } => self.session_says(conn, up)?,
             Event::Provider { conn, up } => self.provider_says(conn, up)?,
-            Event::Disconnected { conn } => self.disconnected(conn),
+            Event::Disconnected { conn } => self.disconnected(conn)?,
             Event::Durable { seq } => self.now_durable(seq)?,
             Event::Ask { ask, question } => self.ask(ask, question)?,
             Event::Counted(slice) => self.counted(slice),
@@ -449,6 +485,7 @@ impl Engine {
             if let Some(after) = &change.after {
                 self.counts.add(after, late && !settled);
             }
+            self.consider(key, change.after.as_ref());
         }
     }
 }

@@ -4,8 +4,8 @@
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
-use us_core::ids::VolumeId;
-use us_proto::v1::{FileRange, ProviderState, WhereBlock, WhereFragment};
+use us_core::ids::{BlockId, VolumeId};
+use us_proto::v1::{FileRange, ProviderState, WhatIfFile, WhereBlock, WhereFragment};
 
 use crate::engine::StateSnapshot;
 use crate::keys;
@@ -13,6 +13,8 @@ use crate::namespace::CHUNK_BYTES;
 use crate::records::{BlockRecord, ChunkRecord, bit, block_id, decode};
 use crate::store::{KeyRange, StoreError};
 
+/// Blocks, or references to one, looked at together.
+const BLOCKS_PAGE: usize = 4096;
 /// Chunks looked at together: a block is reported once for each such window of a file.
 const CHUNKS_WINDOW: usize = 256;
 
@@ -145,4 +147,85 @@ pub fn find_block(snapshot: &StateSnapshot, block: &Bytes) -> Result<WhereBlock,
         }
     }
     Err(InspectError::NoBlock)
+}
+
+/// Files with blocks that could not be read without some providers, at most `files_max` of them, and
+/// whether there are more. Looks at every block: slow.
+///
+/// # Errors
+/// [`InspectError`] when the store fails.
+pub fn files_lost(
+    snapshot: &StateSnapshot,
+    without: &[u32],
+    files_max: usize,
+) -> Result<(Vec<WhatIfFile>, bool), InspectError> {
+    let online = |provider: &u32| {
+        let at = snapshot.providers.binary_search_by_key(provider, |(id, _)| *id);
+        at.is_ok_and(|at| snapshot.providers[at].1 == ProviderState::Online as i32)
+            && !without.contains(provider)
+    };
+    let mut files: BTreeMap<(VolumeId, u64), u64> = BTreeMap::new();
+    for (volume, _) in &snapshot.volumes {
+        let mut range = KeyRange::prefix(&keys::tag(volume, b'b'));
+        loop {
+            let pairs = snapshot.view.scan(&range, BLOCKS_PAGE)?;
+            for (key, value) in &pairs {
+                let record: BlockRecord = decode(key, value)?;
+                let readable =
+                    record.is_inline() || readable_fragments(&record, online) >= record.s;
+                let Some(block) = keys::last_block(key).filter(|_| !readable) else { continue };
+                for ino in inodes_of(snapshot, volume, &block)? {
+                    if files.len() >= files_max && !files.contains_key(&(*volume, ino)) {
+                        return Ok((named(snapshot, files), true));
+                    }
+                    *files.entry((*volume, ino)).or_default() += 1;
+                }
+            }
+            match pairs.last() {
+                Some((last, _)) if pairs.len() == BLOCKS_PAGE => range = range.after(last),
+                _ => break,
+            }
+        }
+    }
+    Ok((named(snapshot, files), false))
+}
+
+/// Fragments of a block that are durable at a provider that `online` names.
+fn readable_fragments(record: &BlockRecord, online: impl Fn(&u32) -> bool) -> u32 {
+    let at = record.providers.iter().enumerate();
+    at.filter(|(index, provider)| {
+        bit(&record.durable, *index)
+            && !bit(&record.damaged, *index)
+            && !bit(&record.missing, *index)
+            && online(provider)
+    })
+    .count() as u32
+}
+
+/// The inodes that refer to a block.
+fn inodes_of(
+    snapshot: &StateSnapshot,
+    volume: &VolumeId,
+    block: &BlockId,
+) -> Result<Vec<u64>, StoreError> {
+    let range = KeyRange::prefix(&keys::references(volume, block));
+    let pairs = snapshot.view.scan(&range, BLOCKS_PAGE)?;
+    let mut inodes: Vec<u64> =
+        pairs.iter().map(|(key, _)| keys::last_number(&key[..key.len() - 8])).collect();
+    inodes.dedup();
+    Ok(inodes)
+}
+
+fn named(snapshot: &StateSnapshot, files: BTreeMap<(VolumeId, u64), u64>) -> Vec<WhatIfFile> {
+    let name = |volume: &VolumeId| {
+        let found = snapshot.volumes.iter().find(|(id, _)| id == volume);
+        found.map(|(_, name)| name.clone()).unwrap_or_default()
+    };
+    let file = |((volume, ino), unreadable_blocks): ((VolumeId, u64), u64)| WhatIfFile {
+        volume: Bytes::copy_from_slice(volume.as_bytes()),
+        volume_name: name(&volume),
+        ino,
+        unreadable_blocks,
+    };
+    files.into_iter().map(file).collect()
 }

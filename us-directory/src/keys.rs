@@ -3,7 +3,7 @@
 //!
 //! ARCHITECTURE.md has the table; this module is its only implementation. Of the cluster's own:
 //! `s` sessions, `g` dead blocks by due time, `q` fragments a provider is to delete, `v` volumes,
-//! `y` providers, `h` provider of a key hash, `n` the cluster's counters.
+//! `y` providers, `h` provider of a key hash, `e` events, `n` the cluster's counters.
 
 use bytes::{BufMut, Bytes, BytesMut};
 use us_core::ids::{BlockId, VolumeId};
@@ -100,6 +100,13 @@ pub fn reference(volume: &VolumeId, block: &BlockId, ino: u64, chunk: u64) -> By
     key.freeze()
 }
 
+/// All `r` keys of a block.
+pub fn references(volume: &VolumeId, block: &BlockId) -> Bytes {
+    let mut key = key(volume, b'r', 16);
+    key.put_slice(block.as_bytes());
+    key.freeze()
+}
+
 /// `p` provider, block: the fragments of a block that a provider holds.
 pub fn holding(volume: &VolumeId, provider: u32, block: &BlockId) -> Bytes {
     let mut key = key(volume, b'p', 20);
@@ -175,6 +182,11 @@ pub fn provider(provider: u32) -> Bytes {
     let mut key = key(&CLUSTER, b'y', 4);
     key.put_u32(provider);
     key.freeze()
+}
+
+/// `e` number: an event, for people.
+pub fn event(number: u64) -> Bytes {
+    numbers(&CLUSTER, b'e', &[number])
 }
 
 /// `n`: the cluster's counters.

@@ -31,7 +31,7 @@ enum Command {
         data: PathBuf,
     },
     /// Run the directory
-    Run(RunArgs),
+    Run(Box<RunArgs>),
     /// Issue a certificate for a provider, a client or an administrator
     Identity {
         /// The directory's data
@@ -91,6 +91,42 @@ struct Flags {
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     report_every_ms: Option<u64>,
+    /// How long a silent provider is absent before it counts as asleep
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    absent_ms: Option<u64>,
+    /// How long a provider may be silent beyond what was expected before it is given up
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    dead_ms: Option<u64>,
+    /// Percent of providers that fall silent together and are not taken for dead
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    brake_percent: Option<u32>,
+    /// How long providers that fell silent together are not given up
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    brake_ms: Option<u64>,
+    /// The mean time to a provider's death, for estimates
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    mttf_ms: Option<u64>,
+    /// Blocks repaired at once
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    repair_jobs: Option<usize>,
+    /// Blocks one provider rebuilds at once
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    repair_target_jobs: Option<usize>,
+    /// Fragments one provider is asked to send for repairs at once
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    repair_sends: Option<usize>,
+    /// KiB a second one provider is asked to send for repairs; 0: no limit
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    repair_kib_per_s: Option<u64>,
     /// Memory for pages of the checkpoint, in MiB
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]

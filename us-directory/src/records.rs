@@ -223,12 +223,15 @@ pub struct HoldingRecord {
     pub fragments: Bytes,
 }
 
-/// `g`: a dead block.
+/// `g`: a dead block, or fragments of a live one that lie elsewhere now.
 #[derive(Clone, PartialEq, Message)]
 pub struct GraveRecord {
-    /// One for each fragment.
+    /// One for each fragment; 0: nothing to delete.
     #[prost(uint32, repeated, tag = "1")]
     pub providers: Vec<u32>,
+    /// Of a live block: its volume. What its record names by then stays.
+    #[prost(bytes = "bytes", tag = "2")]
+    pub volume: Bytes,
 }
 
 /// `u`: what a volume uses.
@@ -315,6 +318,10 @@ pub struct VolumeRecord {
     /// Being deleted.
     #[prost(bool, tag = "7")]
     pub deleting: bool,
+    /// Blocks are repaired when they have at most this - 1 durable fragments more than s; 0: as soon
+    /// as one is lost.
+    #[prost(uint32, tag = "8")]
+    pub repair_at: u32,
 }
 
 /// `y`: a provider.
@@ -347,6 +354,41 @@ pub struct ProviderRecord {
     /// It took leave: expected back.
     #[prost(bool, tag = "9")]
     pub dormant: bool,
+    /// The cluster's clock when it fell silent; 0 while it is online.
+    #[prost(uint64, tag = "10")]
+    pub silent_since_ms: u64,
+    /// The cluster's clock at which it is expected back; 0: not known.
+    #[prost(uint64, tag = "11")]
+    pub back_at_ms: u64,
+    /// Given up: what it held is rebuilt elsewhere.
+    #[prost(bool, tag = "12")]
+    pub dead: bool,
+    /// Being emptied: nothing new goes there, what it holds is moved.
+    #[prost(bool, tag = "13")]
+    pub draining: bool,
+    /// For each hour of the week (0 = Monday 0:00 UTC) the share of it in which it is online, of 255.
+    #[prost(bytes = "bytes", tag = "14")]
+    pub profile: Bytes,
+    /// Hours the profile was learnt from.
+    #[prost(uint32, tag = "15")]
+    pub profile_hours: u32,
+}
+
+/// `e`: something that happened.
+#[derive(Clone, PartialEq, Message)]
+pub struct EventRecord {
+    /// Wall time.
+    #[prost(uint64, tag = "1")]
+    pub unix_ms: u64,
+    /// What, as a number of the engine's event kinds.
+    #[prost(uint32, tag = "2")]
+    pub kind: u32,
+    /// To which provider; 0: to none.
+    #[prost(uint32, tag = "3")]
+    pub provider: u32,
+    /// For people.
+    #[prost(string, tag = "4")]
+    pub detail: String,
 }
 
 /// `n`: the cluster's counters. They only grow.

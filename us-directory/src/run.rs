@@ -23,6 +23,8 @@ use us_core::tls::{CertificateAuthority, Identity, Role};
 use us_core::wire::{Server, ServerLimits};
 
 use crate::engine::EngineConfig;
+use crate::engine::presence::Clocks;
+use crate::engine::repair::RepairLimits;
 use crate::service::Service;
 use crate::shell::{Directory, DurableMark};
 use crate::store::embedded::{EmbeddedOptions, EmbeddedStore};
@@ -48,6 +50,25 @@ pub struct Config {
     pub settle_ms: u64,
     /// How often providers report.
     pub report_every_ms: u64,
+    /// How long a silent provider is absent before it counts as asleep.
+    pub absent_ms: u64,
+    /// How long a provider may be silent beyond what was expected before it is given up.
+    pub dead_ms: u64,
+    /// The share of the providers, or of a site's, that must fall silent within an hour to be taken
+    /// for an evening and not for deaths, in percent.
+    pub brake_percent: u32,
+    /// How long providers that fell silent together are not given up.
+    pub brake_ms: u64,
+    /// The mean time to a provider's death, for estimates.
+    pub mttf_ms: u64,
+    /// Blocks repaired at once.
+    pub repair_jobs: usize,
+    /// Blocks one provider rebuilds at once.
+    pub repair_target_jobs: usize,
+    /// Fragments one provider is asked to send for repairs at once.
+    pub repair_sends: usize,
+    /// KiB a second one provider is asked to send for repairs; 0: no limit.
+    pub repair_kib_per_s: u64,
     /// Memory for pages of the checkpoint, in MiB.
     pub cache_mib: usize,
     /// A journal of this many MiB is written into the checkpoint.
@@ -65,6 +86,15 @@ impl Default for Config {
             fence_ms: engine.fence_ms,
             settle_ms: engine.settle_ms,
             report_every_ms: engine.report_every_ms,
+            absent_ms: engine.clocks.absent_ms,
+            dead_ms: engine.clocks.dead_ms,
+            brake_percent: engine.clocks.brake_percent,
+            brake_ms: engine.clocks.brake_ms,
+            mttf_ms: engine.clocks.mttf_ms,
+            repair_jobs: engine.repair.jobs_max,
+            repair_target_jobs: engine.repair.target_jobs_max,
+            repair_sends: engine.repair.sends_max,
+            repair_kib_per_s: engine.repair.send_bytes_per_s_max >> 10,
             cache_mib: 64,
             journal_mib: 64,
         }
@@ -79,6 +109,21 @@ impl Config {
             settle_ms: self.settle_ms,
             report_every_ms: self.report_every_ms,
             fetch_wait_ms: self.fence_ms + self.lease_ms / 2,
+            clocks: Clocks {
+                absent_ms: self.absent_ms,
+                dead_ms: self.dead_ms,
+                brake_percent: self.brake_percent,
+                brake_ms: self.brake_ms,
+                mttf_ms: self.mttf_ms,
+                ..Clocks::default()
+            },
+            repair: RepairLimits {
+                jobs_max: self.repair_jobs,
+                target_jobs_max: self.repair_target_jobs,
+                sends_max: self.repair_sends,
+                send_bytes_per_s_max: self.repair_kib_per_s << 10,
+                ..RepairLimits::default()
+            },
         }
     }
 

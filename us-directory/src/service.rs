@@ -15,13 +15,15 @@ use us_proto::v1::admin_server::{Admin, AdminServer};
 use us_proto::v1::membership_server::{Membership, MembershipServer};
 use us_proto::v1::sessions_server::{Sessions, SessionsServer};
 use us_proto::v1::{
-    BlockRequest, CreateVolumeRequest, DeleteVolumeReply, DeleteVolumeRequest, ListVolumesReply,
-    ListVolumesRequest, ProviderDown, ProviderUp, SessionDown, SessionUp, StatusReply,
-    StatusRequest, VolumeInfo, WhereBlock, WhereRequest,
+    BlockRequest, CreateVolumeRequest, DeleteVolumeReply, DeleteVolumeRequest, DrainReply,
+    DrainRequest, EventsReply, EventsRequest, GiveUpReply, GiveUpRequest, ListVolumesReply,
+    ListVolumesRequest, ProviderDown, ProviderUp, RepairRequest, RepairStatus, ScrubReply,
+    ScrubRequest, SessionDown, SessionUp, StatusReply, StatusRequest, VolumeInfo, WhatIfReply,
+    WhatIfRequest, WhereBlock, WhereRequest,
 };
 
 use crate::engine::{Answer, Event, Peer, Question, RefusalKind};
-use crate::inspect::{find_block, where_file};
+use crate::inspect::{files_lost, find_block, where_file};
 use crate::shell::{Directory, Gone};
 
 /// The largest message taken: a batch of 4 MiB and what goes with it.
@@ -30,6 +32,9 @@ const MESSAGE_BYTES_MAX: usize = 8 << 20;
 pub const ANSWER_BYTES_MAX: usize = 16 << 20;
 /// Blocks of `where` that wait for the caller to read them.
 const WHERE_QUEUE_MAX: usize = 64;
+/// Providers one what-if leaves out, and files it names.
+const WHAT_IF_PROVIDERS_MAX: usize = 4096;
+const WHAT_IF_FILES_MAX: u32 = 10_000;
 
 type Down<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
@@ -55,6 +60,13 @@ impl Service {
             .max_encoding_message_size(ANSWER_BYTES_MAX);
         let admin = AdminServer::new(self.clone()).max_encoding_message_size(ANSWER_BYTES_MAX);
         Routes::new(sessions).add_service(membership).add_service(admin)
+    }
+
+    async fn ask_count(&self, question: Question) -> Result<u64, Status> {
+        match self.ask(question).await? {
+            Answer::Count(count) => Ok(count),
+            other => Err(unexpected(&other)),
+        }
     }
 
     async fn ask(&self, question: Question) -> Result<Answer, Status> {
@@ -233,5 +245,87 @@ impl Admin for Service {
         let found = tokio::task::spawn_blocking(move || find_block(&snapshot, &block));
         let found = found.await.map_err(|error| Status::internal(error.to_string()))??;
         Ok(Response::new(found))
+    }
+
+    async fn drain(&self, request: Request<DrainRequest>) -> Result<Response<DrainReply>, Status> {
+        allowed(&request, &[Role::Admin])?;
+        let DrainRequest { provider, undo } = request.into_inner();
+        let fragments = self.ask_count(Question::Drain { provider, undo }).await?;
+        Ok(Response::new(DrainReply { fragments }))
+    }
+
+    async fn give_up(
+        &self,
+        request: Request<GiveUpRequest>,
+    ) -> Result<Response<GiveUpReply>, Status> {
+        allowed(&request, &[Role::Admin])?;
+        let provider = request.into_inner().provider;
+        let fragments = self.ask_count(Question::GiveUp { provider }).await?;
+        Ok(Response::new(GiveUpReply { fragments }))
+    }
+
+    async fn repair(
+        &self,
+        request: Request<RepairRequest>,
+    ) -> Result<Response<RepairStatus>, Status> {
+        allowed(&request, &[Role::Admin])?;
+        match self.ask(Question::Repair).await? {
+            Answer::Repair(status) => Ok(Response::new(status)),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    async fn scrub(&self, request: Request<ScrubRequest>) -> Result<Response<ScrubReply>, Status> {
+        allowed(&request, &[Role::Admin])?;
+        let provider = request.into_inner().provider;
+        let providers = self.ask_count(Question::Scrub { provider }).await? as u32;
+        Ok(Response::new(ScrubReply { providers }))
+    }
+
+    async fn what_if(
+        &self,
+        request: Request<WhatIfRequest>,
+    ) -> Result<Response<WhatIfReply>, Status> {
+        allowed(&request, &[Role::Client, Role::Admin])?;
+        let WhatIfRequest { without, files_max } = request.into_inner();
+        if without.len() > WHAT_IF_PROVIDERS_MAX {
+            return Err(Status::invalid_argument("at most 4096 providers can be left out"));
+        }
+        let summary = match self.ask(Question::WhatIf { without: without.clone() }).await? {
+            Answer::WhatIf(summary) => summary,
+            other => return Err(unexpected(&other)),
+        };
+        let unreadable = summary.total - summary.readable;
+        let mut reply = WhatIfReply {
+            unreadable,
+            endangered: summary.by_redundancy.get(&0).copied().unwrap_or(0),
+            by_redundancy: summary.by_redundancy,
+            total: summary.total,
+            ..Default::default()
+        };
+        if unreadable > 0 && files_max > 0 {
+            let snapshot = match self.ask(Question::Snapshot).await? {
+                Answer::Snapshot(snapshot) => snapshot,
+                other => return Err(unexpected(&other)),
+            };
+            let files_max = files_max.min(WHAT_IF_FILES_MAX) as usize;
+            let found =
+                tokio::task::spawn_blocking(move || files_lost(&snapshot, &without, files_max));
+            (reply.files, reply.more_files) =
+                found.await.map_err(|error| Status::internal(error.to_string()))??;
+        }
+        Ok(Response::new(reply))
+    }
+
+    async fn events(
+        &self,
+        request: Request<EventsRequest>,
+    ) -> Result<Response<EventsReply>, Status> {
+        allowed(&request, &[Role::Client, Role::Admin])?;
+        let EventsRequest { after, last } = request.into_inner();
+        match self.ask(Question::Events { after, last }).await? {
+            Answer::Events(events) => Ok(Response::new(EventsReply { events })),
+            other => Err(unexpected(&other)),
+        }
     }
 }

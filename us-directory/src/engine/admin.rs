@@ -5,10 +5,12 @@ use std::collections::BTreeMap;
 use us_core::geometry::Code;
 use us_core::ids::VolumeId;
 use us_proto::v1::{
-    Health, JournalStatus, ProviderStatus, SessionStatus, StatusReply, Timestamp, VolumeInfo,
+    Health, JournalStatus, ProviderState, ProviderStatus, SessionStatus, StatusReply, Timestamp,
+    VolumeInfo,
 };
 
 use super::event::{Answer, AskId, Effect, Question, RefusalKind, StateSnapshot};
+use super::events::EventKind;
 use super::health::{Reach, Totals};
 use super::{Durability, Engine, Then, VOLUMES_MAX, Volume};
 use crate::keys;
@@ -40,13 +42,23 @@ impl Engine {
                 providers: self
                     .members
                     .iter()
-                    .map(|(id, member)| (*id, member.state() as i32))
+                    .map(|(id, member)| (*id, self.state_of(member) as i32))
                     .collect(),
             }),
             Question::CreateVolume { name, s, r, quota_bytes } => {
                 return self.create_volume(ask, name, (s, r), quota_bytes);
             }
             Question::DeleteVolume { name } => return self.delete_volume(ask, &name),
+            Question::Drain { provider, undo } => self.drain(provider, undo)?,
+            Question::GiveUp { provider } => self.give_up_asked(provider)?,
+            Question::Repair => {
+                self.sources_are_back();
+                self.scan_blocks();
+                Answer::Repair(self.repair_status())
+            }
+            Question::Scrub { provider } => self.scrub(provider),
+            Question::WhatIf { without } => self.what_if(&without),
+            Question::Events { after, last } => Answer::Events(self.events(after, last)?),
         };
         self.effects.push(Effect::Answer { ask, answer });
         Ok(())
@@ -90,8 +102,15 @@ impl Engine {
         let mut key = vec![0; 32];
         self.entropy.fill(&mut key);
         let id = VolumeId::generate();
-        let record =
-            VolumeRecord { name, s, r, quota_bytes, key: key.into(), next_ino: 2, deleting: false };
+        let record = VolumeRecord {
+            name,
+            s,
+            r,
+            quota_bytes,
+            key: key.into(),
+            next_ino: 2,
+            ..Default::default()
+        };
         let time = Timestamp {
             seconds: (self.at.unix_ms / 1000) as i64,
             nanos: (self.at.unix_ms % 1000) as u32 * 1_000_000,
@@ -99,9 +118,11 @@ impl Engine {
         let mut batch = new_root(&id, time);
         batch.put(keys::volume(&id), encode(&record));
         let usage = UsageRecord { inodes: 1, ..Default::default() };
+        let detail = format!("{} {code}", record.name);
         let volume = Volume { record, code };
         let info = volume_info(&id, &volume, usage);
         self.volumes.insert(id, volume);
+        self.note_event(EventKind::VolumeMade, 0, detail)?;
         let seq = self.commit(batch, Durability::Durable)?;
         self.then(seq, Then::Answer(ask, Answer::Volume(info)))
     }
@@ -128,6 +149,7 @@ impl Engine {
             volume.record.deleting = true;
             batch.put(keys::volume(&id), encode(&volume.record));
         }
+        self.note_event(EventKind::VolumeRemoved, 0, name.to_owned())?;
         let seq = self.commit(batch, Durability::Durable)?;
         self.then(seq, Then::Answer(ask, Answer::Done))
     }
@@ -152,7 +174,7 @@ impl Engine {
             let member = self.members.get(&provider);
             Reach {
                 reachable: member.is_some_and(super::Member::is_reachable),
-                expected: member.is_some(),
+                expected: member.is_some_and(|member| !member.record.dead),
             }
         })
     }
@@ -180,6 +202,8 @@ impl Engine {
             sessions: self.session_statuses(),
             pending_deletes: self.pending_deletes.max(0) as u64,
             journal: Some(copies),
+            repair: Some(self.repair_status()),
+            braked: self.braked as u32,
             uptime_s: self.at.now_ms / 1000,
             cluster: self.cluster.cluster.iter().map(|byte| format!("{byte:02x}")).collect(),
         })
@@ -193,7 +217,7 @@ impl Engine {
                 address: member.record.address.clone(),
                 site: member.record.site.clone(),
                 metapeer: *provider,
-                state: member.state() as i32,
+                state: self.state_of(member) as i32,
                 capacity_bytes: member.report.capacity_bytes,
                 used_bytes: member.report.used_bytes,
                 free_bytes: member.report.free_bytes,
@@ -204,11 +228,30 @@ impl Engine {
                 } else {
                     member.report.note.clone()
                 },
-                accepts_puts: member.is_usable(),
+                accepts_puts: member.takes_new(),
                 damaged: totals.damaged.get(provider).copied().unwrap_or(0),
                 name: member.record.name.clone(),
+                draining: member.record.draining,
+                back_in_s: member.record.back_at_ms.saturating_sub(self.clock_ms()) / 1000,
+                ..self.disturbed(*provider)
             })
             .collect()
+    }
+
+    fn state_of(&self, member: &super::Member) -> ProviderState {
+        member.state(self.clock_ms(), &self.config.clocks)
+    }
+
+    /// A status with only what repairs cost the provider.
+    fn disturbed(&self, provider: u32) -> ProviderStatus {
+        let cost = self.repairs.jobs.disturbance(provider, self.at.now_ms);
+        ProviderStatus {
+            repair_sent_fragments: cost.fragments,
+            repair_sent_bytes: cost.bytes,
+            repair_worst_fragments: cost.worst_fragments,
+            repair_worst_bytes: cost.worst_bytes,
+            ..Default::default()
+        }
     }
 
     fn session_statuses(&self) -> Vec<SessionStatus> {
@@ -248,6 +291,12 @@ impl Engine {
             ("us_directory_providers_online", online as f64),
             ("us_directory_sessions", connected as f64),
             ("us_directory_requests_parked", self.parked.len() as f64),
+            ("us_directory_repairs_queued", self.repairs.queue.len() as f64),
+            ("us_directory_repairs_urgent", self.repair_status().urgent as f64),
+            ("us_directory_repairs_waiting", self.repairs.queue.aside() as f64),
+            ("us_directory_repairs_running", self.repairs.jobs.len() as f64),
+            ("us_directory_repair_bytes_per_s", self.repair_status().bytes_per_s as f64),
+            ("us_directory_providers_braked", self.braked as f64),
             ("us_directory_deletes_pending", self.pending_deletes.max(0) as f64),
             ("us_directory_journal_bytes", self.store.facts().journal_bytes as f64),
             ("us_directory_signatures", self.counts.signatures() as f64),

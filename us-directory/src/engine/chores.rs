@@ -43,11 +43,16 @@ impl Engine {
         self.check_parked()?;
         self.check_lock_waiters();
         self.reap()?;
+        self.run_repairs()?;
         if self.now_ms() < self.last_slow_tick_ms + SLOW_TICK_MS {
             return Ok(());
         }
         self.last_slow_tick_ms = self.now_ms();
-        self.check_members();
+        self.check_members()?;
+        self.count_presence();
+        self.learn_presence()?;
+        self.check_clocks()?;
+        self.note_ends()?;
         self.check_unsettled()?;
         self.expand_graves()?;
         if self.pending_deletes > 0 && self.clock_ms() > self.clock_stored_ms + CLOCK_LAG_MS {
@@ -128,14 +133,34 @@ impl Engine {
             let grave: GraveRecord = decode(&key, &value)?;
             let Some(block) = keys::last_block(&key) else { continue };
             let mut held: BTreeMap<u32, Bytes> = BTreeMap::new();
+            // Fragments that moved may have moved back since.
+            let volume = VolumeId::from_slice(&grave.volume);
+            let live = match volume {
+                Some(volume) => self.stored_block(&(volume, block))?,
+                None => None,
+            };
             for (index, provider) in grave.providers.iter().enumerate() {
+                let named = live.as_ref().and_then(|block| block.providers.get(index));
+                if *provider == 0 || named == Some(provider) {
+                    continue;
+                }
                 let bitmap = held.entry(*provider).or_default();
                 *bitmap = with_bit(bitmap, index, true);
             }
             self.pending_deletes += held.len() as i64 - 1;
             for (provider, fragments) in held {
-                let record = HoldingRecord { fragments };
-                batch.put(keys::delete(provider, &block), encode(&record));
+                let key = keys::delete(provider, &block);
+                let asked = match batch.get(&key) {
+                    Some(asked) => asked.clone(),
+                    None => self.store.get(&key)?,
+                };
+                let asked: HoldingRecord =
+                    asked.map(|value| decode(&key, &value)).transpose()?.unwrap_or_default();
+                self.pending_deletes -= i64::from(!asked.fragments.is_empty());
+                let fragments = (0..8 * asked.fragments.len())
+                    .filter(|index| bit(&asked.fragments, *index))
+                    .fold(fragments, |both, index| with_bit(&both, index, true));
+                batch.put(key, encode(&HoldingRecord { fragments }));
             }
             batch.delete(key);
         }
@@ -217,7 +242,10 @@ impl Engine {
         }
     }
 
-    fn stored_block(&self, key: &(VolumeId, BlockId)) -> Result<Option<BlockRecord>, StoreError> {
+    pub(super) fn stored_block(
+        &self,
+        key: &(VolumeId, BlockId),
+    ) -> Result<Option<BlockRecord>, StoreError> {
         let stored = keys::block(&key.0, &key.1);
         self.store.get(&stored)?.map(|value| decode(&stored, &value)).transpose()
     }
@@ -245,6 +273,7 @@ impl Engine {
                 self.counts.add(&block, true);
             }
             self.settle_order.insert((next_ms, key.0, key.1));
+            self.consider(key, Some(&block));
             for (provider, piece) in pending(&key, &block) {
                 asked.entry(provider).or_default().push(piece);
             }
@@ -289,6 +318,7 @@ impl Engine {
         }
         if slice.last {
             self.changed_while_counting = HashSet::new();
+            self.scan_blocks();
             tracing::info!(signatures = self.counts.signatures(), "blocks counted");
         }
     }

@@ -3,7 +3,10 @@
 use std::sync::Arc;
 
 use us_core::ids::VolumeId;
-use us_proto::v1::{ProviderDown, ProviderUp, SessionDown, SessionUp, StatusReply, VolumeInfo};
+use us_proto::v1::{
+    BlockSummary, ClusterEvent, ProviderDown, ProviderUp, RepairStatus, SessionDown, SessionUp,
+    StatusReply, VolumeInfo,
+};
 
 use super::health::CountedSlice;
 use crate::store::{Seq, View};
@@ -113,6 +116,37 @@ pub enum Question {
     },
     /// The state to look around in, with what providers are like now.
     Snapshot,
+    /// Empties a provider, or ends that.
+    Drain {
+        /// Which.
+        provider: u32,
+        /// Ends it.
+        undo: bool,
+    },
+    /// Gives a provider up now.
+    GiveUp {
+        /// Which.
+        provider: u32,
+    },
+    /// Looks at every block again.
+    Repair,
+    /// Has providers read all they hold.
+    Scrub {
+        /// Which; 0: all.
+        provider: u32,
+    },
+    /// How blocks would be without these providers.
+    WhatIf {
+        /// Which.
+        without: Vec<u32>,
+    },
+    /// A page of the log.
+    Events {
+        /// Those behind this number.
+        after: u64,
+        /// Only so many of the newest; 0: all.
+        last: u64,
+    },
 }
 
 /// What an administrator is answered.
@@ -128,6 +162,14 @@ pub enum Answer {
     Done,
     /// The state.
     Snapshot(StateSnapshot),
+    /// How many fragments, or providers, it concerns.
+    Count(u64),
+    /// What repair is doing.
+    Repair(RepairStatus),
+    /// How blocks would be.
+    WhatIf(BlockSummary),
+    /// A page of the log.
+    Events(Vec<ClusterEvent>),
     /// It cannot be done.
     Refused {
         /// What kind of refusal.
@@ -169,6 +211,10 @@ impl std::fmt::Debug for Answer {
             Self::Volumes(volumes) => f.debug_tuple("Volumes").field(volumes).finish(),
             Self::Done => f.write_str("Done"),
             Self::Snapshot(_) => f.write_str("Snapshot"),
+            Self::Count(count) => f.debug_tuple("Count").field(count).finish(),
+            Self::Repair(status) => f.debug_tuple("Repair").field(status).finish(),
+            Self::WhatIf(summary) => f.debug_tuple("WhatIf").field(summary).finish(),
+            Self::Events(events) => f.debug_tuple("Events").field(events).finish(),
             Self::Refused { kind, detail } => {
                 f.debug_struct("Refused").field("kind", kind).field("detail", detail).finish()
             }

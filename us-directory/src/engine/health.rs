@@ -55,6 +55,12 @@ impl Signature {
     }
 }
 
+impl Signature {
+    fn is_crowded(&self) -> bool {
+        self.fragments.windows(2).any(|pair| pair[0].0 == pair[1].0)
+    }
+}
+
 /// The state of one fragment of a block.
 pub fn fragment_state(block: &BlockRecord, index: usize, late: bool) -> FragmentState {
     if bit(&block.damaged, index) || bit(&block.missing, index) {
@@ -97,6 +103,7 @@ pub struct CountedSlice {
 pub struct Counts {
     signatures: HashMap<Signature, i64>,
     inline: i64,
+    crowded: i64,
     /// The stored blocks are all counted.
     pub complete: bool,
 }
@@ -134,6 +141,7 @@ impl Counts {
     }
 
     fn change_signature(&mut self, signature: Signature, by: i64) {
+        self.crowded += if signature.is_crowded() { by } else { 0 };
         match self.signatures.entry(signature) {
             Entry::Occupied(entry) if *entry.get() + by == 0 => {
                 entry.remove();
@@ -149,9 +157,14 @@ impl Counts {
     pub fn merge(&mut self, slice: &mut CountedSlice) {
         self.inline += slice.inline;
         for (signature, count) in slice.signatures.drain() {
-            *self.signatures.entry(signature).or_default() += count;
+            self.change_signature(signature, count);
         }
         self.complete |= slice.last;
+    }
+
+    /// Whether fragments of some block share a provider.
+    pub fn has_crowds(&self) -> bool {
+        self.crowded > 0
     }
 
     /// How many distinct signatures there are.
@@ -177,6 +190,7 @@ impl Totals {
     fn add(&mut self, signature: &Signature, count: u64, reach: &impl Fn(u32) -> Reach) {
         use FragmentState::{Durable, Gone, Late, Pending};
         let (mut reachable, mut expected, mut pending, mut young) = (0i64, 0i64, false, 0i64);
+        let mut kept = 0i64;
         let (mut crowded, mut previous) = (false, None);
         for (provider, state) in &signature.fragments {
             let at = reach(*provider);
@@ -184,7 +198,10 @@ impl Totals {
             crowded |= previous == Some(*provider);
             previous = Some(*provider);
             match state {
-                Durable => reachable += i64::from(at.reachable),
+                Durable => {
+                    reachable += i64::from(at.reachable);
+                    kept += i64::from(at.expected);
+                }
                 Pending => young += i64::from(at.reachable),
                 Late => {}
                 Gone => {
@@ -201,6 +218,8 @@ impl Totals {
         let summary = &mut self.summary;
         summary.total += count;
         *summary.by_redundancy.entry(left).or_default() += count;
+        let durable = (kept - s).max(-1) as i32;
+        *summary.by_durability.entry(durable).or_default() += count;
         summary.unsettled += if pending { count } else { 0 };
         summary.crowded += if crowded { count } else { 0 };
         if left >= 0 {

@@ -15,6 +15,8 @@ use us_proto::v1::{
     ProviderWelcome,
 };
 
+use super::events::EventKind;
+use super::presence::{self, Clocks, Silence};
 use super::{ConnId, Durability, Effect, Engine, Then};
 use crate::keys;
 use crate::records::{HoldingRecord, ProviderRecord, bit, block_id, decode, encode, with_bit};
@@ -45,6 +47,12 @@ pub(super) struct Member {
     pub promised_bytes: u64,
     /// Deletions it was sent and has not confirmed: the ticket and the keys.
     pub deleting: Option<(u64, Vec<Bytes>)>,
+    /// The log says that it is silent.
+    pub told_silent: bool,
+    /// How long it said it would be away; 0: it did not.
+    pub away_ms: u64,
+    /// Slow ticks of this hour in which it was online.
+    pub online_ticks: u64,
 }
 
 impl Member {
@@ -58,6 +66,9 @@ impl Member {
             heard_ms: 0,
             promised_bytes: 0,
             deleting: None,
+            told_silent: false,
+            away_ms: 0,
+            online_ticks: 0,
         }
     }
 
@@ -71,20 +82,34 @@ impl Member {
         self.is_reachable() && self.report.accepts_puts
     }
 
+    /// Whether blocks may be placed there: it is usable, and not being emptied.
+    pub fn takes_new(&self) -> bool {
+        self.is_usable() && !self.record.draining
+    }
+
+    /// Whether it has been silent for so long that it is to be given up.
+    pub fn is_due(&self, clock_ms: u64, clocks: &Clocks) -> bool {
+        let record = &self.record;
+        !self.online
+            && !record.dead
+            && record.silent_since_ms > 0
+            && clock_ms >= presence::due_ms(record, clocks)
+    }
+
+    /// As the brake sees it.
+    pub fn silence(&self) -> Silence<'_> {
+        let since_ms = (!self.online).then_some(self.record.silent_since_ms);
+        Silence { site: &self.record.site, since_ms }
+    }
+
     /// What can still be put there.
     pub fn free_bytes(&self) -> u64 {
         self.report.free_bytes.saturating_sub(self.promised_bytes)
     }
 
     /// Its state for people and clients.
-    pub fn state(&self) -> ProviderState {
-        if self.is_reachable() {
-            ProviderState::Online
-        } else if self.record.dormant {
-            ProviderState::Dormant
-        } else {
-            ProviderState::Absent
-        }
+    pub fn state(&self, clock_ms: u64, clocks: &Clocks) -> ProviderState {
+        presence::state(&self.record, self.is_reachable(), clock_ms, clocks)
     }
 }
 
@@ -113,11 +138,11 @@ impl Engine {
         self.effects.push(Effect::Provider { conn, down: ProviderDown { event: Some(event) } });
     }
 
-    fn refuse_provider(&mut self, conn: ConnId, reason: &str) {
+    fn refuse_provider(&mut self, conn: ConnId, reason: &str) -> Result<(), StoreError> {
         tracing::warn!(reason, "provider refused");
         self.tell(conn, Down::Refused(ProviderRefused { reason: reason.to_owned() }));
         self.effects.push(Effect::End { conn });
-        self.disconnected(conn);
+        self.disconnected(conn)
     }
 
     pub(super) fn provider_says(&mut self, conn: ConnId, up: ProviderUp) -> Result<(), StoreError> {
@@ -127,8 +152,7 @@ impl Engine {
             (None, Some(Up::Hello(hello))) => return self.hello(conn, hello),
             (Some(provider), Some(event)) => (provider, event),
             _ => {
-                self.refuse_provider(conn, "the first message must be a hello");
-                return Ok(());
+                return self.refuse_provider(conn, "the first message must be a hello");
             }
         };
         let now_ms = self.now_ms();
@@ -137,17 +161,19 @@ impl Engine {
         };
         member.heard_ms = now_ms;
         match event {
-            Up::Hello(_) => self.refuse_provider(conn, "a second hello"),
+            Up::Hello(_) => self.refuse_provider(conn, "a second hello")?,
             Up::Report(report) => self.report(provider, report)?,
             Up::Damage(damage) => self.provider_damage(provider, &damage)?,
             Up::Deleted(done) => self.deleted(provider, done.ticket)?,
             Up::Checked(reply) => self.checked(provider, &reply)?,
-            Up::Goodbye(_) => {
+            Up::Goodbye(goodbye) => {
+                member.away_ms = goodbye.back_in_s.saturating_mul(1000);
                 member.record.dormant = true;
                 let batch = member_batch(provider, &member.record);
                 self.commit(batch, Durability::Applied)?;
             }
             Up::RootStored(_) => {}
+            Up::Rebuilt(reply) => self.rebuilt(provider, &reply)?,
         }
         Ok(())
     }
@@ -156,15 +182,13 @@ impl Engine {
         let Some(connection) = self.connections.get(&conn) else { return Ok(()) };
         let peer = connection.peer.clone();
         if hello.store.len() != 16 || hello.address.is_empty() {
-            self.refuse_provider(conn, "a hello without store or address");
-            return Ok(());
+            return self.refuse_provider(conn, "a hello without store or address");
         }
         let found = self.members.iter().find(|(_, m)| m.record.key_hash == peer.key_hash);
         let (provider, mut record) = match found {
             Some((provider, member)) => (*provider, member.record.clone()),
             None if self.members.len() >= PROVIDERS_MAX => {
-                self.refuse_provider(conn, "too many providers");
-                return Ok(());
+                return self.refuse_provider(conn, "too many providers");
             }
             None => {
                 let provider = self.cluster.next_provider;
@@ -188,6 +212,14 @@ impl Engine {
         record.site = text(hello.site);
         record.name = peer.name;
         record.dormant = false;
+        let was_dead = std::mem::take(&mut record.dead);
+        let was_silent_ms = match std::mem::take(&mut record.silent_since_ms) {
+            0 => 0,
+            since_ms => self.clock_ms().saturating_sub(since_ms),
+        };
+        record.back_at_ms = 0;
+        let (name, suspect) = (record.name.clone(), record.suspect);
+        let is_new = !self.members.contains_key(&provider);
         let mut batch = member_batch(provider, &record);
         batch.put(keys::cluster(), encode(&self.cluster));
         let now_ms = self.now_ms();
@@ -199,6 +231,7 @@ impl Engine {
         member.promised_bytes = 0;
         member.deleting = None;
         member.online = false;
+        member.told_silent = false;
         let old = member.conn.replace(conn);
         if let Some(old) = old {
             self.connections.remove(&old);
@@ -209,6 +242,20 @@ impl Engine {
             connection.provider = Some(provider);
         }
         let seq = self.commit(batch, Durability::Durable)?;
+        if was_dead {
+            self.repairs.unwell.remove(&provider);
+            self.note_event(EventKind::ProviderRevived, provider, name.clone())?;
+        }
+        if suspect {
+            let detail = "its store was rolled back, cloned or replaced".to_owned();
+            self.note_event(EventKind::ProviderSuspect, provider, detail)?;
+        }
+        if is_new {
+            self.note_event(EventKind::ProviderJoined, provider, name)?;
+        } else if was_silent_ms >= self.config.clocks.absent_ms {
+            let detail = format!("{name}, after {} s", was_silent_ms / 1000);
+            self.note_event(EventKind::ProviderOnline, provider, detail)?;
+        }
         self.then(seq, Then::Member { conn, provider })
     }
 
@@ -233,6 +280,10 @@ impl Engine {
             self.sweep(provider, None)?;
         } else {
             self.ask_unsettled_of(provider);
+            self.sources_are_back();
+        }
+        if self.totals_have_crowds() {
+            self.scan_blocks();
         }
         self.send_deletes()
     }
@@ -250,22 +301,28 @@ impl Engine {
         Ok(())
     }
 
-    pub(super) fn provider_gone(&mut self, conn: ConnId, provider: u32) {
+    pub(super) fn provider_gone(&mut self, conn: ConnId, provider: u32) -> Result<(), StoreError> {
+        let (clock_ms, unix_ms) = (self.clock_ms(), self.at.unix_ms);
         let Some(member) = self.members.get_mut(&provider).filter(|m| m.conn == Some(conn)) else {
-            return;
+            return Ok(());
         };
         member.conn = None;
         member.deleting = None;
         let was_online = std::mem::take(&mut member.online);
+        let away_ms = std::mem::take(&mut member.away_ms);
+        presence::fell_silent(&mut member.record, clock_ms, unix_ms, away_ms);
+        let batch = member_batch(provider, &member.record);
+        self.commit(batch, Durability::Applied)?;
         self.queries.retain(|_, query| query.provider != provider);
         if was_online {
             tracing::info!(provider, "provider gone");
             self.push_provider(provider);
         }
+        self.rebuilder_gone(provider)
     }
 
     /// Providers that went silent without saying goodbye count as absent.
-    pub(super) fn check_members(&mut self) {
+    pub(super) fn check_members(&mut self) -> Result<(), StoreError> {
         let silence_ms = self.config.report_every_ms * REPORTS_MISSED_MAX + 1000;
         let now_ms = self.now_ms();
         let silent: Vec<ConnId> = self
@@ -276,8 +333,9 @@ impl Engine {
             .collect();
         for conn in silent {
             self.effects.push(Effect::End { conn });
-            self.disconnected(conn);
+            self.disconnected(conn)?;
         }
+        Ok(())
     }
 
     fn provider_entry(provider: u32, member: &Member) -> ProviderEntry {
@@ -296,7 +354,7 @@ impl Engine {
     }
 
     /// Tells every session how a provider is now.
-    fn push_provider(&mut self, provider: u32) {
+    pub(super) fn push_provider(&mut self, provider: u32) {
         let Some(member) = self.members.get(&provider) else { return };
         let providers = vec![Self::provider_entry(provider, member)];
         let table = ProviderTable { providers, whole: false };
@@ -366,6 +424,7 @@ impl Engine {
         self.commit(batch, Durability::Applied)?;
         tracing::info!(provider, "checked: believed again");
         self.push_provider(provider);
+        self.sources_are_back();
         Ok(())
     }
 
@@ -425,7 +484,10 @@ impl Engine {
                 }
             }
         }
-        tracing::warn!(provider, fragments = found.len(), detail = %damage.detail, "damage");
+        if !found.is_empty() {
+            let detail = format!("{} fragments: {}", found.len(), text(damage.detail.clone()));
+            self.note_event(EventKind::Damage, provider, detail)?;
+        }
         self.note_fragments(provider, &found)
     }
 

@@ -2,7 +2,7 @@
 
 use us_core::geometry::{BlockGeometry, Code};
 use us_core::ids::ProviderId;
-use us_core::placement::{Candidate, PlacementError, PlacementRequest};
+use us_core::placement::{Candidate, PlacementError, PlacementRequest, record_bytes_max};
 use us_proto::v1::session_down::Event as Down;
 use us_proto::v1::{
     InodesLeased, LeaseInodes, LeasePlacements, PlacementLease, PlacementsLeased, SessionDown,
@@ -20,8 +20,6 @@ const PLACEMENTS_MAX: u32 = 256;
 const INODES_MAX: u32 = 65_536;
 /// The most separate ranges of inode numbers a session may have.
 const INODE_RANGES_MAX: usize = 1024;
-/// Header, slot checks and trailer of a fragment's record, at most.
-const RECORD_OVERHEAD_BYTES: u64 = 16 << 10;
 /// Blocks the cleaner and deletes keep for themselves, at least.
 const RESERVE_BLOCKS_MIN: u64 = 64;
 /// One block in this many is kept for the cleaner and deletes.
@@ -31,7 +29,7 @@ const RESERVE_SHARE: u64 = 50;
 pub(super) fn fragment_bytes_max(code: Code) -> u64 {
     let geometry = BlockGeometry::new(code, code.block_bytes_max())
         .expect("the largest block of a code has a geometry");
-    geometry.fragment_bytes() as u64 + RECORD_OVERHEAD_BYTES
+    record_bytes_max(geometry.fragment_bytes() as u64)
 }
 
 /// The most blocks of `fragments` each that fit where provider i has space for `room[i]` fragments
@@ -101,7 +99,7 @@ impl Engine {
                 site: member.record.site.clone(),
                 metapeer: *provider,
                 free_bytes: member.free_bytes(),
-                usable: member.is_usable(),
+                usable: member.takes_new(),
             })
             .collect()
     }
@@ -172,7 +170,7 @@ impl Engine {
         let fragments = code.fragments() as u64;
         let block_bytes = code.block_bytes_max() as u64;
         let room = |bytes: fn(&super::Member) -> u64| -> Vec<u64> {
-            let usable = self.members.values().filter(|member| member.is_usable());
+            let usable = self.members.values().filter(|member| member.takes_new());
             usable.map(|member| bytes(member) / fragment_bytes).collect()
         };
         let total_blocks = blocks_that_fit(&room(|m| m.report.capacity_bytes), fragments);

@@ -410,15 +410,16 @@ impl Engine {
         self.drop_locks(session);
     }
 
-    pub(super) fn disconnected(&mut self, conn: ConnId) {
+    pub(super) fn disconnected(&mut self, conn: ConnId) -> Result<(), StoreError> {
         self.drop_requests(conn);
-        let Some(connection) = self.connections.remove(&conn) else { return };
+        let Some(connection) = self.connections.remove(&conn) else { return Ok(()) };
         let session = connection.session.and_then(|id| self.sessions.get_mut(&id));
         if let Some(session) = session.filter(|session| session.conn == Some(conn)) {
             session.conn = None;
         }
         if let Some(provider) = connection.provider {
-            self.provider_gone(conn, provider);
+            self.provider_gone(conn, provider)?;
         }
+        Ok(())
     }
 }

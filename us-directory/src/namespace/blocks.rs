@@ -7,6 +7,7 @@ use us_proto::v1::{BlockCommit, FragmentsDurable};
 use super::{ApplyError, Authority, INLINE_BYTES_MAX, Rule, Tx, at_most};
 use crate::keys;
 use crate::records::{BlockRecord, GraveRecord, HoldingRecord, bit, block_id, with_bit};
+use crate::store::StoreError;
 
 /// Whether s durable fragments remain, whichever `margin` providers vanish.
 pub fn margin_holds(providers: &[u32], durable: &[u8], s: usize, margin: usize) -> bool {
@@ -124,6 +125,65 @@ impl Tx<'_> {
         Ok(())
     }
 
+    /// Fragment `index` is durable at provider `to` now, if it was still expected at `from` until now;
+    /// what lies at `from` gets a grave. A block that is gone meanwhile leaves a grave at `to`.
+    /// Returns whether the place changed or was confirmed.
+    pub fn relocate(
+        &mut self,
+        block: &BlockId,
+        index: usize,
+        from: u32,
+        to: u32,
+    ) -> Result<bool, StoreError> {
+        let Some(record) = self.block_mut(block)? else {
+            self.bury_fragment(block, index, to)?;
+            return Ok(false);
+        };
+        if record.providers.get(index) != Some(&from) {
+            if record.providers.get(index) != Some(&to) {
+                self.bury_fragment(block, index, to)?;
+            }
+            return Ok(false);
+        }
+        record.providers[index] = to;
+        record.durable = with_bit(&record.durable, index, true);
+        record.damaged = with_bit_cleared(&record.damaged, index);
+        record.missing = with_bit_cleared(&record.missing, index);
+        let providers = record.providers.clone();
+        if from != to {
+            for provider in [from, to] {
+                let key = keys::holding(&self.volume, provider, block);
+                match held_by(&providers, provider) {
+                    none if none.is_empty() => self.delete(key),
+                    fragments => self.put(key, &HoldingRecord { fragments }),
+                }
+            }
+            self.bury_fragment(block, index, from)?;
+        }
+        Ok(true)
+    }
+
+    /// One fragment lies where no record names it: it goes when it is due.
+    fn bury_fragment(
+        &mut self,
+        block: &BlockId,
+        index: usize,
+        provider: u32,
+    ) -> Result<(), StoreError> {
+        let key = keys::grave(self.due_ms(), block);
+        let known: Option<GraveRecord> = self.read(&key)?;
+        let is_new = known.is_none();
+        let volume = bytes::Bytes::copy_from_slice(self.volume.as_bytes());
+        let mut grave = known.unwrap_or(GraveRecord { providers: Vec::new(), volume });
+        if grave.providers.len() <= index {
+            grave.providers.resize(index + 1, 0);
+        }
+        grave.providers[index] = provider;
+        self.put(key, &grave);
+        self.graves += u64::from(is_new);
+        Ok(())
+    }
+
     /// Ends blocks that nothing refers to any more: the record goes, and a grave says which
     /// fragments are to be deleted when readers can no longer have the old map.
     pub(super) fn bury(&mut self) -> Result<(), ApplyError> {
@@ -145,14 +205,18 @@ impl Tx<'_> {
                 self.delete(keys::holding(&self.volume, *provider, &block));
             }
             let key = keys::grave(self.due_ms(), &block);
-            self.put(key, &GraveRecord { providers });
+            self.put(key, &GraveRecord { providers, ..Default::default() });
             self.graves += 1;
         }
         Ok(())
     }
 }
 
-/// The bitmap with a bit cleared, without growing it.
+/// The bitmap with a bit cleared, without growing it; empty where no bit is left.
 pub fn with_bit_cleared(bitmap: &bytes::Bytes, index: usize) -> bytes::Bytes {
-    if bit(bitmap, index) { with_bit(bitmap, index, false) } else { bitmap.clone() }
+    if !bit(bitmap, index) {
+        return bitmap.clone();
+    }
+    let cleared = with_bit(bitmap, index, false);
+    if cleared.iter().all(|byte| *byte == 0) { bytes::Bytes::new() } else { cleared }
 }

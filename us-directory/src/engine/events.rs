@@ -1,0 +1,133 @@
+//! The log of what happened to the cluster, for people: providers that came, went and died, drains,
+//! repairs that ended. Kept in the store, the oldest dropped beyond a bound.
+
+use us_proto::v1::ClusterEvent;
+
+use super::{Durability, Engine};
+use crate::keys;
+use crate::records::{EventRecord, decode, encode};
+use crate::store::{KeyRange, StoreError, WriteBatch};
+
+/// Events kept.
+const EVENTS_MAX: u64 = 100_000;
+/// Events in one answer.
+pub(super) const EVENTS_PAGE: usize = 1024;
+
+/// What happened. The numbers are stored: never use one again.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u32)]
+pub(super) enum EventKind {
+    /// A provider joined for the first time.
+    ProviderJoined = 1,
+    /// A provider is online.
+    ProviderOnline = 2,
+    /// A provider fell silent.
+    ProviderSilent = 3,
+    /// A provider was given up.
+    ProviderDead = 4,
+    /// A provider that was given up is back.
+    ProviderRevived = 5,
+    /// A provider's store was rolled back, cloned or replaced.
+    ProviderSuspect = 6,
+    /// A provider is being emptied.
+    DrainBegun = 7,
+    /// Nothing is left at a provider that was being emptied.
+    DrainDone = 8,
+    /// A provider is not being emptied any more.
+    DrainEnded = 9,
+    /// Everything has its full redundancy again.
+    RepairsDone = 10,
+    /// Damaged or missing fragments were found.
+    Damage = 11,
+    /// A volume was made.
+    VolumeMade = 12,
+    /// A volume was removed.
+    VolumeRemoved = 13,
+}
+
+impl EventKind {
+    /// The name, for programs.
+    pub const fn name(kind: u32) -> &'static str {
+        match kind {
+            1 => "provider-joined",
+            2 => "provider-online",
+            3 => "provider-silent",
+            4 => "provider-dead",
+            5 => "provider-revived",
+            6 => "provider-suspect",
+            7 => "drain-begun",
+            8 => "drain-done",
+            9 => "drain-ended",
+            10 => "repairs-done",
+            11 => "damage",
+            12 => "volume-made",
+            13 => "volume-removed",
+            _ => "unknown",
+        }
+    }
+}
+
+impl Engine {
+    /// Notes what happened; `provider` is 0 where it is about none.
+    pub(super) fn note_event(
+        &mut self,
+        kind: EventKind,
+        provider: u32,
+        detail: String,
+    ) -> Result<(), StoreError> {
+        let number = self.next_event;
+        self.next_event += 1;
+        tracing::info!(event = EventKind::name(kind as u32), provider, %detail, "event");
+        let record = EventRecord { unix_ms: self.at.unix_ms, kind: kind as u32, provider, detail };
+        let mut batch = WriteBatch::new();
+        batch.put(keys::event(number), encode(&record));
+        if number > EVENTS_MAX {
+            batch.delete(keys::event(number - EVENTS_MAX));
+        }
+        self.commit(batch, Durability::Applied)?;
+        Ok(())
+    }
+
+    /// Where the log goes on after a start.
+    pub(super) fn load_events(&mut self) -> Result<(), StoreError> {
+        // The log has no holes: its end is found by halving.
+        let (mut low, mut high) = (0u64, 1u64);
+        let has = |number: u64| -> Result<bool, StoreError> {
+            let range = KeyRange {
+                from: keys::event(number),
+                to: Some(keys::tag(&keys::CLUSTER, b'e' + 1)),
+            };
+            Ok(!self.store.scan(&range, 1)?.is_empty())
+        };
+        while has(high)? {
+            (low, high) = (high, high * 2);
+        }
+        while low + 1 < high {
+            let middle = low + (high - low) / 2;
+            if has(middle)? { low = middle } else { high = middle }
+        }
+        self.next_event = high;
+        Ok(())
+    }
+
+    /// A page of events with numbers greater than `after`, the oldest first; with `last` the newest
+    /// ones only.
+    pub(super) fn events(&self, after: u64, last: u64) -> Result<Vec<ClusterEvent>, StoreError> {
+        let newest = self.next_event.saturating_sub(1);
+        let after = if last > 0 { newest.saturating_sub(last).max(after) } else { after };
+        let range = KeyRange::prefix(&keys::tag(&keys::CLUSTER, b'e')).after(&keys::event(after));
+        let pairs = self.store.scan(&range, EVENTS_PAGE)?;
+        let mut events = Vec::with_capacity(pairs.len());
+        for (key, value) in &pairs {
+            let record: EventRecord = decode(key, value)?;
+            events.push(ClusterEvent {
+                number: keys::last_number(key),
+                unix_ms: record.unix_ms,
+                kind: EventKind::name(record.kind).to_owned(),
+                provider: record.provider,
+                detail: record.detail,
+            });
+        }
+        Ok(events)
+    }
+}

@@ -1,0 +1,564 @@
+//! Reconstruction: which fragments are made again, in what order, by whom, from whom.
+//!
+//! ```text
+//! commits, checks, damage, late fragments --+
+//! scan of a dead provider's holdings -------+--> queue --> jobs --> order to a rebuilder
+//! scan of everything (start, brake, room) --+      ^                     |
+//!                                                  +--- not yet ---- Rebuilt: the block's record
+//!                                                                    names its new holder
+//! ```
+//! The queue is only a hint: a block is assessed again when its turn comes, from its record as it is
+//! then, so that nothing in memory has to survive the directory. File bytes never pass through here.
+//!
+//! Invariants:
+//! - one repair of a block at a time; a repair never changes a block's id, birth or shape;
+//! - the record names a new holder only after that has the fragment durably, and only if the place
+//!   is still the one the order was made from;
+//! - what lies at the old holder is deleted two lease times later, and only if the record does not
+//!   name that holder again;
+//! - no provider is asked for more than its limits, however much waits.
+
+use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
+
+use bytes::Bytes;
+use us_core::geometry::{BlockGeometry, Code};
+use us_core::ids::VolumeId;
+use us_proto::v1::provider_down::Event as Down;
+use us_proto::v1::{
+    CancelRebuild, FragmentStatus, RebuildFragments, RebuildPath, RebuildSource, RebuildStatus,
+    Rebuilt, RepairStatus,
+};
+
+use super::members::FRAGMENTS_A_MESSAGE;
+use super::{Durability, Engine, presence};
+use crate::keys;
+use crate::records::{BlockRecord, decode};
+use crate::store::{KeyRange, StoreError};
+
+mod asked;
+mod assess;
+mod jobs;
+mod queue;
+mod target;
+
+pub use assess::{Assessment, Holder, URGENT_S};
+pub use jobs::{Disturbance, Job, Jobs, RepairLimits};
+pub use queue::{BlockKey, Queue};
+
+/// Blocks a scan looks at in one tick.
+const SCAN_SLICE: usize = 1024;
+/// Blocks at the head of the queue that may be blocked before the others have to wait too.
+const BLOCKED_MAX: usize = 16;
+/// How long a block waits after its first failed repair; doubles up to the last.
+const RETRY_FIRST_MS: u64 = 1_000;
+const RETRY_LAST_MS: u64 = 5 * 60_000;
+/// The rate shown is a mean over about this time.
+const RATE_MS: f64 = 10_000.0;
+
+/// A fragment and its holder.
+type Place = (u8, u32);
+
+/// A walk over blocks that may need repair.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Scan {
+    /// What a provider should hold.
+    Holdings(u32),
+    /// Everything.
+    Blocks,
+}
+
+#[derive(Debug)]
+struct Scanning {
+    scan: Scan,
+    volumes: VecDeque<VolumeId>,
+    after: Option<Bytes>,
+}
+
+/// A repair that failed, and when it is tried again.
+#[derive(Debug, Default)]
+struct Setback {
+    failures: u32,
+    until_ms: u64,
+}
+
+/// The state of reconstruction; all of it can be found again.
+#[derive(Debug, Default)]
+pub(super) struct Repairs {
+    pub queue: Queue,
+    pub jobs: Jobs,
+    scans: VecDeque<Scanning>,
+    setbacks: HashMap<BlockKey, Setback>,
+    later: BTreeSet<(u64, BlockKey)>,
+    /// Providers that are dead or being emptied: new blocks there need a look.
+    pub unwell: HashSet<u32>,
+    /// Blocks and fragment bytes made since the start.
+    done: (u64, u64),
+    /// Of the blocks: those the log has told of.
+    told: u64,
+    failed: u64,
+    rate: f64,
+    rate_ms: u64,
+}
+
+impl Repairs {
+    pub fn new(limits: RepairLimits) -> Self {
+        Self { jobs: Jobs::new(limits), ..Self::default() }
+    }
+
+    fn forget(&mut self, key: &BlockKey) {
+        self.queue.remove(key);
+        if let Some(setback) = self.setbacks.remove(key) {
+            self.later.remove(&(setback.until_ms, *key));
+        }
+    }
+
+    fn set_back(&mut self, key: BlockKey, now_ms: u64) {
+        self.queue.remove(&key);
+        let setback = self.setbacks.entry(key).or_default();
+        self.later.remove(&(setback.until_ms, key));
+        let wait_ms = RETRY_FIRST_MS.saturating_mul(1 << setback.failures.min(16));
+        setback.failures += 1;
+        setback.until_ms = now_ms + wait_ms.min(RETRY_LAST_MS);
+        self.later.insert((setback.until_ms, key));
+    }
+
+    /// What had failed and has waited long enough.
+    fn recovered(&mut self, now_ms: u64) -> Vec<BlockKey> {
+        let mut recovered = Vec::new();
+        while let Some((until_ms, key)) = self.later.first().copied() {
+            if until_ms > now_ms {
+                break;
+            }
+            self.later.remove(&(until_ms, key));
+            recovered.push(key);
+        }
+        recovered
+    }
+
+    fn note_done(&mut self, now_ms: u64, bytes: u64) {
+        self.done = (self.done.0 + 1, self.done.1 + bytes);
+        self.rate = self.rate_now(now_ms) + bytes as f64 / RATE_MS * 1000.0;
+        self.rate_ms = now_ms;
+    }
+
+    /// Bytes of fragments made a second, lately.
+    fn rate_now(&self, now_ms: u64) -> f64 {
+        self.rate * (-(now_ms.saturating_sub(self.rate_ms) as f64) / RATE_MS).exp()
+    }
+}
+
+/// How low a block's durable fragments may fall above s before it is repaired: eager unless its
+/// volume says otherwise.
+fn repair_at(repair_at: u32, block: &BlockRecord) -> usize {
+    match repair_at {
+        0 => (block.r as usize).saturating_sub(1),
+        r0 => (r0 as usize - 1).min((block.r as usize).saturating_sub(1)),
+    }
+}
+
+impl Engine {
+    fn holder(&self, provider: u32) -> Holder {
+        let clocks = &self.config.clocks;
+        let mean_s = (clocks.mttf_ms.max(1) as f64) / 1000.0;
+        match self.members.get(&provider) {
+            None => Holder {
+                lives: false,
+                reachable: false,
+                draining: false,
+                overdue: false,
+                hazard: 1.0,
+            },
+            Some(member) => {
+                let (record, reachable) = (&member.record, member.is_reachable());
+                let factor = presence::hazard_factor(record, reachable, self.clock_ms(), clocks);
+                Holder {
+                    lives: !record.dead,
+                    reachable,
+                    draining: record.draining,
+                    overdue: member.is_due(self.clock_ms(), clocks),
+                    hazard: factor / mean_s,
+                }
+            }
+        }
+    }
+
+    fn assess(&self, key: &BlockKey, block: &BlockRecord) -> Assessment {
+        let late = self.unsettled.get(key).is_some_and(|unsettled| unsettled.late);
+        Assessment::of(block, late, |provider| self.holder(provider))
+    }
+
+    fn wanted(&self, key: &BlockKey, block: &BlockRecord, found: &Assessment) -> Vec<u8> {
+        let lazy = self.volumes.get(&key.0).map_or(0, |volume| volume.record.repair_at);
+        let mut holders = block.providers.clone();
+        holders.sort_unstable();
+        holders.dedup();
+        let others = self.members.iter().filter(|(_, member)| member.takes_new());
+        let can_spread = !found.crowded.is_empty()
+            && others.map(|(id, _)| *id).any(|id| holders.binary_search(&id).is_err());
+        found.wanted(block.s as usize, repair_at(lazy, block), can_spread)
+    }
+
+    /// A block's record, or what is known of its holders, changed: queues it where it needs repair.
+    pub(super) fn consider(&mut self, key: BlockKey, block: Option<&BlockRecord>) {
+        let Some(block) = block.filter(|block| !block.is_inline()) else {
+            return self.repairs.forget(&key);
+        };
+        let late = self.unsettled.get(&key).is_some_and(|unsettled| unsettled.late);
+        let suspicious = late
+            || !block.damaged.is_empty()
+            || !block.missing.is_empty()
+            || block.providers.iter().any(|provider| self.repairs.unwell.contains(provider))
+            || self.repairs.queue.contains(&key);
+        if !suspicious || self.repairs.jobs.is_running(&key) {
+            return;
+        }
+        let found = self.assess(&key, block);
+        if self.wanted(&key, block, &found).is_empty() {
+            self.repairs.forget(&key);
+        } else if self.repairs.setbacks.get(&key).is_none_or(|s| s.until_ms <= self.at.now_ms) {
+            self.repairs.queue.put(key, found.rank_s());
+        }
+    }
+
+    /// Looks at everything a provider should hold: it died, came back, or is to be emptied.
+    pub(super) fn scan_holdings(&mut self, provider: u32) {
+        self.begin_scan(Scan::Holdings(provider));
+    }
+
+    /// Looks at every block.
+    pub(super) fn scan_blocks(&mut self) {
+        self.begin_scan(Scan::Blocks);
+    }
+
+    fn begin_scan(&mut self, scan: Scan) {
+        self.repairs.scans.retain(|scanning| scanning.scan != scan);
+        let volumes = self.volumes.keys().copied().collect();
+        self.repairs.scans.push_back(Scanning { scan, volumes, after: None });
+    }
+
+    /// Whether blocks that need repair may still be found.
+    pub(super) fn is_scanning(&self) -> bool {
+        !self.repairs.scans.is_empty()
+    }
+
+    fn scan_slice(&mut self) -> Result<(), StoreError> {
+        let Some(mut scanning) = self.repairs.scans.pop_front() else { return Ok(()) };
+        let Some(volume) = scanning.volumes.front().copied() else { return Ok(()) };
+        let prefix = match scanning.scan {
+            Scan::Holdings(provider) => keys::holdings(&volume, provider),
+            Scan::Blocks => keys::tag(&volume, b'b'),
+        };
+        let range = KeyRange::prefix(&prefix);
+        let range = scanning.after.take().map_or(range.clone(), |after| range.after(&after));
+        let pairs = self.store.scan(&range, SCAN_SLICE)?;
+        match pairs.last() {
+            Some((last, _)) if pairs.len() == SCAN_SLICE => scanning.after = Some(last.clone()),
+            _ => {
+                scanning.volumes.pop_front();
+            }
+        }
+        for (key, value) in &pairs {
+            let Some(block) = keys::last_block(key) else { continue };
+            let key = (volume, block);
+            let record = match scanning.scan {
+                Scan::Blocks => Some(decode(key.1.as_bytes(), value)?),
+                Scan::Holdings(_) => self.stored_block(&key)?,
+            };
+            self.look_at(key, record.as_ref());
+        }
+        if !scanning.volumes.is_empty() {
+            self.repairs.scans.push_front(scanning);
+        }
+        Ok(())
+    }
+
+    /// As [`Engine::consider`], for a block that may look sound and not be.
+    fn look_at(&mut self, key: BlockKey, block: Option<&BlockRecord>) {
+        let Some(block) = block.filter(|block| !block.is_inline()) else { return };
+        if self.repairs.jobs.is_running(&key) {
+            return;
+        }
+        let found = self.assess(&key, block);
+        if !self.wanted(&key, block, &found).is_empty() {
+            self.repairs.queue.put(key, found.rank_s());
+        }
+    }
+
+    /// A provider can be read from again: what waited for it is tried again.
+    pub(super) fn sources_are_back(&mut self) {
+        self.repairs.queue.try_again();
+    }
+
+    /// One step of reconstruction: every tick.
+    pub(super) fn run_repairs(&mut self) -> Result<(), StoreError> {
+        let now_ms = self.now_ms();
+        self.scan_slice()?;
+        for key in self.repairs.recovered(now_ms) {
+            let block = self.stored_block(&key)?;
+            self.look_at(key, block.as_ref());
+        }
+        for ticket in self.repairs.jobs.overdue(now_ms) {
+            if let Some(job) = self.repairs.jobs.end(ticket) {
+                self.repairs.failed += 1;
+                self.repairs.set_back(job.key, now_ms);
+                let conn = self.members.get(&job.target).and_then(|member| member.conn);
+                if let Some(conn) = conn {
+                    self.tell(conn, Down::CancelRebuild(CancelRebuild { ticket }));
+                }
+            }
+        }
+        if self.repairs.queue.take_dropped() {
+            self.scan_blocks();
+        }
+        self.begin_repairs()
+    }
+
+    fn begin_repairs(&mut self) -> Result<(), StoreError> {
+        if !self.counts.complete || self.repairs.queue.is_empty() {
+            // What is settled and what is late is not known before everything was counted once.
+            return Ok(());
+        }
+        let jobs_max = self.repairs.jobs.limits().jobs_max;
+        let first: Vec<BlockKey> =
+            self.repairs.queue.first(jobs_max + BLOCKED_MAX).map(|(_, key)| key).collect();
+        let mut blocked = 0;
+        for key in first {
+            if !self.repairs.jobs.has_room() || blocked >= BLOCKED_MAX {
+                break;
+            }
+            blocked += usize::from(!self.begin_repair(key)?);
+        }
+        Ok(())
+    }
+
+    /// Begins the repair of a block; false where it has to wait for others to end.
+    fn begin_repair(&mut self, key: BlockKey) -> Result<bool, StoreError> {
+        let Some(block) = self.stored_block(&key)?.filter(|block| !block.is_inline()) else {
+            self.repairs.forget(&key);
+            return Ok(true);
+        };
+        let found = self.assess(&key, &block);
+        let Some(index) = self.wanted(&key, &block, &found).first().copied() else {
+            self.repairs.forget(&key);
+            return Ok(true);
+        };
+        let now_ms = self.now_ms();
+        // What is only moved is copied: its own holder is the one source.
+        let is_move = found.sources.contains(&index);
+        if !is_move && found.sources.len() < block.s as usize {
+            self.repairs.queue.set_aside(key, found.rank_s());
+            return Ok(true);
+        }
+        let Some(geometry) = geometry_of(&block) else {
+            tracing::error!(block = %key.1, "its record has an impossible shape");
+            self.repairs.forget(&key);
+            return Ok(true);
+        };
+        let (senders, standby) = self.senders(&block, &found, index, now_ms);
+        if !is_move && senders.len() < block.s as usize {
+            return Ok(false);
+        }
+        let fragment_bytes = geometry.fragment_bytes() as u64;
+        let target = match self.choose_target(&key, &block, usize::from(index), fragment_bytes)? {
+            target::Target::Provider(target) => target,
+            target::Target::Later => return Ok(false),
+            target::Target::None => {
+                self.repairs.set_back(key, now_ms);
+                return Ok(true);
+            }
+        };
+        let ticket = self.next_query;
+        self.next_query += 1;
+        let job = Job {
+            key,
+            wanted: vec![(index, block.providers[usize::from(index)])],
+            target,
+            senders: senders.clone(),
+            fragment_bytes,
+            deadline_ms: now_ms + self.repairs.jobs.limits().deadline_ms,
+        };
+        let order = self.order(ticket, &job, &block, senders.into_iter().chain(standby));
+        let Some(conn) = self.members.get(&target).and_then(|member| member.conn) else {
+            return Ok(false);
+        };
+        self.repairs.queue.remove(&key);
+        self.repairs.jobs.begin(ticket, job, now_ms);
+        self.tell(conn, Down::Rebuild(order));
+        Ok(true)
+    }
+
+    /// Whom to ask for which fragments, the least loaded first, and who stands by.
+    fn senders(
+        &self,
+        block: &BlockRecord,
+        found: &Assessment,
+        wanted: u8,
+        now_ms: u64,
+    ) -> (Vec<Place>, Vec<Place>) {
+        let place = |index: &u8| (*index, block.providers[usize::from(*index)]);
+        let jobs = &self.repairs.jobs;
+        let (mut free, mut busy): (Vec<_>, Vec<_>) = found
+            .sources
+            .iter()
+            .map(place)
+            .partition(|(_, provider)| jobs.may_send(*provider, now_ms));
+        free.sort_by_key(|(index, provider)| (jobs.load(*provider), *index));
+        if let Some(at) = free.iter().position(|(index, _)| *index == wanted) {
+            // A whole copy of what is wanted: nothing else is asked, the others stand by.
+            let copy = free.remove(at);
+            free.append(&mut busy);
+            return (vec![copy], free);
+        }
+        free.retain(|(index, _)| *index != wanted);
+        let mut standby = free.split_off(free.len().min(block.s as usize));
+        standby.append(&mut busy);
+        (free, standby)
+    }
+
+    fn order(
+        &self,
+        ticket: u64,
+        job: &Job,
+        block: &BlockRecord,
+        sources: impl Iterator<Item = Place>,
+    ) -> RebuildFragments {
+        let source = |(index, provider): (u8, u32)| {
+            let record = &self.members.get(&provider)?.record;
+            Some(RebuildSource {
+                index: u32::from(index),
+                provider,
+                address: record.address.clone(),
+                key_hash: record.key_hash.clone(),
+                site: record.site.clone(),
+            })
+        };
+        RebuildFragments {
+            ticket,
+            block: Bytes::copy_from_slice(job.key.1.as_bytes()),
+            volume: Bytes::copy_from_slice(job.key.0.as_bytes()),
+            birth: block.birth,
+            s: block.s,
+            r: block.r,
+            page_bytes: block.page_bytes,
+            plaintext_bytes: block.plaintext_bytes,
+            fingerprint_kind: block.fingerprint_kind,
+            fingerprint_hash: block.fingerprint_hash.clone(),
+            wanted: job.wanted.iter().map(|(index, _)| u32::from(*index)).collect(),
+            sources: sources.filter_map(source).collect(),
+            path: RebuildPath::Star as i32,
+            deadline_ms: self.repairs.jobs.limits().deadline_ms,
+            bytes_per_s_max: 0,
+        }
+    }
+
+    /// A rebuilder says how an order ended.
+    pub(super) fn rebuilt(&mut self, provider: u32, reply: &Rebuilt) -> Result<(), StoreError> {
+        let ours = self.repairs.jobs.get(reply.ticket).is_some_and(|job| job.target == provider);
+        let Some(job) = ours.then(|| self.repairs.jobs.end(reply.ticket)).flatten() else {
+            return Ok(());
+        };
+        self.note_faults(&job, reply)?;
+        let now_ms = self.now_ms();
+        let label = RebuildStatus::try_from(reply.status).unwrap_or_default();
+        metrics::counter!("us_directory_repairs_total", "status" => label.as_str_name())
+            .increment(1);
+        if label == RebuildStatus::Ok {
+            self.repairs.setbacks.remove(&job.key);
+            self.repairs.note_done(now_ms, job.fragment_bytes * job.wanted.len() as u64);
+            self.commit_repair(&job)?;
+        } else {
+            self.repairs.failed += 1;
+            tracing::warn!(
+                block = %job.key.1, provider, status = label.as_str_name(), detail = %reply.detail,
+                "a repair failed"
+            );
+            self.repairs.set_back(job.key, now_ms);
+        }
+        // More of the block may be wanting, and there is room for others.
+        let block = self.stored_block(&job.key)?;
+        if label == RebuildStatus::Ok {
+            match &block {
+                Some(record) => self.look_at(job.key, Some(record)),
+                None => self.repairs.forget(&job.key),
+            }
+        }
+        self.begin_repairs()
+    }
+
+    /// What the rebuilder found wrong with its sources.
+    fn note_faults(&mut self, job: &Job, reply: &Rebuilt) -> Result<(), StoreError> {
+        for fault in reply.faults.iter().take(FRAGMENTS_A_MESSAGE) {
+            let Ok(index) = u8::try_from(fault.index) else { continue };
+            let piece = (job.key.0, job.key.1, index);
+            match FragmentStatus::try_from(fault.status) {
+                Ok(FragmentStatus::Damaged) => {
+                    tracing::warn!(block = %piece.1, index, provider = fault.provider,
+                        detail = %fault.detail, "a source of a repair is damaged");
+                    self.note_fragments(fault.provider, &[(piece, fault.status)])?;
+                }
+                // Not believed unasked: the provider itself is to say so.
+                Ok(FragmentStatus::NotFound) => self.query(fault.provider, vec![piece], None),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// The fragments are durable at the rebuilder: the record names it, if all is as it was.
+    fn commit_repair(&mut self, job: &Job) -> Result<(), StoreError> {
+        let (volume, block) = job.key;
+        let Some(mut tx) = self.tx(volume) else { return Ok(()) };
+        for (index, from) in &job.wanted {
+            tx.relocate(&block, usize::from(*index), *from, job.target)?;
+        }
+        let outcome = tx.finish()?;
+        if outcome.batch.is_empty() {
+            return Ok(());
+        }
+        self.commit(outcome.batch, Durability::Applied)?;
+        self.pending_deletes += outcome.graves as i64;
+        self.note_blocks(volume, outcome.blocks);
+        Ok(())
+    }
+
+    /// A provider's stream ended: what it was rebuilding is begun again elsewhere.
+    pub(super) fn rebuilder_gone(&mut self, provider: u32) -> Result<(), StoreError> {
+        for ticket in self.repairs.jobs.at(provider) {
+            if let Some(job) = self.repairs.jobs.end(ticket) {
+                let block = self.stored_block(&job.key)?;
+                self.look_at(job.key, block.as_ref());
+            }
+        }
+        Ok(())
+    }
+
+    /// For the screen.
+    pub(super) fn repair_status(&self) -> RepairStatus {
+        let repairs = &self.repairs;
+        let waiting = repairs.queue.len() + repairs.later.len();
+        let rate = repairs.rate_now(self.at.now_ms);
+        let urgent = repairs.queue.count_below(URGENT_S, 100_000);
+        let left = (waiting + repairs.jobs.len()) as u64;
+        let mean_bytes = repairs.done.1.checked_div(repairs.done.0).unwrap_or(0);
+        RepairStatus {
+            queued: waiting as u64,
+            urgent: urgent as u64,
+            running: repairs.jobs.len() as u64,
+            waiting: repairs.queue.aside() as u64,
+            scanning: self.is_scanning(),
+            done_blocks: repairs.done.0,
+            done_bytes: repairs.done.1,
+            failed: repairs.failed,
+            bytes_per_s: rate as u64,
+            left_s: if rate >= 1.0 { (left * mean_bytes) as f64 / rate } else { 0.0 } as u64,
+        }
+    }
+}
+
+/// The shape a record says; `None` where there is no such shape.
+pub(super) fn geometry_of(block: &BlockRecord) -> Option<BlockGeometry> {
+    let code = Code::new(block.s as usize, block.r as usize).ok()?;
+    let (plaintext, page) = (block.plaintext_bytes as usize, block.page_bytes as usize);
+    let fits = block.providers.len() == code.fragments();
+    BlockGeometry::with_page(code, plaintext, page).ok().filter(|_| fits)
+}

@@ -1,0 +1,256 @@
+//! Repairs that are under way, and what each provider does for them: pure.
+
+use std::collections::{BTreeMap, HashMap};
+
+use super::queue::BlockKey;
+
+const HOUR_MS: u64 = 3_600_000;
+
+/// How much may be under way at once.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct RepairLimits {
+    /// Blocks in all.
+    pub jobs_max: usize,
+    /// Blocks at one rebuilder.
+    pub target_jobs_max: usize,
+    /// Fragments one provider is asked to send.
+    pub sends_max: usize,
+    /// Bytes a second one provider is asked to send, over all repairs; 0: no limit but its own.
+    pub send_bytes_per_s_max: u64,
+    /// After how long an order without answer is given up.
+    pub deadline_ms: u64,
+}
+
+impl Default for RepairLimits {
+    fn default() -> Self {
+        Self {
+            jobs_max: 256,
+            target_jobs_max: 8,
+            sends_max: 16,
+            send_bytes_per_s_max: 0,
+            deadline_ms: 120_000,
+        }
+    }
+}
+
+/// One block being repaired.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Job {
+    /// The block.
+    pub key: BlockKey,
+    /// Fragments to make, and whose place the directory had for each when the order left.
+    pub wanted: Vec<(u8, u32)>,
+    /// Who makes and keeps them.
+    pub target: u32,
+    /// Fragments it is asked to take, with their holders.
+    pub senders: Vec<(u8, u32)>,
+    /// Bytes of one fragment.
+    pub fragment_bytes: u64,
+    /// When it is given up.
+    pub deadline_ms: u64,
+}
+
+/// What repairs cost a provider: fragments and bytes it was asked to send.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub struct Disturbance {
+    hour: u64,
+    /// In this hour.
+    pub fragments: u64,
+    /// In this hour.
+    pub bytes: u64,
+    /// In the worst hour so far.
+    pub worst_fragments: u64,
+    /// In the worst hour so far.
+    pub worst_bytes: u64,
+}
+
+impl Disturbance {
+    fn add(&mut self, now_ms: u64, bytes: u64) {
+        let hour = now_ms / HOUR_MS;
+        if hour != self.hour {
+            (self.hour, self.fragments, self.bytes) = (hour, 0, 0);
+        }
+        self.fragments += 1;
+        self.bytes += bytes;
+        self.worst_fragments = self.worst_fragments.max(self.fragments);
+        self.worst_bytes = self.worst_bytes.max(self.bytes);
+    }
+}
+
+/// A provider's part in what is under way.
+#[derive(Clone, Copy, Default, Debug)]
+struct Load {
+    sends: usize,
+    rebuilds: usize,
+    /// Under a limit of bytes a second: it has sent as much as it may until then.
+    busy_until_ms: u64,
+    disturbance: Disturbance,
+}
+
+/// All repairs under way.
+#[derive(Debug, Default)]
+pub struct Jobs {
+    limits: RepairLimits,
+    jobs: BTreeMap<u64, Job>,
+    tickets: HashMap<BlockKey, u64>,
+    loads: HashMap<u32, Load>,
+}
+
+impl Jobs {
+    /// None under way.
+    pub fn new(limits: RepairLimits) -> Self {
+        Self { limits, ..Self::default() }
+    }
+
+    /// The limits.
+    pub fn limits(&self) -> RepairLimits {
+        self.limits
+    }
+
+    /// Whether one more may begin.
+    pub fn has_room(&self) -> bool {
+        self.jobs.len() < self.limits.jobs_max
+    }
+
+    /// Whether the block is being repaired: never twice at once.
+    pub fn is_running(&self, key: &BlockKey) -> bool {
+        self.tickets.contains_key(key)
+    }
+
+    /// Whether a provider may rebuild one block more.
+    pub fn may_rebuild(&self, provider: u32) -> bool {
+        self.loads.get(&provider).is_none_or(|load| load.rebuilds < self.limits.target_jobs_max)
+    }
+
+    /// Whether a provider may be asked for one fragment more.
+    pub fn may_send(&self, provider: u32, now_ms: u64) -> bool {
+        self.loads
+            .get(&provider)
+            .is_none_or(|load| load.sends < self.limits.sends_max && load.busy_until_ms <= now_ms)
+    }
+
+    /// What a provider is doing for repairs: the less the sooner it is asked.
+    pub fn load(&self, provider: u32) -> usize {
+        self.loads.get(&provider).map_or(0, |load| load.sends + load.rebuilds)
+    }
+
+    /// A job begins.
+    pub fn begin(&mut self, ticket: u64, job: Job, now_ms: u64) {
+        assert!(!self.is_running(&job.key), "two repairs of one block at once");
+        for (_, sender) in job.senders.iter().filter(|(_, sender)| *sender != job.target) {
+            let load = self.loads.entry(*sender).or_default();
+            load.sends += 1;
+            load.disturbance.add(now_ms, job.fragment_bytes);
+            let takes_ms =
+                (job.fragment_bytes * 1000).checked_div(self.limits.send_bytes_per_s_max);
+            if let Some(takes_ms) = takes_ms {
+                load.busy_until_ms = load.busy_until_ms.max(now_ms) + takes_ms;
+            }
+        }
+        self.loads.entry(job.target).or_default().rebuilds += 1;
+        self.tickets.insert(job.key, ticket);
+        self.jobs.insert(ticket, job);
+    }
+
+    /// A job ended, however.
+    pub fn end(&mut self, ticket: u64) -> Option<Job> {
+        let job = self.jobs.remove(&ticket)?;
+        self.tickets.remove(&job.key);
+        for (_, sender) in job.senders.iter().filter(|(_, sender)| *sender != job.target) {
+            if let Some(load) = self.loads.get_mut(sender) {
+                load.sends -= 1;
+            }
+        }
+        if let Some(load) = self.loads.get_mut(&job.target) {
+            load.rebuilds -= 1;
+        }
+        Some(job)
+    }
+
+    /// The job with this ticket.
+    pub fn get(&self, ticket: u64) -> Option<&Job> {
+        self.jobs.get(&ticket)
+    }
+
+    /// Jobs whose rebuilder is `provider`.
+    pub fn at(&self, provider: u32) -> Vec<u64> {
+        let here = self.jobs.iter().filter(|(_, job)| job.target == provider);
+        here.map(|(ticket, _)| *ticket).collect()
+    }
+
+    /// Jobs whose time is up.
+    pub fn overdue(&self, now_ms: u64) -> Vec<u64> {
+        let late = self.jobs.iter().filter(|(_, job)| job.deadline_ms <= now_ms);
+        late.map(|(ticket, _)| *ticket).collect()
+    }
+
+    /// Whether none is under way.
+    pub fn is_empty(&self) -> bool {
+        self.jobs.is_empty()
+    }
+
+    /// How many are under way.
+    pub fn len(&self) -> usize {
+        self.jobs.len()
+    }
+
+    /// What repairs cost a provider in the hour of `now_ms`, and in its worst.
+    pub fn disturbance(&self, provider: u32, now_ms: u64) -> Disturbance {
+        let mut found = self.loads.get(&provider).map(|load| load.disturbance).unwrap_or_default();
+        if found.hour != now_ms / HOUR_MS {
+            (found.fragments, found.bytes) = (0, 0);
+        }
+        found
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use us_core::ids::{BlockId, VolumeId};
+
+    fn job(id: u8, target: u32, senders: &[u32]) -> Job {
+        Job {
+            key: (VolumeId::from_bytes([1; 16]), BlockId::from_bytes([id; 16])),
+            wanted: vec![(0, 9)],
+            target,
+            senders: senders.iter().enumerate().map(|(at, who)| (at as u8, *who)).collect(),
+            fragment_bytes: 1000,
+            deadline_ms: 500,
+        }
+    }
+
+    #[test]
+    fn loads_rise_and_fall_with_the_jobs() {
+        let limits = RepairLimits { sends_max: 2, target_jobs_max: 1, ..RepairLimits::default() };
+        let mut jobs = Jobs::new(limits);
+        jobs.begin(1, job(1, 7, &[1, 2, 7]), 0);
+        assert!(!jobs.may_rebuild(7) && jobs.may_rebuild(8) && jobs.may_send(1, 0));
+        assert_eq!((jobs.load(7), jobs.at(7)), (1, vec![1]), "its own fragment is not sent");
+        jobs.begin(2, job(2, 8, &[1]), 0);
+        assert!(!jobs.may_send(1, 0));
+        assert_eq!(jobs.disturbance(1, 0).bytes, 2000);
+        assert_eq!(jobs.disturbance(1, HOUR_MS).bytes, 0);
+        assert_eq!(jobs.disturbance(1, HOUR_MS).worst_fragments, 2);
+        assert!(jobs.overdue(499).is_empty());
+        assert_eq!(jobs.overdue(500), [1, 2]);
+        assert!(jobs.end(1).is_some() && jobs.end(1).is_none() && jobs.may_rebuild(7));
+        assert_eq!(jobs.load(1), 1);
+    }
+
+    #[test]
+    fn a_rate_spreads_what_is_asked_of_one_provider() {
+        let limits = RepairLimits { send_bytes_per_s_max: 10_000, ..RepairLimits::default() };
+        let mut jobs = Jobs::new(limits);
+        jobs.begin(1, job(1, 7, &[1]), 0);
+        assert!(!jobs.may_send(1, 99) && jobs.may_send(1, 100));
+    }
+
+    #[test]
+    #[should_panic(expected = "two repairs of one block")]
+    fn a_block_is_never_repaired_twice_at_once() {
+        let mut jobs = Jobs::default();
+        jobs.begin(1, job(1, 7, &[1]), 0);
+        jobs.begin(2, job(1, 8, &[1]), 0);
+    }
+}
