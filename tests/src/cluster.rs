@@ -77,11 +77,13 @@ pub struct Shape {
     pub code: &'static str,
     /// Each provider's capacity, as its command line takes it.
     pub capacity: String,
+    /// More arguments of the directory.
+    pub directory: Vec<String>,
 }
 
 impl Default for Shape {
     fn default() -> Self {
-        Self { providers: 6, code: "4+2", capacity: "8G".into() }
+        Self { providers: 6, code: "4+2", capacity: "8G".into(), directory: Vec::new() }
     }
 }
 
@@ -281,6 +283,7 @@ impl Cluster {
         let mut command = self.program("us-directory");
         command.args(["run", "--data", &self.at("directory"), "--listen", &listen]);
         command.args(["--lease-ms", LEASE_MS, "--fence-ms", FENCE_MS, "--settle-ms", SETTLE_MS]);
+        command.args(&self.shape.directory);
         let log = self.at("directory.log");
         let mut running = Running::start("us-directory", command, Path::new(&log));
         poll::until("the directory to listen", PATIENCE, || {

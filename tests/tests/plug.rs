@@ -11,16 +11,14 @@ use rand::{Rng, SeedableRng};
 use us_tests::cluster::{Cluster, PATIENCE, Shape, fuse_is_here};
 use us_tests::manifest::Manifest;
 use us_tests::poll;
-use us_tests::tier::rounds;
+use us_tests::tier::{rounds, seed};
 
 #[test]
 fn what_fsync_acknowledged_survives_pulled_plugs() {
     if !fuse_is_here() {
         return;
     }
-    let seed = std::env::var("US_TEST_SEED").ok().and_then(|text| text.parse().ok()).unwrap_or(1);
-    eprintln!("US_TEST_SEED={seed}");
-    let mut random = StdRng::seed_from_u64(seed);
+    let mut random = StdRng::seed_from_u64(seed());
     let mut cluster = Cluster::start(Shape::default());
     let mut mount = cluster.mount();
     let mut manifest = Manifest::default();

@@ -4,6 +4,7 @@
 //! 2 some data cannot be read until providers return; 3 data is lost; 4 the directory cannot be
 //! reached or refused; 64 the command makes no sense.
 
+mod act;
 mod connect;
 mod json;
 mod place;
@@ -77,6 +78,18 @@ enum Command {
         #[command(flatten)]
         json: JsonArgs,
     },
+    /// Look for what needs repair and try again at once what had failed
+    Repair(act::RepairArgs),
+    /// Have providers read all they hold, now
+    Scrub(act::ScrubArgs),
+    /// Empty a provider before it is taken away
+    Drain(act::DrainArgs),
+    /// Give up a provider that will not come back
+    GiveUp(act::GiveUpArgs),
+    /// What could not be read, or would be in danger, without some providers
+    WhatIf(act::WhatIfArgs),
+    /// What happened
+    Events(act::EventsArgs),
     #[command(flatten)]
     Cli(CliCommand),
 }
@@ -176,6 +189,12 @@ async fn act(args: CtlArgs) -> anyhow::Result<ExitCode> {
             let block = admin.block(id).await?;
             print(json, &json::block(&block), || place::block_text(&block, &providers))?;
         }
+        Command::Repair(args) => act::repair(&target, &args).await?,
+        Command::Scrub(args) => act::scrub(&target, &args).await?,
+        Command::Drain(args) => act::drain(&target, &args).await?,
+        Command::GiveUp(args) => act::give_up(&target, &args).await?,
+        Command::WhatIf(args) => act::what_if(&target, &args).await?,
+        Command::Events(args) => act::events(&target, &args).await?,
         Command::Cli(_) => {}
     }
     Ok(ExitCode::SUCCESS)
@@ -218,7 +237,9 @@ mod tests {
         assert!(parse(&["status", "--json", "--exit-code", "--directory", "h:1"]).is_ok());
         assert!(parse(&["volume", "create", "disk", "--code", "4"]).is_err());
         assert!(parse(&["block", "xyz"]).is_err());
-        assert!(parse(&["repair"]).is_err(), "what is not built is not there");
+        assert!(parse(&["what-if", "--without", "1", "provider2"]).is_ok());
+        assert!(parse(&["what-if"]).is_err() && parse(&["drain"]).is_err());
+        assert!(parse(&["snapshot"]).is_err(), "what is not built is not there");
         assert!(parse(&["completions", "bash"]).is_ok() && parse(&["man"]).is_ok());
     }
 

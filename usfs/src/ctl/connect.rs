@@ -124,6 +124,58 @@ impl Admin {
         Ok(blocks)
     }
 
+    /// Looks at every block again.
+    ///
+    /// # Errors
+    /// When the directory refuses, or does not answer.
+    pub async fn repair(&mut self) -> anyhow::Result<v1::RepairStatus> {
+        answer(self.client.repair(v1::RepairRequest {})).await
+    }
+
+    /// Has one provider, or with 0 all, read all they hold; how many were told.
+    ///
+    /// # Errors
+    /// When the directory refuses, or does not answer.
+    pub async fn scrub(&mut self, provider: u32) -> anyhow::Result<u32> {
+        Ok(answer(self.client.scrub(v1::ScrubRequest { provider })).await?.providers)
+    }
+
+    /// Empties a provider, or ends that; how many fragments are there.
+    ///
+    /// # Errors
+    /// When the directory refuses, or does not answer.
+    pub async fn drain(&mut self, provider: u32, undo: bool) -> anyhow::Result<u64> {
+        Ok(answer(self.client.drain(v1::DrainRequest { provider, undo })).await?.fragments)
+    }
+
+    /// Gives a provider up; how many fragments are to be made again.
+    ///
+    /// # Errors
+    /// When the directory refuses, or does not answer.
+    pub async fn give_up(&mut self, provider: u32) -> anyhow::Result<u64> {
+        Ok(answer(self.client.give_up(v1::GiveUpRequest { provider })).await?.fragments)
+    }
+
+    /// How blocks would be without some providers.
+    ///
+    /// # Errors
+    /// When the directory refuses, or does not answer.
+    pub async fn what_if(
+        &mut self,
+        without: Vec<u32>,
+        files_max: u32,
+    ) -> anyhow::Result<v1::WhatIfReply> {
+        answer(self.client.what_if(v1::WhatIfRequest { without, files_max })).await
+    }
+
+    /// A page of the log.
+    ///
+    /// # Errors
+    /// When the directory refuses, or does not answer.
+    pub async fn events(&mut self, after: u64, last: u64) -> anyhow::Result<Vec<v1::ClusterEvent>> {
+        Ok(answer(self.client.events(v1::EventsRequest { after, last })).await?.events)
+    }
+
     /// One block.
     ///
     /// # Errors

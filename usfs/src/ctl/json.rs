@@ -1,10 +1,12 @@
 //! What `--json` prints. Field names are those of proto/us/v1/admin.proto; states and health are
 //! words; ids are hexadecimal.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 use serde_json::{Map, Value, json};
 use us_proto::v1;
+
+use super::act::repair_json;
 
 /// Process ids of local providers, by name.
 pub(super) type Pids = BTreeMap<String, i32>;
@@ -47,7 +49,7 @@ pub(super) fn status(reply: &v1::StatusReply) -> Value {
         "blocks": {
             "total": blocks.total,
             "inline": blocks.inline,
-            "by_redundancy": by_redundancy(&blocks),
+            "by_redundancy": counts(&blocks.by_redundancy),
             "readable": blocks.readable,
             "waiting": blocks.waiting,
             "lost": blocks.lost,
@@ -56,7 +58,10 @@ pub(super) fn status(reply: &v1::StatusReply) -> Value {
             "damaged_fragments": blocks.damaged_fragments,
             "live_bytes": blocks.live_bytes,
             "stored_bytes": blocks.stored_bytes,
+            "by_durability": counts(&blocks.by_durability),
         },
+        "repair": repair_json(&reply.repair.unwrap_or_default()),
+        "braked": reply.braked,
         "providers": providers(&reply.providers, &Pids::new()),
         "volumes": reply.volumes.iter().map(volume).collect::<Vec<_>>(),
         "sessions": reply.sessions.iter().map(session).collect::<Vec<_>>(),
@@ -69,8 +74,8 @@ pub(super) fn status(reply: &v1::StatusReply) -> Value {
     })
 }
 
-fn by_redundancy(blocks: &v1::BlockSummary) -> Map<String, Value> {
-    blocks.by_redundancy.iter().map(|(left, count)| (left.to_string(), json!(count))).collect()
+fn counts(counts: &HashMap<i32, u64>) -> Map<String, Value> {
+    counts.iter().map(|(left, count)| (left.to_string(), json!(count))).collect()
 }
 
 pub(super) fn providers(providers: &[v1::ProviderStatus], pids: &Pids) -> Value {
@@ -90,6 +95,12 @@ pub(super) fn providers(providers: &[v1::ProviderStatus], pids: &Pids) -> Value 
             "last_seen_s": provider.last_seen_s,
             "accepts_puts": provider.accepts_puts,
             "note": provider.note,
+            "draining": provider.draining,
+            "back_in_s": provider.back_in_s,
+            "repair_sent_fragments": provider.repair_sent_fragments,
+            "repair_sent_bytes": provider.repair_sent_bytes,
+            "repair_worst_fragments": provider.repair_worst_fragments,
+            "repair_worst_bytes": provider.repair_worst_bytes,
         });
         if let Some(pid) = pids.get(&provider.name) {
             value["pid"] = json!(pid);

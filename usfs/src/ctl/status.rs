@@ -8,6 +8,7 @@ use std::time::Duration;
 use us_core::daemon::size::{Size, human_duration};
 use us_proto::v1;
 
+use super::act::repair_line;
 use super::connect::{Admin, Target, connect};
 use super::json::{Pids, health_word};
 use super::{EXIT_UNREACHABLE, JsonArgs, json, table};
@@ -107,6 +108,11 @@ fn write_text(out: &mut String, reply: &v1::StatusReply) -> std::fmt::Result {
     write_blocks(out, &blocks)?;
     if reply.pending_deletes > 0 {
         writeln!(out, "           {} fragments wait to be deleted", reply.pending_deletes)?;
+    }
+    writeln!(out, "Repair     {}", repair_line(&reply.repair.unwrap_or_default()))?;
+    if reply.braked > 0 {
+        let count = reply.braked;
+        writeln!(out, "           {count} providers fell silent together: not taken for dead yet")?;
     }
     let (used, capacity) = (Size(reply.used_bytes), Size(reply.capacity_bytes));
     writeln!(out, "Space      {used} used of {capacity} that providers offer, fragments counted")?;

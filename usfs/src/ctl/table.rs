@@ -4,6 +4,7 @@ use comfy_table::{CellAlignment, Table, presets};
 use us_core::daemon::size::{Size, human_duration};
 use us_proto::v1;
 
+use super::act::{full_name, provider_note};
 use super::json::{Pids, state_word};
 
 fn table<const N: usize>(header: [&str; N], right: &[usize]) -> Table {
@@ -46,12 +47,8 @@ pub(super) fn providers(providers: &[v1::ProviderStatus], pids: &Pids) -> String
         if let Some(pid) = pids.get(&provider.name) {
             place.push_str(&format!(" pid {pid}"));
         }
-        let mut note = provider.note.clone();
-        if provider.damaged > 0 {
-            note = format!("{} damaged fragments; {note}", provider.damaged);
-        }
         table.add_row([
-            provider_name(provider),
+            full_name(provider),
             state_word(provider.state()).to_owned(),
             Size(provider.used_bytes).to_string(),
             Size(provider.capacity_bytes).to_string(),
@@ -59,7 +56,7 @@ pub(super) fn providers(providers: &[v1::ProviderStatus], pids: &Pids) -> String
             provider.fragments.to_string(),
             seen,
             place,
-            note.trim_end_matches("; ").to_owned(),
+            provider_note(provider),
         ]);
     }
     text(&table)
