@@ -1,8 +1,11 @@
-//! How long a block can be expected to live: what repair is ordered by.
+//! How long a block can be expected to live: what repair is ordered by, and codes are chosen by
+//! ([`plan`]).
 //!
 //! Pure arithmetic over the hazards of the block's holders. A holder's *hazard* is the rate at which
 //! it dies for good, in deaths a second; holders die independently of each other, which placement is
 //! there to make nearly true. Called by the directory's repair queue and by the planner.
+
+pub mod plan;
 
 /// What stands for "as good as never", so that orders and sums stay finite: 10^12 years.
 pub const FOREVER_S: f64 = 3.15e19;

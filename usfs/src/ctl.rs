@@ -8,6 +8,7 @@ mod act;
 mod connect;
 mod json;
 mod place;
+mod plan;
 mod status;
 mod table;
 mod volume;
@@ -90,6 +91,9 @@ enum Command {
     WhatIf(act::WhatIfArgs),
     /// What happened
     Events(act::EventsArgs),
+    /// Work out what a swarm needs
+    #[command(subcommand)]
+    Plan(PlanCommand),
     #[command(flatten)]
     Cli(CliCommand),
 }
@@ -100,6 +104,12 @@ pub struct JsonArgs {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+enum PlanCommand {
+    /// The code and the laziness of repair that reach a target, the least space first
+    Code(plan::CodeArgs),
 }
 
 #[derive(Debug, Subcommand)]
@@ -195,6 +205,7 @@ async fn act(args: CtlArgs) -> anyhow::Result<ExitCode> {
         Command::GiveUp(args) => act::give_up(&target, &args).await?,
         Command::WhatIf(args) => act::what_if(&target, &args).await?,
         Command::Events(args) => act::events(&target, &args).await?,
+        Command::Plan(PlanCommand::Code(args)) => plan::code(&args)?,
         Command::Cli(_) => {}
     }
     Ok(ExitCode::SUCCESS)
