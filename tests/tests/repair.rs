@@ -189,8 +189,13 @@ fn a_drained_provider_can_be_taken_away() {
     cluster.wait_settled();
     let said = cluster.usctl(&["drain", "provider4", "--wait"]);
     assert!(said.contains("it can be taken away"), "{said}");
-    let worst = cluster.status().unwrap()["providers"].as_array().unwrap().iter()
-        .map(|one| one["repair_worst_fragments"].as_u64().unwrap()).max().unwrap();
+    let worst = cluster.status().unwrap()["providers"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|one| one["repair_worst_fragments"].as_u64().unwrap())
+        .max()
+        .unwrap();
     assert!(worst > 0);
     cluster.stop_provider(4);
     cluster.kill_provider(0);

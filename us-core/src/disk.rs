@@ -53,7 +53,7 @@ use tokio_util::task::TaskTracker;
 
 pub use block::{BlockInfo, FragmentBits, InlineBlock, StoredBlock};
 pub use error::{FragmentFailure, FragmentLoss, PlacementError, ReadError, Retry, StoreError};
-pub use links::{LinksConfig, ProviderAddress, ProviderLinks};
+pub use links::{FetchedSlots, LinksConfig, ProviderAddress, ProviderLinks};
 pub use margin::{durable_after_loss, margin_holds};
 pub use read_ahead::{ReadAhead, ReadAheadLimits};
 pub use seams::{BlockDirectory, Damage, FragmentTransport, PlacementLease, SlotRange};

@@ -3,11 +3,13 @@
 //!
 //! ```text
 //! begin: lock and open the store -> listen -> serve -> join
-//! end:   say goodbye -> refuse and drain requests -> stop background work -> close the store
+//! end:   say goodbye -> end rebuilding -> refuse and drain requests -> stop background work
+//!        -> close the store
 //! ```
 
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::net::TcpListener;
@@ -23,8 +25,9 @@ use us_proto::v1::fragments_server::FragmentsServer;
 
 use crate::config::ProviderConfig;
 use crate::control::{self, Controlled};
-use crate::guest::{Pause, run_background};
-use crate::membership::{About, LinkConfig, LinkEnd};
+use crate::guest::{Pause, ScrubRequests, run_background};
+use crate::membership::{About, Hands, LinkConfig, LinkEnd};
+use crate::rebuild::{PeerLinks, Peers, RebuildLimits, Rebuilder};
 use crate::service::FragmentService;
 use crate::store::{OpenError, Store};
 
@@ -145,16 +148,19 @@ impl Daemon {
         };
         self.serve_metrics(&shutdown).await?;
         let (serving_stop, background_stop) = (CancellationToken::new(), CancellationToken::new());
-        let service = FragmentService::new(self.store.clone(), pause.clone());
+        let peers: Arc<dyn Peers> = Arc::new(PeerLinks::new(self.identity.clone()));
+        let service = FragmentService::new(self.store.clone(), pause.clone(), Arc::clone(&peers));
         let serving =
             tokio::spawn(server(&self.identity, service).serve(listener, serving_stop.clone()));
         write_atomic(&self.config.data.join("address"), address.as_bytes(), Access::Public)
             .map_err(DaemonError::io("write the file of the address"))?;
         self.serve_control(&pause, &address, &background_stop);
+        let scrub = ScrubRequests::default();
         let background = tokio::spawn(run_background(
             self.store.clone(),
             self.config.guest,
             pause.clone(),
+            scrub.clone(),
             background_stop.clone(),
         ));
         let gauges = tokio::spawn(keep_gauges(self.store.clone(), background_stop.clone()));
@@ -169,11 +175,21 @@ impl Daemon {
             about,
         };
         ready(&address, &self.store);
-        let membership =
-            crate::membership::run(link, self.store.clone(), pause, shutdown.token().clone());
-        let joined = membership.await;
+        let (store, limits) = (self.store.clone(), RebuildLimits::default());
+        let (rebuilder, endings) =
+            Rebuilder::new(store, pause.clone(), self.config.guest, peers, limits);
+        let hands = Hands {
+            store: self.store.clone(),
+            pause,
+            rebuilder: rebuilder.clone(),
+            endings,
+            scrub,
+        };
+        let joined = crate::membership::run(link, hands, shutdown.token().clone()).await;
         // From here on the end, in order. The goodbye is said.
         shutdown.request();
+        let rebuilding = tokio::spawn(async move { rebuilder.close().await });
+        ended("rebuilding", DRAIN_TIMEOUT, rebuilding).await;
         serving_stop.cancel();
         ended("requests", DRAIN_TIMEOUT, serving).await;
         background_stop.cancel();
@@ -190,7 +206,7 @@ impl Daemon {
         let Some(address) = self.config.metrics else { return Ok(()) };
         let store = self.store.clone();
         let health = move || store.state().trouble.map_or(Ok(()), Err);
-        let router = http::router(std::sync::Arc::new(health));
+        let router = http::router(Arc::new(health));
         let bound = http::serve(address, router, shutdown)
             .await
             .map_err(DaemonError::io(format!("serve metrics on {address}")))?;
@@ -221,7 +237,7 @@ fn server(identity: &Identity, service: FragmentService) -> Server {
         .max_encoding_message_size(GRPC_MESSAGE_BYTES_MAX);
     Server::new(identity, ServerLimits::default())
         .grpc(Routes::new(fragments))
-        .bulk(std::sync::Arc::new(service))
+        .bulk(Arc::new(service))
 }
 
 /// Waits for a part to end, not for ever.

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use us_core::daemon::files::{Access, write_atomic};
 use us_core::daemon::size::Size;
 
-pub use background::run as run_background;
+pub use background::{ScrubRequests, run as run_background};
 pub use pressure::{Pressure, parse_pressure};
 
 /// What a guest allows itself.
@@ -29,6 +29,11 @@ pub struct GuestConfig {
     pub cpu_pressure_percent_max: f64,
     /// The same of time waited for a disk.
     pub io_pressure_percent_max: f64,
+    /// New orders to rebuild fragments are refused while the pressure on the CPUs is above this: more
+    /// than for other background work, because somebody's data hangs on them.
+    pub repair_cpu_pressure_percent_max: f64,
+    /// The same of the disks.
+    pub repair_io_pressure_percent_max: f64,
     /// Bytes a second that scrub and compaction read.
     pub background_rate: Size,
     /// A scrub of everything begins this many hours after the last one began.
@@ -41,6 +46,8 @@ impl Default for GuestConfig {
             nice: 19,
             cpu_pressure_percent_max: 60.0,
             io_pressure_percent_max: 30.0,
+            repair_cpu_pressure_percent_max: 95.0,
+            repair_io_pressure_percent_max: 90.0,
             background_rate: Size(8 << 20),
             scrub_every_hours: 7 * 24,
         }
@@ -54,14 +61,31 @@ pub fn may_work(
     cpu: Option<Pressure>,
     io: Option<Pressure>,
 ) -> Result<(), &'static str> {
-    let over = |pressure: Option<Pressure>, percent_max: f64| {
+    if paused {
+        return Err("paused by its owner");
+    }
+    below((cpu, config.cpu_pressure_percent_max), (io, config.io_pressure_percent_max))
+}
+
+/// Whether fragments may be rebuilt now, and if not, why not. The owner's pause is not asked.
+pub fn may_repair(
+    config: &GuestConfig,
+    cpu: Option<Pressure>,
+    io: Option<Pressure>,
+) -> Result<(), &'static str> {
+    let (cpu_max, io_max) =
+        (config.repair_cpu_pressure_percent_max, config.repair_io_pressure_percent_max);
+    below((cpu, cpu_max), (io, io_max))
+}
+
+/// Whether both pressures are at most what stands beside them.
+fn below(cpu: (Option<Pressure>, f64), io: (Option<Pressure>, f64)) -> Result<(), &'static str> {
+    let over = |(pressure, percent_max): (Option<Pressure>, f64)| {
         pressure.is_some_and(|pressure| pressure.some_percent > percent_max)
     };
-    if paused {
-        Err("paused by its owner")
-    } else if over(cpu, config.cpu_pressure_percent_max) {
+    if over(cpu) {
         Err("the CPUs are busy")
-    } else if over(io, config.io_pressure_percent_max) {
+    } else if over(io) {
         Err("the disks are busy")
     } else {
         Ok(())
@@ -126,6 +150,9 @@ mod tests {
         assert!(may_work(&config, false, pressure(61.0), None).is_err());
         assert!(may_work(&config, false, None, pressure(31.0)).is_err());
         assert!(may_work(&config, true, None, None).is_err());
+        assert_eq!(may_repair(&config, pressure(94.0), pressure(89.0)), Ok(()));
+        assert!(may_repair(&config, pressure(96.0), None).is_err());
+        assert!(may_repair(&config, None, pressure(91.0)).is_err());
     }
 
     #[test]

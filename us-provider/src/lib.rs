@@ -1,7 +1,7 @@
 //! The provider of Us: keeps other people's fragments on an idle disk.
 //!
 //! [`store`] owns the bytes, [`service`] serves them, [`membership`] keeps the one stream with the
-//! directory, [`guest`] decides when background work may run, [`control`] is the owner's way in,
+//! directory, [`rebuild`] makes lost fragments again, [`guest`] decides when background work may run, [`control`] is the owner's way in,
 //! [`daemon`] puts them together.
 
 pub mod config;
@@ -9,5 +9,6 @@ pub mod control;
 pub mod daemon;
 pub mod guest;
 pub mod membership;
+pub mod rebuild;
 pub mod service;
 pub mod store;

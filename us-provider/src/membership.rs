@@ -9,28 +9,31 @@
 //! - A store that belongs to one cluster never serves another.
 //! - `DeleteDone` and `RootStored` are sent after the deletion, the root, is durable; a deletion
 //!   that fails is not answered, and the directory asks again.
+//! - `Rebuilt` is sent once for each ticket, on the stream that brought it, or not at all.
 
 mod files;
 mod link;
 
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use us_core::ids::FragmentId;
+use us_core::ids::{FragmentId, ProviderId};
 use us_proto::v1::provider_down::Event as Down;
 use us_proto::v1::provider_up::Event as Up;
 use us_proto::v1::{
     CheckReply, DamageReport, DeleteDone, FragmentStatus, ProviderGoodbye, ProviderHello,
-    ProviderReport, RootStored,
+    ProviderReport, RebuildFragments, RootStored,
 };
 
+use crate::rebuild::{Ended, Ticket};
 use crate::service::{id_of, wire_id};
 
 pub use files::{
     FileError, Joined, MembershipFiles, decode_joined, decode_root, encode_joined, encode_root,
 };
 pub(crate) use link::report;
-pub use link::{LinkConfig, LinkEnd, run};
+pub use link::{Hands, LinkConfig, LinkEnd, run};
 
 /// Fragments named in one message.
 const IDS_MAX: usize = 4096;
@@ -85,6 +88,19 @@ pub enum Effect {
         /// Its bytes.
         root: Bytes,
     },
+    /// Carry this order out, then give its end to [`Member::rebuilt`].
+    Rebuild {
+        /// Its number.
+        ticket: Ticket,
+        /// Who we are: a source with this number is on the own disk.
+        own: ProviderId,
+        /// The order.
+        order: Box<RebuildFragments>,
+    },
+    /// End this order.
+    CancelRebuild(Ticket),
+    /// Read everything once, now.
+    Scrub,
     /// End for good: the directory does not want this provider, or this is another cluster.
     Stop {
         /// Why, for people.
@@ -102,6 +118,10 @@ pub struct Member {
     report_every: Duration,
     reported: Option<(Instant, ProviderReport)>,
     failures: u32,
+    /// The number of the present stream.
+    stream: u64,
+    /// Orders of the present stream that are not answered.
+    rebuilds: BTreeSet<u64>,
 }
 
 impl Member {
@@ -114,12 +134,16 @@ impl Member {
             report_every: REPORT_EVERY,
             reported: None,
             failures: 0,
+            stream: 0,
+            rebuilds: BTreeSet::new(),
         }
     }
 
     /// The first message of a new stream.
     pub fn connected(&mut self, now: Instant, report: ProviderReport) -> Up {
         self.is_welcome = false;
+        self.stream += 1;
+        self.rebuilds.clear();
         self.reported = Some((now, report.clone()));
         Up::Hello(ProviderHello {
             address: self.about.address.clone(),
@@ -160,7 +184,22 @@ impl Member {
             }
             Down::Refused(refused) => vec![Effect::Stop { reason: refused.reason }],
             // Nothing is done for a directory that has not said who we are to it.
-            Down::Delete(_) | Down::Check(_) | Down::StoreRoot(_) if !self.is_welcome => Vec::new(),
+            Down::Delete(_)
+            | Down::Check(_)
+            | Down::StoreRoot(_)
+            | Down::Rebuild(_)
+            | Down::CancelRebuild(_)
+            | Down::StartScrub(_)
+                if !self.is_welcome =>
+            {
+                Vec::new()
+            }
+            Down::Rebuild(order) => self.rebuild(order),
+            Down::CancelRebuild(cancel) => {
+                let ticket = Ticket { stream: self.stream, ticket: cancel.ticket };
+                vec![Effect::CancelRebuild(ticket)]
+            }
+            Down::StartScrub(_) => vec![Effect::Scrub],
             Down::Delete(delete) => {
                 let ids = delete.fragments.iter().filter_map(id_of).take(IDS_MAX).collect();
                 vec![Effect::Delete { ticket: delete.ticket, ids }]
@@ -173,6 +212,25 @@ impl Member {
                 vec![Effect::KeepRoot { sequence: store.sequence, root: store.root }]
             }
         }
+    }
+
+    /// An order; nothing where the same ticket is already under way, since one answer is due.
+    fn rebuild(&mut self, order: RebuildFragments) -> Vec<Effect> {
+        let ticket = Ticket { stream: self.stream, ticket: order.ticket };
+        let Some(joined) = &self.joined else { return Vec::new() };
+        if !self.rebuilds.insert(order.ticket) {
+            return Vec::new();
+        }
+        let own = ProviderId(joined.provider);
+        vec![Effect::Rebuild { ticket, own, order: Box::new(order) }]
+    }
+
+    /// An order ended: what to say, unless the stream that brought it is gone.
+    pub fn rebuilt(&mut self, ended: Ended) -> Option<Up> {
+        let is_due = ended.stream == self.stream
+            && self.is_welcome
+            && self.rebuilds.remove(&ended.rebuilt.ticket);
+        is_due.then_some(Up::Rebuilt(ended.rebuilt))
     }
 
     /// Time has passed, or something changed: a report where one is due, or where it tells
@@ -251,7 +309,9 @@ fn cannot_wait(last: &ProviderReport, now: &ProviderReport) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use us_proto::v1::{DeleteFragments, ProviderRefused, ProviderWelcome};
+    use us_proto::v1::{
+        CancelRebuild, DeleteFragments, ProviderRefused, ProviderWelcome, Rebuilt, StartScrub,
+    };
 
     fn member() -> Member {
         let about = About { address: "here:1".into(), site: "campus/b".into(), store: [5; 16] };
@@ -316,5 +376,39 @@ mod tests {
         member.connected(Instant::now(), ProviderReport::default());
         member.received(welcome(b"ours"));
         assert_eq!(member.disconnected(1.0), RETRY_FIRST);
+    }
+
+    #[test]
+    fn each_order_is_answered_once_on_its_own_stream() {
+        let mut member = member();
+        let order =
+            |ticket| Down::Rebuild(RebuildFragments { ticket, ..RebuildFragments::default() });
+        let ended =
+            |stream, ticket| Ended { stream, rebuilt: Rebuilt { ticket, ..Rebuilt::default() } };
+        let now = Instant::now();
+        member.connected(now, ProviderReport::default());
+        for early in [order(1), Down::StartScrub(StartScrub {})] {
+            assert_eq!(member.received(early), [], "nothing is done before the welcome");
+        }
+        member.received(welcome(b"ours"));
+        let effects = member.received(order(1));
+        let [Effect::Rebuild { ticket, own, .. }] = &effects[..] else { panic!("{effects:?}") };
+        assert_eq!((*ticket, *own), (Ticket { stream: 1, ticket: 1 }, ProviderId(4)));
+        assert_eq!(member.received(order(1)), [], "it is under way");
+        assert_eq!(member.rebuilt(ended(1, 2)), None, "never ordered");
+        assert!(matches!(member.rebuilt(ended(1, 1)), Some(Up::Rebuilt(_))));
+        assert_eq!(member.rebuilt(ended(1, 1)), None, "answered");
+        member.received(order(5));
+        let cancel = member.received(Down::CancelRebuild(CancelRebuild { ticket: 5 }));
+        assert_eq!(cancel, [Effect::CancelRebuild(Ticket { stream: 1, ticket: 5 })]);
+        // The stream breaks; the next one may use the same numbers.
+        member.disconnected(0.5);
+        assert_eq!(member.rebuilt(ended(1, 5)), None);
+        member.connected(now, ProviderReport::default());
+        member.received(welcome(b"ours"));
+        member.received(order(5));
+        assert_eq!(member.rebuilt(ended(1, 5)), None, "of the stream before");
+        assert!(member.rebuilt(ended(2, 5)).is_some());
+        assert_eq!(member.received(Down::StartScrub(StartScrub {})), [Effect::Scrub]);
     }
 }

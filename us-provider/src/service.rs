@@ -4,8 +4,10 @@
 //! administrators list and verify. Nobody deletes here: deletion comes with membership.
 //!
 //! Invariants: the bytes of puts and of reads under way are bounded, whoever asks; a put refused for
-//! that reason is BUSY after a short wait, never queued without bound.
+//! that reason is BUSY after a short wait, never queued without bound. What other providers read
+//! for repair has limits of its own, so that it never takes the turn of a reader.
 
+mod combine;
 mod status;
 
 use std::sync::Arc;
@@ -24,41 +26,56 @@ use us_proto::v1;
 use us_proto::v1::fragments_server::Fragments;
 
 use crate::guest::Pause;
+use crate::rebuild::Peers;
 use crate::store::{IDS_MAX, ReadRequest, Store, StoreError};
-pub use status::{status_of, wire_id};
+pub use status::{failure_status, status_of, wire_id};
 
 /// Bytes of puts that are waiting or being written, over all connections.
 const PUT_BYTES_MAX: usize = 192 << 20;
 /// Reads from the disk at once, each of at most one fragment.
 const READS_MAX: usize = 32;
+/// The same for other providers, which read for repair.
+const REPAIR_READS_MAX: usize = 8;
 /// Items of one request read ahead of the peer.
 const READS_AHEAD: usize = 4;
 /// A request that found no room after this time is BUSY.
 const BUSY_AFTER: Duration = Duration::from_secs(5);
-/// Fragments summed in one request.
-const COMBINE_ITEMS_MAX: usize = 64;
 /// Fragments a page of the inventory.
 const PAGE_ITEMS: usize = 4096;
 /// Bytes a permit of puts stands for.
 const UNIT_BYTES: usize = 4096;
 
 /// The service. Cheap to clone.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct FragmentService {
     store: Store,
     pause: Pause,
+    /// Asked for what is added to partial sums.
+    peers: Arc<dyn Peers>,
     puts: Arc<Semaphore>,
     reads: Arc<Semaphore>,
+    repair_reads: Arc<Semaphore>,
+    sums: Arc<Semaphore>,
+}
+
+impl std::fmt::Debug for FragmentService {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("FragmentService").field("store", &self.store).finish_non_exhaustive()
+    }
 }
 
 impl FragmentService {
-    /// Serves this store; while `pause` is on, puts are BUSY.
-    pub fn new(store: Store, pause: Pause) -> Self {
+    /// Serves this store; while `pause` is on, puts are BUSY. Sums that other providers are to add to
+    /// are asked of `peers`.
+    pub fn new(store: Store, pause: Pause, peers: Arc<dyn Peers>) -> Self {
         Self {
             store,
             pause,
+            peers,
             puts: Arc::new(Semaphore::new(PUT_BYTES_MAX / UNIT_BYTES)),
             reads: Arc::new(Semaphore::new(READS_MAX)),
+            repair_reads: Arc::new(Semaphore::new(REPAIR_READS_MAX)),
+            sums: Arc::new(Semaphore::new(combine::SUM_BYTES_MAX / UNIT_BYTES)),
         }
     }
 
@@ -95,7 +112,7 @@ impl FragmentService {
         }
     }
 
-    async fn get_one(self, item: u32, asked: v1::GetItem) -> v1::GetReply {
+    async fn get_one(self, role: Role, item: u32, asked: v1::GetItem) -> v1::GetReply {
         let reply = v1::GetReply { item, ..v1::GetReply::default() };
         let fail = |(status, detail): (v1::FragmentStatus, String)| v1::GetReply {
             status: status.into(),
@@ -112,7 +129,7 @@ impl FragmentService {
         };
         let begun = Instant::now();
         let trace = RequestId(asked.trace);
-        let result = self.blocking(move |store| store.read(request)).await;
+        let result = self.repair_read(role, move |store| store.read(request)).await;
         let failure = result.as_ref().err();
         tracing::debug!(request = %trace, fragment = %id, ?failure, "get");
         metrics::histogram!("us_provider_get_seconds").record(begun.elapsed().as_secs_f64());
@@ -120,6 +137,7 @@ impl FragmentService {
             Ok(read) => {
                 metrics::counter!("us_provider_get_bytes_total").increment(read.data.len() as u64);
                 count("get", v1::FragmentStatus::Ok);
+                count_sent(role, read.data.len());
                 let (header, trailer) = if asked.trailer {
                     (read.header.encode().to_vec().into(), read.trailer)
                 } else {
@@ -137,7 +155,28 @@ impl FragmentService {
         &self,
         read: impl FnOnce(&Store) -> Result<T, StoreError> + Send + 'static,
     ) -> Result<T, StoreError> {
-        let Some(permit) = acquire(&self.reads, 1).await else {
+        self.limited(&self.reads, read).await
+    }
+
+    /// As [`FragmentService::blocking`], in the turn of those with this role.
+    async fn repair_read<T: Send + 'static>(
+        &self,
+        role: Role,
+        read: impl FnOnce(&Store) -> Result<T, StoreError> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        let turns = match role {
+            Role::Provider => &self.repair_reads,
+            Role::Client | Role::Directory | Role::Admin => &self.reads,
+        };
+        self.limited(turns, read).await
+    }
+
+    async fn limited<T: Send + 'static>(
+        &self,
+        turns: &Arc<Semaphore>,
+        read: impl FnOnce(&Store) -> Result<T, StoreError> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        let Some(permit) = acquire(turns, 1).await else {
             return Err(StoreError::Busy);
         };
         let store = self.store.clone();
@@ -174,9 +213,9 @@ impl BulkService for FragmentService {
             };
             return items.map(reply).boxed();
         }
-        let service = self.clone();
+        let (service, role) = (self.clone(), peer.role);
         items
-            .map(move |(item, asked)| service.clone().get_one(item, asked))
+            .map(move |(item, asked)| service.clone().get_one(role, item, asked))
             .buffer_unordered(READS_AHEAD)
             .boxed()
     }
@@ -207,33 +246,8 @@ impl Fragments for FragmentService {
         request: Request<v1::CombineRequest>,
     ) -> Result<Response<v1::CombineReply>, Status> {
         allow(&request, moves_fragments)?;
-        let request = request.into_inner();
-        if request.items.is_empty() || request.items.len() > COMBINE_ITEMS_MAX {
-            return Err(Status::invalid_argument("1 to 64 fragments can be summed at once"));
-        }
-        let items = request.items.iter().map(|item| {
-            let id = item.fragment.as_ref().and_then(id_of)?;
-            Some((id, u8::try_from(item.coefficient).ok()?))
-        });
-        let items: Option<Vec<_>> = items.collect();
-        let items =
-            items.ok_or_else(|| Status::invalid_argument("no such fragment id or coefficient"))?;
-        let first_slot = request.first_slot as usize;
-        let slots = (request.slots != 0).then_some(request.slots as usize);
-        let sum = self.blocking(move |store| store.combine(&items, first_slot, slots)).await;
-        let reply = match sum {
-            Ok(data) => {
-                count("combine", v1::FragmentStatus::Ok);
-                let status = v1::FragmentStatus::Ok.into();
-                v1::CombineReply { status, detail: String::new(), data }
-            }
-            Err(error) => {
-                let (status, detail) = failed("combine", &error);
-                let status = status.into();
-                v1::CombineReply { status, detail, ..v1::CombineReply::default() }
-            }
-        };
-        Ok(Response::new(reply))
+        let peer = peer_of(&request)?.clone();
+        Ok(Response::new(self.sum(&peer, request.into_inner()).await?))
     }
 
     async fn inventory(
@@ -347,4 +361,11 @@ fn failed(operation: &'static str, error: &StoreError) -> (v1::FragmentStatus, S
 fn count(operation: &'static str, status: v1::FragmentStatus) {
     let labels = [("operation", operation), ("status", status::label(status))];
     metrics::counter!("us_provider_requests_total", &labels).increment(1);
+}
+
+/// Bytes of fragments sent; those to other providers are for repair.
+fn count_sent(role: Role, bytes: usize) {
+    if role == Role::Provider {
+        metrics::counter!("us_provider_rebuild_sent_bytes_total").increment(bytes as u64);
+    }
 }

@@ -24,14 +24,18 @@ use us_proto::v1::membership_server::{Membership, MembershipServer};
 use us_proto::v1::provider_down::Event as Down;
 use us_proto::v1::provider_up::Event as Up;
 use us_proto::v1::{
-    CheckFragments, CombineItem, CombineRequest, DeleteFragments, FragmentId, FragmentStatus,
-    GetItem, GetRequest, InventoryRequest, ProviderDown, ProviderRefused, ProviderUp,
-    ProviderWelcome, PutRequest, StoreRoot, VerifyRequest,
+    CancelRebuild, CheckFragments, CombineItem, CombineRequest, DeleteFragments, FragmentId,
+    FragmentStatus, GetItem, GetRequest, InventoryRequest, ProviderDown, ProviderRefused,
+    ProviderUp, ProviderWelcome, PutRequest, RebuildFragments, RebuildPath, RebuildStatus, Rebuilt,
+    StartScrub, StoreRoot, VerifyRequest,
 };
 
 #[path = "../samples/record.rs"]
 mod record;
+#[path = "../samples/swarm.rs"]
+mod swarm;
 use record::{sample, sample_id};
+use swarm::{SampleBlock, Serving, Swarm};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -118,8 +122,11 @@ struct Setting {
 
 impl Setting {
     async fn new() -> Self {
+        Self::of(&CertificateAuthority::create().unwrap()).await
+    }
+
+    async fn of(authority: &CertificateAuthority) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let authority = CertificateAuthority::create().unwrap();
         let issue = |role, name| authority.issue(role, name).unwrap();
         issue(Role::Provider, "one").save(&dir.path().join("identity")).unwrap();
         let played = Played::default();
@@ -145,7 +152,22 @@ impl Setting {
         command.arg("--data").arg(self.data());
         command.arg("--identity").arg(self.dir.path().join("identity"));
         command.stdout(Stdio::null());
+        // Tests run on busy machines.
+        command.env("US_PROVIDER_GUEST__REPAIR_CPU_PRESSURE_PERCENT_MAX", "1000.0");
+        command.env("US_PROVIDER_GUEST__REPAIR_IO_PRESSURE_PERCENT_MAX", "1000.0");
+        command.env("US_PROVIDER_GUEST__CPU_PRESSURE_PERCENT_MAX", "1000.0");
+        command.env("US_PROVIDER_GUEST__IO_PRESSURE_PERCENT_MAX", "1000.0");
         command
+    }
+
+    async fn rebuilt(&self, ticket: u64) -> Rebuilt {
+        let rebuilt = self.played.hear("an order's end", |up| match up {
+            Up::Rebuilt(rebuilt) => Some(rebuilt.clone()),
+            _ => None,
+        });
+        let rebuilt = rebuilt.await;
+        assert_eq!(rebuilt.ticket, ticket);
+        rebuilt
     }
 
     /// Starts the program and waits for its hello.
@@ -330,4 +352,132 @@ async fn fetch(address: std::net::SocketAddr, path: &str) -> String {
     let mut answer = String::new();
     stream.read_to_string(&mut answer).await.unwrap();
     answer
+}
+
+/// Answers no get.
+#[derive(Clone)]
+struct Hanging(us_provider::service::FragmentService);
+
+impl us_core::wire::BulkService for Hanging {
+    async fn put(
+        &self,
+        peer: &us_core::tls::PeerIdentity,
+        request: PutRequest,
+    ) -> us_proto::v1::PutReply {
+        self.0.put(peer, request).await
+    }
+
+    fn get(
+        &self,
+        _peer: &us_core::tls::PeerIdentity,
+        _request: GetRequest,
+    ) -> BoxStream<'static, us_proto::v1::GetReply> {
+        Box::pin(tokio_stream::pending())
+    }
+}
+
+#[tonic::async_trait]
+impl Serving for Hanging {
+    async fn combine(&self, reply: us_proto::v1::CombineReply) -> us_proto::v1::CombineReply {
+        reply
+    }
+}
+
+/// The daemon rebuilds as the directory says; killed in the middle, it is ordered again and leaves
+/// neither half a fragment nor two.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_daemon_rebuilds_is_cancelled_is_killed_and_rebuilds_again() {
+    let mut swarm = Swarm::start(6).await;
+    let block = SampleBlock::new(4, 2, 1_000_000, 1);
+    swarm.put(&block, |_, record| Some(record.clone())).await;
+    let setting = Setting::of(swarm.authority()).await;
+    let (mut child, _) = setting.start().await;
+    let order = |swarm: &Swarm, ticket, wanted: u8| {
+        let order = swarm.order(&block, &[wanted], RebuildPath::Star);
+        Down::Rebuild(RebuildFragments { ticket, ..order })
+    };
+    setting.played.say(order(&swarm, 1, 5)).await;
+    let rebuilt = setting.rebuilt(1).await;
+    assert_eq!(rebuilt.status(), RebuildStatus::Ok, "{}", rebuilt.detail);
+    assert_eq!(rebuilt.received_bytes, 4 * block.geometry.fragment_bytes() as u64);
+    // Three of five sources hang: the order neither ends nor fails before its deadline.
+    for number in [0, 1, 2] {
+        swarm.replace(number, Hanging).await;
+    }
+    setting.played.say(order(&swarm, 2, 4)).await;
+    setting.played.say(Down::CancelRebuild(CancelRebuild { ticket: 2 })).await;
+    assert_eq!(setting.rebuilt(2).await.status(), RebuildStatus::Busy);
+    setting.played.say(order(&swarm, 3, 4)).await;
+    // The loop still answers while the order hangs.
+    let id = us_provider::service::wire_id(block.records[5].header.id());
+    let check = CheckFragments { query: 8, fragments: vec![id] };
+    setting.played.say(Down::Check(check)).await;
+    let checked = setting.played.hear("the check", |up| match up {
+        Up::Checked(reply) => Some(reply.statuses().collect::<Vec<_>>()),
+        _ => None,
+    });
+    assert_eq!(checked.await, [FragmentStatus::Ok]);
+    child.kill().unwrap();
+    end(child).await;
+    for number in [0, 1, 2] {
+        swarm.replace(number, |service| service).await;
+    }
+    let (child, again) = setting.start().await;
+    assert_eq!(again.report.unwrap().fragments, 1, "no half fragment");
+    setting.played.say(order(&swarm, 3, 4)).await;
+    let rebuilt = setting.rebuilt(3).await;
+    assert_eq!(rebuilt.status(), RebuildStatus::Ok, "{}", rebuilt.detail);
+    setting.played.say(order(&swarm, 4, 4)).await;
+    assert_eq!(setting.rebuilt(4).await.received_bytes, 0);
+    let report = setting.played.hear("a report of both", |up| match up {
+        Up::Report(report) if report.fragments > 1 => Some(report.clone()),
+        _ => None,
+    });
+    assert_eq!(report.await.fragments, 2, "each once");
+    terminate(&child);
+    assert!(end(child).await.success());
+    // What is on its disk is what the writer put.
+    let store = us_provider::store::Store::open(&setting.data(), Default::default()).unwrap();
+    for index in [4, 5] {
+        let record = &block.records[index];
+        assert!(store.read_record(record.header.id()).unwrap() == record.to_bytes());
+    }
+}
+
+/// A scrub is ordered; what it finds is reported, and a new copy ends the report.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_ordered_scrub_reports_and_a_rebuild_heals() {
+    let swarm = Swarm::start(3).await;
+    let block = SampleBlock::new(2, 1, 100_000, 1);
+    swarm.put(&block, |_, record| Some(record.clone())).await;
+    let setting = Setting::of(swarm.authority()).await;
+    let (child, _) = setting.start().await;
+    let order = |ticket| {
+        let order = swarm.order(&block, &[2], RebuildPath::Star);
+        Down::Rebuild(RebuildFragments { ticket, ..order })
+    };
+    setting.played.say(order(1)).await;
+    assert_eq!(setting.rebuilt(1).await.status(), RebuildStatus::Ok);
+    let mut segments = std::fs::read_dir(setting.data().join("segments")).unwrap();
+    let path = segments.next().unwrap().unwrap().path();
+    let file = std::fs::OpenOptions::new().write(true).open(path).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, b"rot", 4096 + 64 + 128 + 9).unwrap();
+    setting.played.say(Down::StartScrub(StartScrub {})).await;
+    let damaged = setting.played.hear("the damage", |up| match up {
+        Up::Damage(damage) => Some(damage.fragments.clone()),
+        _ => None,
+    });
+    let id = us_provider::service::wire_id(block.records[2].header.id());
+    assert_eq!(damaged.await, [id]);
+    setting.played.say(order(2)).await;
+    let rebuilt = setting.rebuilt(2).await;
+    assert_eq!(rebuilt.status(), RebuildStatus::Ok, "{}", rebuilt.detail);
+    assert!(rebuilt.received_bytes > 0);
+    let healed = setting.played.hear("a report without damage", |up| match up {
+        Up::Report(report) if report.damaged == 0 => Some(report.fragments),
+        _ => None,
+    });
+    assert_eq!(healed.await, 1);
+    terminate(&child);
+    assert!(end(child).await.success());
 }

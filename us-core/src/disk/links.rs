@@ -10,26 +10,31 @@
 //! reached is left alone for a while that grows with each failure; meanwhile requests fail at once,
 //! so that readers turn to others. The directory's word that it is back ends the wait.
 //!
-//! Called by the pipeline through [`FragmentTransport`]; the session feeds the table.
+//! Called by the pipeline through [`FragmentTransport`], with a table that the session feeds
+//! ([`ProviderLinks::update`]); by a rebuilder with [`ProviderLinks::fetch`], which learns each
+//! provider from the order that names it ([`ProviderLinks::learn`]).
+
+mod gets;
 
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, timeout_at};
-use us_proto::v1::{self, FragmentStatus, GetItem, GetReply, GetRequest, PutRequest};
+use us_proto::v1::{self, FragmentStatus, PutRequest};
 
 use super::{FragmentFailure, FragmentTransport, SlotRange};
 use crate::daemon::logging::RequestId;
 use crate::fragment::FragmentRecord;
 use crate::ids::ProviderId;
 use crate::tls::{ExpectedPeer, Identity, KeyHash, Role};
-use crate::wire::{BulkClient, BulkError, BulkLimits, GET_ITEMS_MAX};
+use crate::wire::{BulkClient, BulkError, BulkLimits};
+use gets::{Dispatch, Waiting};
 
 /// Limits of [`ProviderLinks`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -45,6 +50,12 @@ pub struct LinksConfig {
     pub get_bytes_max: usize,
     /// How long an unreachable provider is left alone at first, and at most.
     pub backoff: (Duration, Duration),
+    /// Connections of a provider of which nothing was asked for this time are closed; `None`: they
+    /// are kept.
+    pub idle: Option<Duration>,
+    /// Providers that [`ProviderLinks::learn`] keeps in the table; beyond, the one that was used the
+    /// longest ago is forgotten.
+    pub learned_max: usize,
     /// Limits of each connection.
     pub bulk: BulkLimits,
 }
@@ -57,6 +68,8 @@ impl Default for LinksConfig {
             gets_inflight_max: 4,
             get_bytes_max: 8 << 20,
             backoff: (Duration::from_millis(200), Duration::from_secs(10)),
+            idle: None,
+            learned_max: 256,
             bulk: BulkLimits::default(),
         }
     }
@@ -71,6 +84,17 @@ pub struct ProviderAddress {
     pub key_hash: KeyHash,
     /// Whether its stream with the directory is up.
     pub reachable: bool,
+}
+
+/// Slots of a fragment, and what its record says of it.
+#[derive(Clone, PartialEq, Eq, Default, Debug)]
+pub struct FetchedSlots {
+    /// The record's header, as stored; empty where it was not asked for.
+    pub header: Bytes,
+    /// The record's trailer, as stored; empty where it was not asked for.
+    pub trailer: Bytes,
+    /// The slots.
+    pub data: Bytes,
 }
 
 /// The connections to all providers. Clones share them.
@@ -93,6 +117,7 @@ struct Link {
     lanes: Vec<Lane>,
     trouble: Mutex<Trouble>,
     gets: mpsc::Sender<Waiting>,
+    used: Mutex<Instant>,
 }
 
 /// One connection, or none.
@@ -109,15 +134,6 @@ struct Trouble {
     failures: u32,
     /// Not tried again before.
     until: Option<Instant>,
-}
-
-/// A get in a provider's queue.
-struct Waiting {
-    slots: SlotRange,
-    deadline: Instant,
-    /// Whom it is for.
-    request: RequestId,
-    answer: oneshot::Sender<Result<Bytes, FragmentFailure>>,
 }
 
 impl ProviderLinks {
@@ -154,6 +170,65 @@ impl ProviderLinks {
         }
     }
 
+    /// Where a provider is, as somebody says who may: requests name it by its number from then on.
+    pub fn learn(&self, provider: ProviderId, address: ProviderAddress) {
+        let mut links = self.inner.links.write();
+        if let Some(link) = links.get(&provider) {
+            return link.moved(address);
+        }
+        if links.len() >= self.inner.config.learned_max.max(1) {
+            let oldest = links.iter().min_by_key(|(_, link)| *link.used.lock());
+            let oldest = oldest.map(|(provider, _)| *provider);
+            oldest.map(|provider| links.remove(&provider));
+        }
+        links.insert(provider, Link::start(&self.inner, address));
+    }
+
+    /// Reads slots of a fragment with the header and trailer of its record; gives up at `deadline`.
+    /// Travels together with the other gets of the provider. No slots from the fragment's end on
+    /// bring header and trailer alone.
+    ///
+    /// # Errors
+    /// [`FragmentFailure`]; [`FragmentFailure::Length`] also where more or fewer bytes come.
+    pub fn fetch(
+        &self,
+        provider: ProviderId,
+        slots: SlotRange,
+        deadline: Instant,
+    ) -> BoxFuture<'static, Result<FetchedSlots, FragmentFailure>> {
+        self.queue(provider, slots, true, deadline)
+    }
+
+    fn queue(
+        &self,
+        provider: ProviderId,
+        slots: SlotRange,
+        record: bool,
+        deadline: Instant,
+    ) -> BoxFuture<'static, Result<FetchedSlots, FragmentFailure>> {
+        let link = self.link(provider);
+        let request = RequestId::current();
+        async move {
+            let link = link?;
+            link.check_trouble()?;
+            let started = Instant::now();
+            let (answer, answered) = oneshot::channel();
+            let waiting = Waiting { slots, record, deadline, request, answer };
+            link.gets.try_send(waiting).map_err(|_| FragmentFailure::Busy)?;
+            let result = match timeout_at(deadline, answered).await {
+                Ok(Ok(result)) => result,
+                Ok(Err(_)) => Err(FragmentFailure::UnknownProvider),
+                Err(_) => Err(FragmentFailure::Timeout {
+                    waited_ms: started.elapsed().as_millis() as u64,
+                }),
+            };
+            let failure = result.as_ref().err();
+            tracing::debug!(%request, %provider, fragment = %slots.fragment, ?failure, "get");
+            result
+        }
+        .boxed()
+    }
+
     /// The providers known, and where they are.
     pub fn addresses(&self) -> Vec<(ProviderId, ProviderAddress)> {
         let links = self.inner.links.read();
@@ -162,7 +237,9 @@ impl ProviderLinks {
 
     fn link(&self, provider: ProviderId) -> Result<Arc<Link>, FragmentFailure> {
         let links = self.inner.links.read();
-        links.get(&provider).cloned().ok_or(FragmentFailure::UnknownProvider)
+        let link = links.get(&provider).cloned().ok_or(FragmentFailure::UnknownProvider)?;
+        *link.used.lock() = Instant::now();
+        Ok(link)
     }
 }
 
@@ -181,7 +258,7 @@ impl FragmentTransport for ProviderLinks {
             let client = link.client(&inner, lane, deadline).await?;
             let grant = inner.grant.read().clone();
             let (id, trace) = (record.header.id(), request.0);
-            let put = PutRequest { request: 0, grant, record: contiguous(&record), trace };
+            let put = PutRequest { request: 0, grant, record: record.to_bytes(), trace };
             drop(record);
             let reply = client.put(put, deadline).await.map_err(|error| link.broke(&error));
             let result = reply.and_then(|reply| status_result(reply.status(), reply.detail));
@@ -197,27 +274,8 @@ impl FragmentTransport for ProviderLinks {
         slots: SlotRange,
         deadline: Instant,
     ) -> BoxFuture<'static, Result<Bytes, FragmentFailure>> {
-        let link = self.link(provider);
-        let request = RequestId::current();
-        async move {
-            let link = link?;
-            link.check_trouble()?;
-            let started = Instant::now();
-            let (answer, answered) = oneshot::channel();
-            let waiting = Waiting { slots, deadline, request, answer };
-            link.gets.try_send(waiting).map_err(|_| FragmentFailure::Busy)?;
-            let result = match timeout_at(deadline, answered).await {
-                Ok(Ok(result)) => result,
-                Ok(Err(_)) => Err(FragmentFailure::UnknownProvider),
-                Err(_) => Err(FragmentFailure::Timeout {
-                    waited_ms: started.elapsed().as_millis() as u64,
-                }),
-            };
-            let failure = result.as_ref().err();
-            tracing::debug!(%request, %provider, fragment = %slots.fragment, ?failure, "get");
-            result
-        }
-        .boxed()
+        let fetched = self.queue(provider, slots, false, deadline);
+        fetched.map(|fetched| fetched.map(|fetched| fetched.data)).boxed()
     }
 
     fn is_reachable(&self, provider: ProviderId) -> bool {
@@ -234,6 +292,7 @@ impl Link {
             lanes: (0..inner.config.connections_max.max(1)).map(|_| Lane::default()).collect(),
             trouble: Mutex::default(),
             gets,
+            used: Mutex::new(Instant::now()),
         });
         // Ends with the link: the queue's only sender is in it.
         let dispatch = Dispatch { inner: Arc::clone(inner), link: Arc::downgrade(&link), queue };
@@ -245,12 +304,17 @@ impl Link {
     fn moved(&self, address: ProviderAddress) {
         let mut current = self.address.write();
         if current.address != address.address || current.key_hash != address.key_hash {
-            self.lanes.iter().for_each(|lane| *lane.client.lock() = None);
+            self.disconnect();
         }
         if *current != address && address.reachable {
             *self.trouble.lock() = Trouble::default();
         }
         *current = address;
+    }
+
+    /// Ends the connections as soon as what is under way on them is over.
+    fn disconnect(&self) {
+        self.lanes.iter().for_each(|lane| *lane.client.lock() = None);
     }
 
     /// Fails while an unreachable provider is left alone.
@@ -324,109 +388,6 @@ impl Link {
     }
 }
 
-/// Takes gets from a provider's queue and sends them together.
-struct Dispatch {
-    inner: Arc<Inner>,
-    link: std::sync::Weak<Link>,
-    queue: mpsc::Receiver<Waiting>,
-}
-
-impl Dispatch {
-    async fn run(mut self) {
-        let config = self.inner.config;
-        let inflight = Arc::new(tokio::sync::Semaphore::new(config.gets_inflight_max.max(1)));
-        let mut held: Option<Waiting> = None;
-        loop {
-            let first = match held.take() {
-                Some(waiting) => waiting,
-                None => match self.queue.recv().await {
-                    Some(waiting) => waiting,
-                    None => return,
-                },
-            };
-            // While all are in flight, what comes meanwhile gathers in the queue.
-            let Ok(permit) = Arc::clone(&inflight).acquire_owned().await else { return };
-            let mut bytes = first.slots.bytes();
-            let mut batch = vec![first];
-            while batch.len() < GET_ITEMS_MAX {
-                let Ok(next) = self.queue.try_recv() else { break };
-                if next.answer.is_closed() {
-                    continue;
-                }
-                if bytes + next.slots.bytes() > config.get_bytes_max {
-                    held = Some(next);
-                    break;
-                }
-                bytes += next.slots.bytes();
-                batch.push(next);
-            }
-            let Some(link) = self.link.upgrade() else { return };
-            let inner = Arc::clone(&self.inner);
-            tokio::spawn(async move {
-                fetch(&inner, &link, batch).await;
-                drop(permit);
-            });
-        }
-    }
-}
-
-/// Sends one Get for all of `batch` and gives each its answer as it comes.
-async fn fetch(inner: &Inner, link: &Link, mut batch: Vec<Waiting>) {
-    batch.retain(|waiting| !waiting.answer.is_closed());
-    let Some(deadline) = batch.iter().map(|waiting| waiting.deadline).max() else { return };
-    let items = batch.iter().map(|waiting| GetItem {
-        fragment: Some(v1::FragmentId {
-            block: waiting.slots.fragment.block.as_bytes().to_vec().into(),
-            index: waiting.slots.fragment.index.into(),
-        }),
-        first_slot: waiting.slots.first_slot,
-        slots: waiting.slots.slots,
-        trailer: false,
-        trace: waiting.request.0,
-    });
-    let grant = inner.grant.read().clone();
-    let request = GetRequest { request: 0, grant, items: items.collect() };
-    let mut waiting: Vec<Option<Waiting>> = batch.into_iter().map(Some).collect();
-    let result = exchange(inner, link, request, deadline, &mut waiting).await;
-    let failure = result.err().unwrap_or_else(|| FragmentFailure::Unreachable {
-        detail: "it left the item unanswered".to_owned(),
-    });
-    for waiting in waiting.into_iter().flatten() {
-        // Refused only where the reader is gone.
-        let _ = waiting.answer.send(Err(failure.clone()));
-    }
-}
-
-async fn exchange(
-    inner: &Inner,
-    link: &Link,
-    request: GetRequest,
-    deadline: Instant,
-    waiting: &mut [Option<Waiting>],
-) -> Result<(), FragmentFailure> {
-    let client = link.client(inner, 0, deadline).await?;
-    let mut replies = client.get(request, deadline).await.map_err(|error| link.broke(&error))?;
-    while let Some(reply) = replies.next().await {
-        let reply = reply.map_err(|error| link.broke(&error))?;
-        let Some(waiting) = waiting.get_mut(reply.item as usize).and_then(Option::take) else {
-            continue;
-        };
-        let result = reply_result(reply, &waiting.slots);
-        let _ = waiting.answer.send(result);
-    }
-    Ok(())
-}
-
-fn reply_result(reply: GetReply, slots: &SlotRange) -> Result<Bytes, FragmentFailure> {
-    status_result(reply.status(), reply.detail)?;
-    let (expected, found) = (slots.bytes(), reply.data.len());
-    if expected == found {
-        Ok(reply.data)
-    } else {
-        Err(FragmentFailure::Length { expected, found })
-    }
-}
-
 /// What a provider's status means.
 fn status_result(status: FragmentStatus, detail: String) -> Result<(), FragmentFailure> {
     match status {
@@ -441,14 +402,6 @@ fn status_result(status: FragmentStatus, detail: String) -> Result<(), FragmentF
         }
         FragmentStatus::Busy => Err(FragmentFailure::Busy),
     }
-}
-
-/// The record as one run of bytes, which is what a frame carries.
-fn contiguous(record: &FragmentRecord) -> Bytes {
-    let parts = record.to_parts();
-    let mut bytes = BytesMut::with_capacity(parts.record_bytes());
-    parts.slices().into_iter().for_each(|slice| bytes.extend_from_slice(slice));
-    bytes.freeze()
 }
 
 #[cfg(test)]

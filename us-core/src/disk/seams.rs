@@ -36,7 +36,7 @@ pub struct SlotRange {
     pub fragment: FragmentId,
     /// The first slot.
     pub first_slot: u32,
-    /// How many; at least one.
+    /// How many; at least one, or none from the fragment's end on.
     pub slots: u32,
     /// Bytes of one slot, so that the answer's length is known.
     pub slot_bytes: u32,

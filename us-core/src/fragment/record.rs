@@ -1,6 +1,6 @@
 //! A whole record: header, body, trailer.
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 
 use super::{
     FingerprintKind, FingerprintList, FragmentError, FragmentHeader, FragmentSums, FragmentTrailer,
@@ -44,6 +44,40 @@ impl RecordParts {
 }
 
 impl FragmentRecord {
+    /// The record of a body that was computed from other fragments: the one the writer made, or
+    /// none. `fingerprints` is a list whose hash the caller has compared with the block's.
+    ///
+    /// # Errors
+    /// [`FragmentError::Length`] and [`FragmentError::Fingerprint`] for a body that is not the
+    /// writer's.
+    pub fn rebuilt(
+        header: FragmentHeader,
+        body: Bytes,
+        fingerprints: FingerprintList,
+    ) -> Result<Self, FragmentError> {
+        if body.len() != header.fragment_bytes() {
+            let (expected, found) = (header.fragment_bytes(), body.len());
+            return Err(FragmentError::Length { part: "body", expected, found });
+        }
+        let sums = FragmentSums::of(&header.geometry(), &body);
+        match fingerprints.kind() {
+            FingerprintKind::Crc32c => fingerprints.check_crc(header.id().index, sums.body)?,
+        }
+        let trailer = FragmentTrailer { slot_sums: sums.slots, fingerprints };
+        Ok(Self { header, body, trailer })
+    }
+
+    /// The record's bytes in one run, as a put carries them.
+    ///
+    /// # Panics
+    /// As [`FragmentRecord::to_parts`].
+    pub fn to_bytes(&self) -> Bytes {
+        let parts = self.to_parts();
+        let mut bytes = BytesMut::with_capacity(parts.record_bytes());
+        parts.slices().into_iter().for_each(|slice| bytes.extend_from_slice(slice));
+        bytes.freeze()
+    }
+
     /// The record's bytes; the body is shared.
     ///
     /// # Panics

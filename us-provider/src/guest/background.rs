@@ -1,9 +1,11 @@
 //! The daemon's background work: purging, compaction, scrub, a piece at a time.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
+use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use us_core::daemon::files::{Access, write_atomic};
 use us_core::ids::FragmentId;
@@ -30,6 +32,21 @@ pub struct ScrubPosition {
     begun_s: u64,
     /// Whether the round has seen everything.
     complete: bool,
+    /// Whether somebody asked for the round.
+    asked: bool,
+}
+
+/// Asks for a scrub of everything now. Clones share it.
+#[derive(Clone, Default, Debug)]
+pub struct ScrubRequests {
+    notify: Arc<Notify>,
+}
+
+impl ScrubRequests {
+    /// A round begins at once, unless one that was asked for is under way.
+    pub fn ask(&self) {
+        self.notify.notify_one();
+    }
 }
 
 impl ScrubPosition {
@@ -62,19 +79,41 @@ impl ScrubPosition {
     /// Begins a new round where one is due; says whether there is anything to do.
     fn is_due(&mut self, now_s: u64, every_s: u64) -> bool {
         if self.begun_s == 0 || (self.complete && now_s >= self.begun_s.saturating_add(every_s)) {
-            *self = Self { after: String::new(), begun_s: now_s, complete: false };
+            *self = Self { begun_s: now_s, ..Self::default() };
         }
         !self.complete
+    }
+
+    /// Begins a round that somebody asked for.
+    fn ask(&mut self, now_s: u64) {
+        if !self.asked || self.complete {
+            *self = Self { begun_s: now_s, asked: true, ..Self::default() };
+        }
     }
 }
 
 /// Works until `stop`. Reads the machine's pressure before every piece.
-pub async fn run(store: Store, config: GuestConfig, pause: Pause, stop: CancellationToken) {
+pub async fn run(
+    store: Store,
+    config: GuestConfig,
+    pause: Pause,
+    requests: ScrubRequests,
+    stop: CancellationToken,
+) {
     let path = store.dir().join("scrub");
     let mut position = ScrubPosition::load(&path);
     let (mut pieces, mut wait) = (0u32, LOOK_EVERY);
-    // Cancel-safe: a dropped sleep loses nothing.
-    while stop.run_until_cancelled(tokio::time::sleep(wait)).await.is_some() {
+    loop {
+        // Cancel-safe, all: a dropped sleep loses nothing, a request that was not seen stays, the
+        // token stays cancelled.
+        tokio::select! {
+            () = stop.cancelled() => break,
+            () = requests.notify.notified() => {
+                position.ask(now_s());
+                position.save(&path);
+            }
+            () = tokio::time::sleep(wait) => {}
+        }
         let (cpu, io) = (Pressure::of("cpu"), Pressure::of("io"));
         if let Err(why) = may_work(&config, pause.is_on(), cpu, io) {
             tracing::debug!(why, "background work waits");
@@ -129,10 +168,13 @@ fn piece(store: &Store, config: &GuestConfig, position: &mut ScrubPosition) -> b
     maintained.did_something() | scrub(store, config, position, left)
 }
 
+fn now_s() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
 fn scrub(store: &Store, config: &GuestConfig, position: &mut ScrubPosition, bytes: u64) -> bool {
-    let now_s = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
     let every_s = u64::from(config.scrub_every_hours) * 3600;
-    if bytes == 0 || !position.is_due(now_s, every_s) {
+    if bytes == 0 || !position.is_due(now_s(), every_s) {
         return false;
     }
     match store.scrub(position.after(), bytes) {
@@ -172,6 +214,16 @@ mod tests {
         assert!(!position.is_due(2000, 3600));
         assert!(position.is_due(4600, 3600));
         assert_eq!(position.after(), None);
+        // Asked for, it begins at once, and is not begun again before it is over.
+        position.set_after(id);
+        position.ask(5000);
+        assert_eq!((position.after(), position.complete), (None, false));
+        position.set_after(id);
+        position.ask(5001);
+        assert_eq!(position.after(), Some(id));
+        position.complete = true;
+        position.ask(5002);
+        assert_eq!((position.after(), position.is_due(5003, 3600)), (None, true));
         std::fs::write(&path, "nonsense").unwrap();
         assert_eq!(ScrubPosition::load(&path), ScrubPosition::default());
     }

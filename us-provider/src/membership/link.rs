@@ -12,7 +12,8 @@ use us_proto::v1::provider_up::Event as Up;
 use us_proto::v1::{FragmentStatus, ProviderReport, ProviderUp};
 
 use super::{About, Effect, FileError, Member, MembershipFiles};
-use crate::guest::Pause;
+use crate::guest::{Pause, ScrubRequests};
+use crate::rebuild::{Ended, Rebuilder};
 use crate::service::status_of;
 use crate::store::{Store, StoreError};
 
@@ -40,6 +41,21 @@ pub struct LinkConfig {
     pub identity: Identity,
     /// What we say of ourselves.
     pub about: About,
+}
+
+/// Who does what the directory says.
+#[derive(Debug)]
+pub struct Hands {
+    /// Deletes, checks, says how it is.
+    pub store: Store,
+    /// The owner's pause, which the directory is told.
+    pub pause: Pause,
+    /// Rebuilds.
+    pub rebuilder: Rebuilder,
+    /// How orders to rebuild ended.
+    pub endings: mpsc::Receiver<Ended>,
+    /// Scrubs.
+    pub scrub: ScrubRequests,
 }
 
 /// Why the link ended for good.
@@ -86,15 +102,10 @@ impl<E: Into<Lost>> From<E> for StreamEnd {
 ///
 /// # Errors
 /// [`LinkEnd`] when trying again makes no sense.
-pub async fn run(
-    config: LinkConfig,
-    store: Store,
-    pause: Pause,
-    stop: CancellationToken,
-) -> Result<(), LinkEnd> {
-    let files = MembershipFiles::new(store.dir());
+pub async fn run(config: LinkConfig, hands: Hands, stop: CancellationToken) -> Result<(), LinkEnd> {
+    let files = MembershipFiles::new(hands.store.dir());
     let member = Member::new(config.about.clone(), files.load_joined()?);
-    let mut link = Link { config, store, pause, files, member };
+    let mut link = Link { config, hands, files, member };
     loop {
         // Not cancelled inside: `stream` watches `stop` itself and says goodbye.
         match link.stream(&stop).await {
@@ -119,8 +130,7 @@ pub async fn run(
 
 struct Link {
     config: LinkConfig,
-    store: Store,
-    pause: Pause,
+    hands: Hands,
     files: MembershipFiles,
     member: Member,
 }
@@ -147,8 +157,9 @@ impl Link {
         let mut look = tokio::time::interval(LOOK_EVERY);
         look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
-            // Cancel-safe, all three: `message` keeps what it has read in the stream, a dropped
-            // tick comes again, and the token stays cancelled.
+            // Cancel-safe, all four: `message` keeps what it has read in the stream, an ending not
+            // received stays in its channel, a dropped tick comes again, and the token stays
+            // cancelled.
             tokio::select! {
                 () = stop.cancelled() => {
                     self.say_goodbye(&outbox, &mut inbox).await;
@@ -158,6 +169,11 @@ impl Link {
                     let event = message?.ok_or(Lost::Closed)?.event;
                     for effect in event.map(|event| self.member.received(event)).unwrap_or_default() {
                         self.carry_out(effect, &outbox).await?;
+                    }
+                }
+                Some(ended) = self.hands.endings.recv() => {
+                    if let Some(message) = self.member.rebuilt(ended) {
+                        send(&outbox, message).await?;
                     }
                 }
                 _ = look.tick() => self.look(&outbox).await?,
@@ -172,7 +188,7 @@ impl Link {
             send(outbox, message).await?;
         }
         if self.member.is_welcome() {
-            for message in Member::damage(&self.store.take_fresh_damage()) {
+            for message in Member::damage(&self.hands.store.take_fresh_damage()) {
                 send(outbox, message).await?;
             }
         }
@@ -215,13 +231,13 @@ impl Link {
             }
             Effect::ReportAllDamage => {
                 let damaged = self.blocking(|store| store.damaged(DAMAGE_MAX)).await?;
-                self.store.take_fresh_damage();
+                self.hands.store.take_fresh_damage();
                 for message in Member::damage(&damaged.unwrap_or_default()) {
                     send(outbox, message).await?;
                 }
                 Ok(())
             }
-            Effect::Delete { ticket, ids } => match self.store.delete(ids).await {
+            Effect::Delete { ticket, ids } => match self.hands.store.delete(ids).await {
                 Ok(deleted) => {
                     metrics::counter!("us_provider_deleted_total").increment(deleted as u64);
                     send(outbox, Member::deleted(ticket)).await
@@ -237,6 +253,22 @@ impl Link {
                 };
                 let statuses = self.blocking(check).await?;
                 send(outbox, Member::checked(query, &statuses)).await
+            }
+            Effect::Rebuild { ticket, own, order } => {
+                let refused = self.hands.rebuilder.start(ticket, own, *order);
+                let ended = refused.map(|rebuilt| Ended { stream: ticket.stream, rebuilt });
+                match ended.and_then(|ended| self.member.rebuilt(ended)) {
+                    Some(message) => send(outbox, message).await,
+                    None => Ok(()),
+                }
+            }
+            Effect::CancelRebuild(ticket) => {
+                self.hands.rebuilder.cancel(ticket);
+                Ok(())
+            }
+            Effect::Scrub => {
+                self.hands.scrub.ask();
+                Ok(())
             }
             Effect::KeepRoot { sequence, root } => {
                 let files = self.files.clone();
@@ -256,13 +288,13 @@ impl Link {
         &self,
         ask: impl FnOnce(&Store) -> T + Send + 'static,
     ) -> Result<T, StreamEnd> {
-        let store = self.store.clone();
+        let store = self.hands.store.clone();
         // A task that does not end well was stopped with the runtime.
         tokio::task::spawn_blocking(move || ask(&store)).await.map_err(|_| StreamEnd::Stopped)
     }
 
     fn report(&self) -> ProviderReport {
-        report(&self.store, &self.pause)
+        report(&self.hands.store, &self.hands.pause)
     }
 }
 

@@ -1,5 +1,6 @@
 //! One match from the store's errors to the wire's statuses, and the small conversions.
 
+use us_core::disk::FragmentFailure;
 use us_core::ids::FragmentId;
 use us_proto::v1::{self, FragmentStatus};
 
@@ -17,6 +18,25 @@ pub fn status_of(error: &StoreError) -> FragmentStatus {
             FragmentStatus::Invalid
         }
         StoreError::Closed | StoreError::Busy => FragmentStatus::Busy,
+    }
+}
+
+/// What another provider's failure is called on the wire; UNSPECIFIED where it did not answer.
+pub const fn failure_status(failure: &FragmentFailure) -> FragmentStatus {
+    match failure {
+        FragmentFailure::NotFound => FragmentStatus::NotFound,
+        FragmentFailure::Damaged { .. }
+        | FragmentFailure::Lying { .. }
+        | FragmentFailure::Inconsistent { .. }
+        | FragmentFailure::Length { .. } => FragmentStatus::Damaged,
+        FragmentFailure::Refused { .. } => FragmentStatus::Refused,
+        FragmentFailure::NoSpace => FragmentStatus::NoSpace,
+        FragmentFailure::Io { .. } => FragmentStatus::Io,
+        FragmentFailure::Invalid { .. } => FragmentStatus::Invalid,
+        FragmentFailure::Busy => FragmentStatus::Busy,
+        FragmentFailure::Unreachable { .. }
+        | FragmentFailure::UnknownProvider
+        | FragmentFailure::Timeout { .. } => FragmentStatus::Unspecified,
     }
 }
 

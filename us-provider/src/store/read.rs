@@ -221,7 +221,8 @@ impl Shared {
 fn read_slots(segment: &Segment, entry: &Entry, request: &ReadRequest) -> Result<Read, Miss> {
     let start_bytes = ENVELOPE_BYTES + HEADER_BYTES;
     let whole = entry.payload_bytes as usize <= WHOLE_BYTES;
-    let small = (request.slots.is_some() && !whole).then(|| fetch(segment, entry, 0, start_bytes));
+    let part = request.slots.is_some() || request.first_slot > 0;
+    let small = (part && !whole).then(|| fetch(segment, entry, 0, start_bytes));
     let Some(start) = small.transpose()? else {
         let (payload, record) = read_envelope_and_all(segment, entry, request.id)?;
         let range = slot_range(&record.header, request)?;

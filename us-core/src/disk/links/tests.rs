@@ -6,7 +6,7 @@ use futures::StreamExt;
 use futures::stream::BoxStream;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
-use us_proto::v1::{ProviderEntry, ProviderTable, PutReply};
+use us_proto::v1::{GetReply, GetRequest, ProviderEntry, ProviderTable, PutReply};
 
 use super::*;
 use crate::fragment::records_of_block;
@@ -50,9 +50,18 @@ impl BulkService for Keeper {
                 };
                 let slot_bytes = record.header.geometry().slot_bytes();
                 let start = wanted.first_slot as usize * slot_bytes;
-                let data = record.body.slice(start..start + wanted.slots as usize * slot_bytes);
+                let data = match wanted.slots {
+                    0 => record.body.slice(start..),
+                    slots => record.body.slice(start..start + slots as usize * slot_bytes),
+                };
                 let status = FragmentStatus::Ok.into();
-                GetReply { item: item as u32, status, data, ..GetReply::default() }
+                let reply = GetReply { item: item as u32, status, data, ..GetReply::default() };
+                if !wanted.trailer {
+                    return reply;
+                }
+                let parts = record.to_parts();
+                let (header, trailer) = (parts.header.to_vec().into(), parts.trailer);
+                GetReply { header, trailer, ..reply }
             })
             .collect();
         futures::stream::iter(replies).boxed()
@@ -63,6 +72,16 @@ struct Serving {
     entry: ProviderEntry,
     stop: CancellationToken,
     served: tokio::task::JoinHandle<()>,
+}
+
+impl Serving {
+    fn address(&self) -> ProviderAddress {
+        ProviderAddress {
+            address: self.entry.address.clone(),
+            key_hash: KeyHash::from_slice(&self.entry.key_hash).unwrap(),
+            reachable: true,
+        }
+    }
 }
 
 async fn serve(identity: &Identity, keeper: &Arc<Keeper>, address: &str) -> Serving {
@@ -163,4 +182,53 @@ async fn another_key_at_the_address_is_refused() {
     // Left alone for a while; the directory's correction ends that at once.
     links.update(&ProviderTable { providers: vec![serving.entry], whole: false });
     links.put(AT, some_records(geometry)[0].clone(), soon()).await.unwrap();
+}
+
+#[tokio::test]
+async fn an_orders_providers_are_learnt_and_whole_records_fetched() {
+    let authority = CertificateAuthority::create().unwrap();
+    let identity = authority.issue(Role::Provider, "attic").unwrap();
+    let keeper = Arc::new(Keeper::default());
+    let serving = serve(&identity, &keeper, "127.0.0.1:0").await;
+    let geometry = BlockGeometry::new(Code::new(2, 1).unwrap(), 1 << 20).unwrap();
+    let records = some_records(geometry);
+    for record in &records {
+        keeper.records.lock().insert(record.header.id().to_key().to_vec(), record.clone());
+    }
+    let idle = Some(Duration::from_millis(30));
+    let config = LinksConfig { idle, learned_max: 2, ..LinksConfig::default() };
+    let links = ProviderLinks::new(authority.issue(Role::Provider, "cellar").unwrap(), config);
+    let slots = |index: usize, first_slot, slots| SlotRange {
+        fragment: records[index].header.id(),
+        first_slot,
+        slots,
+        slot_bytes: geometry.slot_bytes() as u32,
+    };
+    let all = geometry.fragment_slots() as u32;
+    assert_eq!(links.fetch(AT, slots(0, 0, all), soon()).await.unwrap_err(), {
+        FragmentFailure::UnknownProvider
+    });
+    links.learn(AT, serving.address());
+    let whole = (0..3).map(|index| links.fetch(AT, slots(index, 0, all), soon()));
+    for (record, fetched) in records.iter().zip(futures::future::join_all(whole).await) {
+        let FetchedSlots { header, trailer, data } = fetched.unwrap();
+        assert!([header, data, trailer].concat() == record.to_bytes());
+    }
+    assert!(keeper.gets.load(Ordering::SeqCst) < 3, "gets of one provider travel together");
+    // From the end on: header and trailer alone.
+    let ends = links.fetch(AT, slots(1, all, 0), soon()).await.unwrap();
+    assert_eq!((ends.data.len(), &ends.trailer[..]), (0, &records[1].to_parts().trailer[..]));
+    // Nothing is asked for: the connection ends, and comes again with the next request.
+    let link = links.link(AT).unwrap();
+    let deadline = soon();
+    while link.open_client(0).is_some() {
+        assert!(Instant::now() < deadline, "an idle connection is closed");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    links.fetch(AT, slots(1, 0, 1), soon()).await.unwrap();
+    // The table is bounded: who was used the longest ago is forgotten.
+    links.learn(ProviderId(8), serving.address());
+    links.fetch(AT, slots(1, 0, 1), soon()).await.unwrap();
+    links.learn(ProviderId(9), serving.address());
+    assert!(links.link(ProviderId(8)).is_err() && links.link(AT).is_ok());
 }

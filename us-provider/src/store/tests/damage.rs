@@ -107,3 +107,131 @@ fn requests_for_slots_that_are_not_there_are_no_damage() {
     assert!(sum.iter().all(|byte| *byte == 0), "a fragment and itself cancel out");
     assert_eq!(store.state().damaged, 0);
 }
+
+/// A damaged record is replaced by a put; the machine dies at any moment of it. Afterwards the
+/// fragment is right or still known or found to be damaged, never half, never twice; and the same put
+/// heals it.
+#[test]
+fn a_crash_while_a_damaged_fragment_is_replaced_loses_nothing() {
+    let (dir, before) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let one_segment =
+        || crate::store::StoreOptions { segment_bytes: 64 << 20, ..options(&TestClock::default()) };
+    let (id, record) = sample(1, 60_000, 0);
+    let (other_id, other) = sample(0, 100, 0);
+    let (place, old_end) = {
+        let store = Store::open(dir.path(), one_segment()).unwrap();
+        store.put_blocking(record.clone()).unwrap();
+        // A damaged record at the very end could be a torn one.
+        store.put_blocking(other.clone()).unwrap();
+        let place = store.handle.shared.index.entry(id).unwrap().unwrap().place;
+        (place, store.state().used_bytes)
+    };
+    let path = segment_paths(dir.path()).remove(0);
+    let file = std::fs::OpenOptions::new().read(true).write(true).open(path).unwrap();
+    file.write_all_at(b"rot", place.offset + (ENVELOPE_BYTES + HEADER_BYTES + 500) as u64).unwrap();
+    {
+        let store = Store::open(dir.path(), one_segment()).unwrap();
+        assert_eq!(store.scrub(None, u64::MAX).unwrap().damaged, 1);
+        super::block_on(store.restore(vec![id])).unwrap();
+        assert_eq!(store.state().damaged, 1);
+    }
+    super::copy_folder(dir.path(), before.path());
+    let new_end = {
+        let store = Store::open(dir.path(), one_segment()).unwrap();
+        assert_eq!(store.put_blocking(record.clone()).unwrap(), PutOutcome::Stored);
+        let length = file.metadata().unwrap().len();
+        assert!(length > old_end);
+        length
+    };
+    let mut appended = vec![0u8; (new_end - old_end) as usize];
+    file.read_exact_at(&mut appended, old_end).unwrap();
+    // As much of the new record as a crash may leave, the old one not yet buried; then all of it,
+    // with the old one buried.
+    let cuts = (0..=appended.len()).step_by(4096).chain([appended.len() - 1, appended.len()]);
+    for (cut, index) in cuts.flat_map(|cut| [(cut, true), (cut, false)]) {
+        let image = tempfile::tempdir().unwrap();
+        super::copy_folder(before.path(), image.path());
+        let path = segment_paths(image.path()).remove(0);
+        let file = std::fs::OpenOptions::new().write(true).open(path).unwrap();
+        file.write_all_at(&appended[..cut], old_end).unwrap();
+        if !index {
+            std::fs::remove_dir_all(image.path().join("index")).unwrap();
+        }
+        check_after_crash(image.path(), one_segment(), (id, &record), (other_id, &other));
+    }
+    std::fs::remove_dir_all(dir.path().join("index")).unwrap();
+    check_after_crash(dir.path(), one_segment(), (id, &record), (other_id, &other));
+}
+
+fn check_after_crash(
+    dir: &std::path::Path,
+    options: crate::store::StoreOptions,
+    (id, record): (super::FragmentId, &bytes::Bytes),
+    (other_id, other): (super::FragmentId, &bytes::Bytes),
+) {
+    let store = Store::open(dir, options.clone()).unwrap();
+    match store.read_record(id) {
+        Ok(found) => assert!(found == *record),
+        Err(StoreError::Damaged { .. }) => {}
+        Err(error) => panic!("{error}"),
+    }
+    store.put_blocking(record.clone()).unwrap();
+    assert_eq!((store.state().fragments, store.state().damaged), (2, 0));
+    drop(store);
+    std::fs::remove_dir_all(dir.join("index")).unwrap();
+    let store = Store::open(dir, options).unwrap();
+    assert!(
+        read_all(&store, id).unwrap() == *record && read_all(&store, other_id).unwrap() == *other
+    );
+    assert_eq!((store.state().fragments, store.state().damaged), (2, 0));
+}
+
+/// A disk that failed once and reads well again: the mark goes only with a fresh copy.
+#[test]
+fn a_mark_of_damage_goes_with_the_same_bytes_put_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path(), options(&TestClock::default())).unwrap();
+    let (id, record) = sample(1, 5000, 0);
+    store.put_blocking(record.clone()).unwrap();
+    let path = segment_paths(dir.path()).remove(0);
+    let file = std::fs::OpenOptions::new().read(true).write(true).open(path).unwrap();
+    let at = 4096 + (ENVELOPE_BYTES + HEADER_BYTES + 5) as u64;
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, at).unwrap();
+    file.write_all_at(&[byte[0] ^ 4], at).unwrap();
+    assert!(store.verify(id).is_err());
+    super::block_on(store.restore(vec![id])).unwrap();
+    file.write_all_at(&byte, at).unwrap();
+    assert!(store.verify(id).is_ok() && store.check(id).is_err(), "right, but marked");
+    assert_eq!(store.put_blocking(record.clone()).unwrap(), PutOutcome::Stored);
+    assert_eq!((store.state().damaged, store.state().fragments), (0, 1));
+    assert!(store.check(id).is_ok() && read_all(&store, id).unwrap() == record);
+}
+
+/// Compaction moves what counts, damaged records too: they stay known as damaged.
+#[test]
+fn moving_a_damaged_fragment_does_not_make_it_good() {
+    let dir = tempfile::tempdir().unwrap();
+    let clock = TestClock::default();
+    let options = crate::store::StoreOptions { punch_holes: false, ..options(&clock) };
+    let store = Store::open(dir.path(), options).unwrap();
+    for number in 0..12 {
+        store.put_blocking(sample(number, 60_000, 0).1).unwrap();
+    }
+    let (id, _) = sample(1, 60_000, 0);
+    let place = store.handle.shared.index.entry(id).unwrap().unwrap().place;
+    let path = &segment_paths(dir.path())[place.segment as usize];
+    let file = std::fs::OpenOptions::new().write(true).open(path).unwrap();
+    file.write_all_at(b"rot", place.offset + (ENVELOPE_BYTES + HEADER_BYTES + 500) as u64).unwrap();
+    assert!(store.verify(id).is_err());
+    let others = [0, 2, 3].map(|number| sample(number, 60_000, 0).0).to_vec();
+    super::block_on(store.delete(others)).unwrap();
+    assert_eq!(store.state().damaged, 1);
+    clock.advance(30 * 24 * 3600);
+    let limits = crate::store::MaintainLimits::default();
+    while store.maintain(&limits).unwrap().did_something() {}
+    let moved = store.handle.shared.index.entry(id).unwrap().unwrap();
+    assert!(moved.place != place, "its segment was worth compacting");
+    assert!(moved.damaged);
+    assert_eq!((store.state().damaged, store.damaged(9).unwrap()), (1, vec![id]));
+}

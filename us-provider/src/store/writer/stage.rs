@@ -135,6 +135,10 @@ impl Writer {
         }
         let stored = self.shared.read_payload(&entry, id);
         match stored {
+            // The bytes are right now, but were not once: they are written again elsewhere.
+            Ok(stored) if stored == *record && entry.damaged => {
+                Meeting::Store { replaces: Some(entry) }
+            }
             Ok(stored) if stored == *record => {
                 Meeting::Same { trashed: (entry.trashed_at_s != 0).then_some(entry) }
             }
@@ -150,7 +154,7 @@ impl Writer {
         record: &Bytes,
         current: Option<Entry>,
         trashed_at_s: u64,
-    ) -> Result<(), Stop> {
+    ) -> Result<Entry, Stop> {
         let payload_bytes = record.len() as u32;
         let room = self.room(batch, padded_bytes(payload_bytes))?.ok_or(Stop::Full)?;
         let envelope = Envelope {
@@ -165,7 +169,7 @@ impl Writer {
         let entry = entry_of(header, &envelope, room.0.number);
         batch.staged().set(header.id(), current, Some(entry));
         batch.push_fragment(header.id(), &envelope, record.clone());
-        Ok(())
+        Ok(entry)
     }
 
     fn stage_trash(
@@ -231,7 +235,11 @@ impl Writer {
             return Ok(false);
         }
         let trashed_at_s = current.unwrap_or(from).trashed_at_s;
-        self.append_fragment(batch, &header, record, current, trashed_at_s)?;
+        let entry = self.append_fragment(batch, &header, record, current, trashed_at_s)?;
+        if current.is_some_and(|entry| entry.damaged) {
+            // Moving does not make it better.
+            batch.staged().set(header.id(), current, Some(Entry { damaged: true, ..entry }));
+        }
         Ok(true)
     }
 
