@@ -16,6 +16,7 @@
 //!
 //! Called by membership. It uses memory and CPU of its own: the service's limits are not touched.
 
+mod copy;
 mod forest;
 mod gather;
 pub mod order;

@@ -377,7 +377,7 @@ impl Engine {
             fragment_bytes,
             deadline_ms: now_ms + self.repairs.jobs.limits().deadline_ms,
         };
-        let order = self.order(ticket, &job, &block, senders.into_iter().chain(standby));
+        let order = self.order(ticket, &job, &block, senders.into_iter().chain(standby).collect());
         let Some(conn) = self.members.get(&target).and_then(|member| member.conn) else {
             return Ok(false);
         };
@@ -420,8 +420,11 @@ impl Engine {
         ticket: u64,
         job: &Job,
         block: &BlockRecord,
-        sources: impl Iterator<Item = Place>,
+        places: Vec<Place>,
     ) -> RebuildFragments {
+        let wanted = |index: u8| job.wanted.iter().any(|(wanted, _)| *wanted == index);
+        let (holders, sources): (Vec<Place>, Vec<Place>) =
+            places.into_iter().partition(|(index, _)| wanted(*index));
         let source = |(index, provider): (u8, u32)| {
             let record = &self.members.get(&provider)?.record;
             Some(RebuildSource {
@@ -444,7 +447,8 @@ impl Engine {
             fingerprint_kind: block.fingerprint_kind,
             fingerprint_hash: block.fingerprint_hash.clone(),
             wanted: job.wanted.iter().map(|(index, _)| u32::from(*index)).collect(),
-            sources: sources.filter_map(source).collect(),
+            sources: sources.into_iter().filter_map(source).collect(),
+            holders: holders.into_iter().filter_map(source).collect(),
             path: RebuildPath::Star as i32,
             deadline_ms: self.repairs.jobs.limits().deadline_ms,
             bytes_per_s_max: 0,

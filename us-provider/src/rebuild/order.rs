@@ -102,6 +102,8 @@ pub struct Order {
     pub list_hash: [u8; 32],
     /// The fragments to be made, in rising order.
     pub wanted: Vec<u8>,
+    /// Who has wanted fragments themselves.
+    pub holders: Vec<Source>,
     /// What they may be made of; the first are preferred.
     pub sources: Vec<Source>,
     /// How.
@@ -124,7 +126,7 @@ impl Order {
         let geometry =
             BlockGeometry::with_page(code, plaintext_bytes as usize, page_bytes as usize)?;
         let kind = u8::try_from(order.fingerprint_kind).map_err(|_| field("fingerprint kind"))?;
-        let (wanted, sources) = indexes(order, code, own)?;
+        let (wanted, holders, sources) = indexes(order, code, own)?;
         let path = match order.path() {
             RebuildPath::Unspecified | RebuildPath::Star => Path::Star,
             RebuildPath::RotatedStar => Path::RotatedStar,
@@ -145,6 +147,7 @@ impl Order {
             kind: FingerprintKind::from_byte(kind)?,
             list_hash: list_hash.try_into().map_err(|_| field("fingerprint hash"))?,
             wanted,
+            holders,
             sources,
             path,
             deadline,
@@ -165,7 +168,7 @@ impl Order {
 
     /// The most memory that carrying it out takes.
     pub fn memory_bytes(&self) -> usize {
-        (self.sources.len() + 2 * self.wanted.len()) * self.geometry.fragment_bytes()
+        (self.sources.len() + 3 * self.wanted.len()) * self.geometry.fragment_bytes()
     }
 }
 
@@ -174,7 +177,7 @@ fn indexes(
     order: &RebuildFragments,
     code: Code,
     own: ProviderId,
-) -> Result<(Vec<u8>, Vec<Source>), OrderError> {
+) -> Result<(Vec<u8>, Vec<Source>, Vec<Source>), OrderError> {
     if order.wanted.is_empty() || order.wanted.len() > code.r() {
         let (wanted, parity) = (order.wanted.len(), code.r());
         return Err(OrderError::Wanted { wanted, parity });
@@ -189,17 +192,23 @@ fn indexes(
     let mut wanted =
         order.wanted.iter().map(|index| take(*index)).collect::<Result<Vec<_>, _>>()?;
     wanted.sort_unstable();
-    let sources = order.sources.iter().map(|source| {
-        let index = take(source.index)?;
+    let named = |source: &RebuildSource, index: u8| {
         let provider = ProviderId(source.provider);
         let place = if provider == own { None } else { Some(place(source)?) };
         Ok(Source { index, provider, place, site: source.site.clone() })
-    });
+    };
+    let sources = order.sources.iter().map(|source| named(source, take(source.index)?));
     let sources = sources.collect::<Result<Vec<_>, OrderError>>()?;
-    if sources.len() < code.s() {
+    let mut holders: Vec<Source> = Vec::with_capacity(wanted.len());
+    for holder in &order.holders {
+        let index = wanted.iter().copied().find(|index| u32::from(*index) == holder.index);
+        let index = index.filter(|index| holders.iter().all(|known| known.index != *index));
+        holders.push(named(holder, index.ok_or(OrderError::Index { index: holder.index })?)?);
+    }
+    if sources.len() < code.s() && holders.len() < wanted.len() {
         return Err(OrderError::Sources { found: sources.len(), needed: code.s() });
     }
-    Ok((wanted, sources))
+    Ok((wanted, holders, sources))
 }
 
 fn place(source: &RebuildSource) -> Result<ProviderAddress, OrderError> {
@@ -252,7 +261,12 @@ mod tests {
 
     #[test]
     fn an_order_that_does_not_is_refused() {
-        let spoil: [fn(&mut RebuildFragments); 14] = [
+        let spoil: [fn(&mut RebuildFragments); 16] = [
+            |order| order.holders = vec![order.sources[0].clone()],
+            |order| {
+                let holder = RebuildSource { index: 1, ..order.sources[0].clone() };
+                order.holders = vec![holder.clone(), holder];
+            },
             |order| order.block = vec![1; 15].into(),
             |order| order.volume = vec![].into(),
             |order| order.fingerprint_hash = vec![1; 31].into(),

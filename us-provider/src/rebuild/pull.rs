@@ -15,6 +15,7 @@ use us_core::fragment::FragmentRecord;
 use us_proto::v1::FragmentStatus;
 
 use super::gather::{Ask, Gather};
+use super::order::Source;
 use super::work::{Fault, Short, Shown, Slices, Work, examine, off_runtime, reconstruct, records};
 use crate::service::status_of;
 use crate::store::ReadRequest;
@@ -173,9 +174,15 @@ impl Work {
 
     /// When to ask, so that the order's rate holds.
     fn reserve(&mut self, ask: &Ask) -> Instant {
+        let order = Arc::clone(&self.order);
+        self.reserve_from(&order.sources[ask.source], &ask.slots)
+    }
+
+    /// As [`Work::reserve`], of anybody the order names.
+    pub(super) fn reserve_from(&mut self, source: &Source, slots: &Range<usize>) -> Instant {
         let now = Instant::now();
-        match self.order.sources[ask.source].place {
-            Some(_) => self.bucket.reserve(now, ask.slots.len() * self.order.geometry.slot_bytes()),
+        match source.place {
+            Some(_) => self.bucket.reserve(now, slots.len() * self.order.geometry.slot_bytes()),
             None => now,
         }
     }
@@ -211,7 +218,16 @@ impl Work {
         slots: Range<usize>,
         at: Instant,
     ) -> BoxFuture<'static, Result<FetchedSlots, Fault>> {
-        let source = &self.order.sources[source];
+        self.fetch_from(&self.order.sources[source], slots, at)
+    }
+
+    /// As [`Work::fetch`], of anybody the order names.
+    pub(super) fn fetch_from(
+        &self,
+        source: &Source,
+        slots: Range<usize>,
+        at: Instant,
+    ) -> BoxFuture<'static, Result<FetchedSlots, Fault>> {
         let id = self.order.id(source.index);
         let Some(place) = source.place.clone() else {
             let (store, first_slot, slots) = (self.store.clone(), slots.start, Some(slots.len()));

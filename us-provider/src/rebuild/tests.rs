@@ -74,8 +74,21 @@ impl Block {
             sources: indexes.map(source).collect(),
             path: path.into(),
             deadline_ms: 60_000,
-            bytes_per_s_max: 0,
+            ..RebuildFragments::default()
         }
+    }
+
+    /// The order for one fragment that provider `holder` should have itself.
+    fn order_copy(&self, wanted: u8, holder: u8) -> RebuildFragments {
+        let mut order = self.order(&[wanted], RebuildPath::Star);
+        order.holders = vec![RebuildSource {
+            index: wanted.into(),
+            provider: holder.into(),
+            address: address(holder).address,
+            key_hash: address(holder).key_hash.as_bytes().to_vec().into(),
+            site: String::new(),
+        }];
+        order
     }
 
     /// A swarm in which provider i holds fragment i and behaves as `fates` says.

@@ -1,6 +1,7 @@
 //! One order being carried out: from sources to records that are the writer's, or a reason.
 //!
 //! ```text
+//! copy           take a wanted fragment whole from who has it -> check, else one of these:
 //! star           pull s whole fragments, each checked as it comes -> compute -> check
 //! rotated star   pull a share of each                             -> compute -> check, else star
 //! chain, sites   ask for sums                                     -> add up  -> check, else star,
@@ -83,6 +84,8 @@ pub(super) struct Work {
     pub patience: Patience,
     /// By the source's position in the order.
     pub faults: BTreeMap<usize, Fault>,
+    /// Of those who should have had wanted fragments themselves.
+    pub holder_faults: Vec<SourceFault>,
     /// The fingerprints of the block, once somebody has shown them.
     pub list: Option<FingerprintList>,
     pub received_bytes: u64,
@@ -107,6 +110,7 @@ impl Work {
             missing,
             deadline,
             faults: BTreeMap::new(),
+            holder_faults: Vec::new(),
             list: None,
             received_bytes: 0,
         }
@@ -117,11 +121,19 @@ impl Work {
     /// # Errors
     /// [`Short`]; what is known of the sources is in `faults` in any case.
     pub async fn run(&mut self) -> Result<Vec<FragmentRecord>, Short> {
-        match self.order.path {
-            Path::Star => Ok(self.star().await?.records),
-            Path::RotatedStar => self.rotated_star().await,
-            Path::Chain | Path::Sites => self.summed().await,
+        let mut records = self.copies().await;
+        if self.missing.is_empty() {
+            return Ok(records);
         }
+        if self.order.sources.len() < self.code.code().s() {
+            return Err(Short::new("no holder gave it right, and there are too few sources"));
+        }
+        records.extend(match self.order.path {
+            Path::Star => self.star().await?.records,
+            Path::RotatedStar => self.rotated_star().await?,
+            Path::Chain | Path::Sites => self.summed().await?,
+        });
+        Ok(records)
     }
 
     /// A source could not be used. The first thing known about its bytes stands.
@@ -150,7 +162,7 @@ impl Work {
                 detail: fault.detail.clone(),
             }
         });
-        faults.collect()
+        faults.chain(self.holder_faults.iter().cloned()).collect()
     }
 
     /// Sources in their order, those with a fault last.

@@ -193,7 +193,7 @@ impl Swarm {
             self.disks.values().filter(|d| d.conn.is_some()).map(|d| d.id).collect();
         let mut right = BTreeSet::new();
         let mut faults = Vec::new();
-        for source in &order.sources {
+        for source in order.holders.iter().chain(&order.sources) {
             let fragment = (order.block.clone(), source.index);
             let found = self.disks.values().find(|disk| disk.id == source.provider).unwrap();
             let status = match () {

@@ -277,3 +277,31 @@ fn a_rate_is_kept() {
         });
     }
 }
+
+#[test]
+fn a_fragment_that_leaves_is_copied_and_made_of_others_where_its_holder_lies() {
+    let block = Block::new(4, 2, 300_000, 5);
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let fragment_bytes = block.geometry.fragment_bytes() as u64;
+    let fates = [
+        (Fate::default(), 1, 0),
+        (Fate::Missing, 4, 1),
+        (Fate::Damaged, 4, 1),
+        (Fate::Altered, 5, 1),
+    ];
+    for (fate, moved, faults) in fates {
+        let swarm = block.swarm(&BTreeMap::from([(3, fate)]));
+        let ended = work(&store, &swarm, &block.order_copy(3, 3));
+        check_right(&block, &[3], &ended);
+        assert_eq!((ended.received_bytes, ended.faults.len()), (moved * fragment_bytes, faults));
+        assert!(ended.faults.iter().all(|fault| fault.provider == 3), "{:?}", ended.faults);
+    }
+    // Nothing else is there: the copy needs nobody.
+    let mut alone = block.order_copy(3, 3);
+    alone.sources.clear();
+    let ended = work(&store, &block.swarm(&BTreeMap::new()), &alone);
+    check_right(&block, &[3], &ended);
+    let gone = block.swarm(&BTreeMap::from([(3, Fate::Missing)]));
+    assert!(work(&store, &gone, &alone).result.is_err());
+}
