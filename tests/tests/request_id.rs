@@ -1,8 +1,6 @@
 //! One request, one id in the logs of every process it passes through: the mount, the directory, the
 //! providers.
 
-#![expect(clippy::unwrap_used, reason = "a test may panic")]
-
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::Write;

@@ -97,7 +97,7 @@ mod tests {
         let Sub::Cli(command) = args.unwrap().command else { panic!("it is man") };
         command.run(Args::command()).unwrap();
         let page = std::fs::read_to_string(dir.path().join("us-thing-run.1")).unwrap();
-        assert!(page.contains("US_SPEED") && !page.contains("secret"), "{page}");
+        assert!(page.contains("How fast") && !page.contains("secret"), "{page}");
         assert!(dir.path().join("us-thing.1").is_file());
         assert_eq!(settings(&Args::command()), ["--speed", "US_SPEED"]);
         let fish = Args::try_parse_from(["us-thing", "completions", "fish"]);
