@@ -1,14 +1,19 @@
-//! Bytes that rot on a provider's disk: right bytes are served all the same, and it is reported.
+//! Bytes that rot on a provider's disk: right bytes are served all the same, it is reported, and
+//! mended.
 
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::fs::{self, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use us_tests::cluster::{Cluster, PATIENCE, Shape, fuse_is_here};
 use us_tests::poll;
 use us_tests::tree::noise;
+
+/// How long finding and mending may take.
+const HEALED: Duration = Duration::from_secs(180);
 
 /// The segment files of a provider's store.
 fn segments(data: &Path) -> Vec<PathBuf> {
@@ -86,9 +91,17 @@ fn damaged_fragments_are_read_around_and_reported() {
         let mount = cluster.mount();
         let read = fs::read(mount.path().join("file")).unwrap();
         assert!(read == bytes, "{name}: wrong bytes");
-        poll::until(&format!("{name}: a report in status"), PATIENCE, || {
+        poll::until(&format!("{name}: a report"), PATIENCE, || {
+            let events = cluster.usctl(&["events", "--last", "1000"]);
+            events.contains("damage").then_some(()).ok_or(events)
+        });
+        // What no reader came across a scrub finds, and repair mends all of it.
+        cluster.usctl(&["scrub"]);
+        poll::until(&format!("{name}: full redundancy again"), HEALED, || {
             let status = cluster.status()?;
-            (status["health"] != "ok").then_some(()).ok_or(status.to_string())
+            let idle = status["repair"]["queued"] == 0 && status["repair"]["running"] == 0;
+            let well = status["health"] == "ok" && status["blocks"]["damaged_fragments"] == 0;
+            (idle && well).then_some(()).ok_or(status.to_string())
         });
         mount.unmount();
     }

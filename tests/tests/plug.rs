@@ -8,10 +8,13 @@ use std::time::Duration;
 
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
-use us_tests::cluster::{Cluster, PATIENCE, Shape, fuse_is_here};
+use us_tests::cluster::{Cluster, Shape, fuse_is_here};
 use us_tests::manifest::Manifest;
 use us_tests::poll;
 use us_tests::tier::{rounds, seed};
+
+/// How long mending may take.
+const HEALED: Duration = Duration::from_secs(180);
 
 #[test]
 fn what_fsync_acknowledged_survives_pulled_plugs() {
@@ -76,11 +79,10 @@ fn what_fsync_acknowledged_survives_pulled_plugs() {
         eprintln!("round {round}: {} files acknowledged", manifest.files() - before);
     }
     assert!(manifest.files() > 0, "the load did nothing");
-    // A put that its provider's death cut short may be missing for good, within the margin: status
-    // says "degraded" then. Nothing may wait or be lost.
+    // A put that its provider's death cut short is made again.
     cluster.wait_settled();
-    poll::until("everything to be readable", PATIENCE, || match cluster.status_code() {
-        0 | 1 => Ok(()),
+    poll::until("full redundancy", HEALED, || match cluster.status_code() {
+        0 => Ok(()),
         code => Err(format!("status {code}: {:?}", cluster.status())),
     });
     mount.unmount();

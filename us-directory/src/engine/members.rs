@@ -388,11 +388,11 @@ impl Engine {
         }
         let found: Vec<(Piece, i32)> =
             query.pieces.into_iter().zip(reply.statuses.iter().copied()).collect();
-        self.note_fragments(provider, &found)?;
+        let newly_bad = self.note_fragments(provider, &found)?;
         if query.sweep.is_some() {
-            self.sweep(provider, query.sweep)?;
+            return self.sweep(provider, query.sweep);
         }
-        Ok(())
+        self.tell_damage(provider, newly_bad, "it does not have them")
     }
 
     /// Asks a suspect provider about the next page of what it should have; at the end it is believed.
@@ -428,15 +428,18 @@ impl Engine {
         Ok(())
     }
 
-    /// Notes what a provider (or a reader) says of fragments that lie there.
+    /// Notes what a provider (or a reader) says of fragments that lie there. Returns how many were
+    /// thought well until now.
     pub(super) fn note_fragments(
         &mut self,
         provider: u32,
         found: &[(Piece, i32)],
-    ) -> Result<(), StoreError> {
+    ) -> Result<usize, StoreError> {
+        use crate::namespace::with_bit_cleared;
         let mut volumes: Vec<VolumeId> = found.iter().map(|((volume, ..), _)| *volume).collect();
         volumes.sort_unstable();
         volumes.dedup();
+        let mut newly_bad = 0;
         for volume in volumes {
             let Some(mut tx) = self.tx(volume) else { continue };
             for ((_, block, index), status) in found.iter().filter(|((at, ..), _)| *at == volume) {
@@ -445,20 +448,25 @@ impl Engine {
                 if record.providers.get(index) != Some(&provider) {
                     continue;
                 }
+                let was_well = bit(&record.durable, index)
+                    && !bit(&record.damaged, index)
+                    && !bit(&record.missing, index);
                 match FragmentStatus::try_from(*status) {
                     Ok(FragmentStatus::Ok) => {
                         record.durable = with_bit(&record.durable, index, true);
-                        record.missing = crate::namespace::with_bit_cleared(&record.missing, index);
+                        record.missing = with_bit_cleared(&record.missing, index);
+                        continue;
                     }
                     Ok(FragmentStatus::NotFound) => {
-                        record.durable = crate::namespace::with_bit_cleared(&record.durable, index);
+                        record.durable = with_bit_cleared(&record.durable, index);
                         record.missing = with_bit(&record.missing, index, true);
                     }
                     Ok(FragmentStatus::Damaged) => {
                         record.damaged = with_bit(&record.damaged, index, true);
                     }
-                    _ => {}
+                    _ => continue,
                 }
+                newly_bad += usize::from(was_well);
             }
             let outcome = tx.finish()?;
             if !outcome.batch.is_empty() {
@@ -466,7 +474,21 @@ impl Engine {
                 self.note_blocks(volume, outcome.blocks);
             }
         }
-        Ok(())
+        Ok(newly_bad)
+    }
+
+    /// Tells the log of damage that was not known before.
+    pub(super) fn tell_damage(
+        &mut self,
+        provider: u32,
+        newly_bad: usize,
+        detail: &str,
+    ) -> Result<(), StoreError> {
+        if newly_bad == 0 {
+            return Ok(());
+        }
+        let detail = format!("{newly_bad} fragments: {}", text(detail.to_owned()));
+        self.note_event(EventKind::Damage, provider, detail)
     }
 
     fn provider_damage(&mut self, provider: u32, damage: &DamageReport) -> Result<(), StoreError> {
@@ -484,11 +506,8 @@ impl Engine {
                 }
             }
         }
-        if !found.is_empty() {
-            let detail = format!("{} fragments: {}", found.len(), text(damage.detail.clone()));
-            self.note_event(EventKind::Damage, provider, detail)?;
-        }
-        self.note_fragments(provider, &found)
+        let newly_bad = self.note_fragments(provider, &found)?;
+        self.tell_damage(provider, newly_bad, &damage.detail)
     }
 
     /// A reader could not use a fragment. Wrong bytes are believed (the reader has the keys); a
@@ -510,7 +529,10 @@ impl Engine {
         let provider = damage.provider;
         tracing::warn!(session, provider, %block, index, detail = %damage.detail, "read damage");
         match FragmentStatus::try_from(damage.status) {
-            Ok(FragmentStatus::Damaged) => self.note_fragments(provider, &[(piece, damage.status)]),
+            Ok(FragmentStatus::Damaged) => {
+                let newly_bad = self.note_fragments(provider, &[(piece, damage.status)])?;
+                self.tell_damage(provider, newly_bad, &damage.detail)
+            }
             Ok(FragmentStatus::NotFound) => {
                 self.query(provider, vec![piece], None);
                 Ok(())

@@ -496,9 +496,9 @@ impl Engine {
             let piece = (job.key.0, job.key.1, index);
             match FragmentStatus::try_from(fault.status) {
                 Ok(FragmentStatus::Damaged) => {
-                    tracing::warn!(block = %piece.1, index, provider = fault.provider,
-                        detail = %fault.detail, "a source of a repair is damaged");
-                    self.note_fragments(fault.provider, &[(piece, fault.status)])?;
+                    let (provider, status) = (fault.provider, fault.status);
+                    let newly_bad = self.note_fragments(provider, &[(piece, status)])?;
+                    self.tell_damage(provider, newly_bad, &fault.detail)?;
                 }
                 // Not believed unasked: the provider itself is to say so.
                 Ok(FragmentStatus::NotFound) => self.query(fault.provider, vec![piece], None),
