@@ -3,7 +3,7 @@
 //! ```text
 //! ask the data fragments for the wanted slots
 //!   answered, seal holds        -> the page lands
-//!   NOT_FOUND                   -> locate the block once more, ask the new place
+//!   NOT_FOUND, or nobody left   -> locate the block once more, ask the new places
 //!   failed, wrong               -> the fragment is lost: rebuild its pages' rows
 //!   nothing by the p95          -> the fragment is late: rebuild too, and take what comes first
 //! rebuild a row: ask others until s slots are there; if the result fails its seal, ask all
@@ -230,12 +230,7 @@ impl Gather {
                 self.arrived(fragment, slots, opened, land);
             }
             Err(FragmentFailure::NotFound) if !self.located => {
-                self.located = true;
-                let fresh = self.shared.directory.locate(self.info.id).await;
-                let moved = fresh.filter(|fresh| {
-                    fresh.geometry == self.info.geometry
-                        && fresh.providers.len() == self.info.providers.len()
-                });
+                let moved = self.locate().await;
                 if let Some(fresh) = &moved {
                     self.info.durable = fresh.durable;
                 }
@@ -315,6 +310,31 @@ impl Gather {
         asked.any(|asked| asked.slots.contains(&slot))
     }
 
+    /// Where the directory says that the block is now; asked once.
+    async fn locate(&mut self) -> Option<BlockInfo> {
+        self.located = true;
+        let fresh = self.shared.directory.locate(self.info.id).await;
+        fresh.filter(|fresh| {
+            fresh.geometry == self.info.geometry
+                && fresh.providers.len() == self.info.providers.len()
+        })
+    }
+
+    /// Nobody is left to ask: fragments that lie elsewhere now are lost no more. Says whether there
+    /// are any.
+    async fn find_moved(&mut self) -> bool {
+        if self.located {
+            return false;
+        }
+        let Some(fresh) = self.locate().await else { return false };
+        let before = self.lost.len();
+        let (old, new) = (&self.info.providers, &fresh.providers);
+        self.lost.retain(|fragment, _| old[*fragment] == new[*fragment]);
+        let has_moved = self.lost.len() < before;
+        self.info = fresh;
+        has_moved
+    }
+
     /// The rows of wanted pages whose own fragment is lost or late.
     fn rows_in_need(&self) -> BTreeMap<usize, Vec<usize>> {
         let mut rows: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
@@ -329,10 +349,22 @@ impl Gather {
 
     /// Asks others for the rows in need, so that s slots of each are there or expected.
     async fn help(&mut self) -> Result<(), ReadError> {
-        let rows = self.rows_in_need();
-        if rows.is_empty() {
-            return Ok(());
+        loop {
+            let rows = self.rows_in_need();
+            if rows.is_empty() {
+                return Ok(());
+            }
+            self.ask_others(&rows).await?;
+            if !self.running.is_empty() {
+                return Ok(());
+            }
+            if !self.find_moved().await {
+                return Err(self.lost_error());
+            }
         }
+    }
+
+    async fn ask_others(&mut self, rows: &BTreeMap<usize, Vec<usize>>) -> Result<(), ReadError> {
         self.acquire_rebuild(rows.len()).await?;
         let code = self.info.geometry.code();
         let mut ranked: Vec<usize> = (0..code.fragments()).collect();
@@ -368,7 +400,7 @@ impl Gather {
         for (fragment, slots) in asks {
             self.ask(fragment, &slots);
         }
-        if self.running.is_empty() { Err(self.lost_error()) } else { Ok(()) }
+        Ok(())
     }
 
     /// Padding of data fragments is zeros: implied, not asked for.

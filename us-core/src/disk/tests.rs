@@ -227,6 +227,24 @@ async fn a_moved_block_is_located_once_more_before_it_counts_as_damage() {
     assert_eq!(world.directory.damage(), []);
 }
 
+/// A mount that had a file's map from before a drain could not read it any more once the drained
+/// provider was off and two others died: nobody said NOT_FOUND, so it never asked again.
+#[tokio::test(start_paused = true)]
+async fn a_moved_block_is_located_once_more_before_it_counts_as_unreadable() {
+    let world = World::new(2, 1, 4);
+    let (block, content) = world.store(100_000).await;
+    let mut stale = block.clone();
+    let other = (1..=4).map(ProviderId).find(|id| !block.providers.contains(id)).unwrap();
+    let mut places = block.providers.to_vec();
+    places[1] = other;
+    stale.providers = places.into();
+    world.providers.set_fault(other, Fault::Dead);
+    world.providers.set_fault(block.providers[0], Fault::Dead);
+    let disk = world.fresh_disk();
+    assert!(read_all(&disk, &stale).await.unwrap() == content);
+    disk.close().await;
+}
+
 /// A reader that came before the last put had arrived reported the fragment as damaged.
 #[tokio::test(start_paused = true)]
 async fn a_fragment_on_its_way_is_no_damage() {
