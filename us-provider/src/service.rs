@@ -6,6 +6,7 @@
 //! Invariants: the bytes of puts and of reads under way are bounded, whoever asks; a put refused for
 //! that reason is BUSY after a short wait, never queued without bound.
 
+mod recovery;
 mod status;
 
 use std::sync::Arc;
@@ -23,6 +24,7 @@ use us_proto::v1::fragments_server::Fragments;
 
 use crate::guest::Pause;
 use crate::store::{IDS_MAX, ReadRequest, Store, StoreError};
+pub use recovery::RecoveryService;
 pub use status::{status_of, wire_id};
 
 /// Bytes of puts that are waiting or being written, over all connections.

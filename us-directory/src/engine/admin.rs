@@ -47,6 +47,18 @@ impl Engine {
                 return self.create_volume(ask, name, (s, r), quota_bytes);
             }
             Question::DeleteVolume { name } => return self.delete_volume(ask, &name),
+            Question::Backup => {
+                let (view, seq) = (self.store.snapshot(), self.last_seq);
+                self.sync()?;
+                return self.then(seq, Then::Answer(ask, Answer::Backup(view, seq)));
+            }
+            Question::PlanImage => Answer::Plan(self.plan_image()?),
+            Question::Records { from, bytes_max } => {
+                Answer::Records(self.store.records(from, bytes_max)?)
+            }
+            Question::LeaseForImage { count } => return self.lease_for_image(ask, count),
+            Question::LocateImage { block } => self.locate_image(&block)?,
+            Question::CommitImage { run, blocks } => return self.commit_image(ask, run, &blocks),
         };
         self.effects.push(Effect::Answer { ask, answer });
         Ok(())
@@ -110,7 +122,9 @@ impl Engine {
         let found = self
             .volumes
             .iter()
-            .find(|(_, volume)| volume.record.name == name && !volume.record.deleting)
+            .find(|(id, volume)| {
+                volume.record.name == name && !volume.record.deleting && !self.is_hidden(id)
+            })
             .map(|(id, _)| *id);
         let Some(id) = found else {
             let answer = refused(RefusalKind::NotFound, format!("there is no volume {name:?}"));
@@ -134,7 +148,9 @@ impl Engine {
 
     fn volume_infos(&self) -> Result<Vec<VolumeInfo>, StoreError> {
         let mut infos = Vec::with_capacity(self.volumes.len());
-        for (id, volume) in self.volumes.iter().filter(|(_, volume)| !volume.record.deleting) {
+        let shown =
+            |(id, volume): &(&VolumeId, &Volume)| !volume.record.deleting && !self.is_hidden(id);
+        for (id, volume) in self.volumes.iter().filter(shown) {
             infos.push(volume_info(id, volume, self.usage(id)?));
         }
         Ok(infos)
@@ -167,7 +183,14 @@ impl Engine {
         let providers = self.provider_statuses(&totals);
         let facts = self.store.facts();
         let health = health(&totals);
-        let copies = JournalStatus { sequence: facts.seq, copies: 0, bytes: facts.journal_bytes };
+        let holders = self.live_copies();
+        let copies = JournalStatus {
+            sequence: facts.seq,
+            copies: holders.len() as u32,
+            bytes: facts.journal_bytes,
+            holders,
+            image_sequence: self.image_covers(),
+        };
         Ok(StatusReply {
             health: health as i32,
             summary: summary(health, &totals, !self.counts.complete),
@@ -249,6 +272,7 @@ impl Engine {
             ("us_directory_sessions", connected as f64),
             ("us_directory_requests_parked", self.parked.len() as f64),
             ("us_directory_deletes_pending", self.pending_deletes.max(0) as f64),
+            ("us_directory_journal_copies", self.live_copies().len() as f64),
             ("us_directory_journal_bytes", self.store.facts().journal_bytes as f64),
             ("us_directory_signatures", self.counts.signatures() as f64),
         ])

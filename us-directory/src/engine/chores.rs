@@ -48,6 +48,7 @@ impl Engine {
         }
         self.last_slow_tick_ms = self.now_ms();
         self.check_members();
+        self.keeping_chores()?;
         self.check_unsettled()?;
         self.expand_graves()?;
         if self.pending_deletes > 0 && self.clock_ms() > self.clock_stored_ms + CLOCK_LAG_MS {
