@@ -43,8 +43,10 @@ pub struct OnlineProvider {
     pub provider: u32,
     /// Its site; may be empty.
     pub site: String,
-    /// Whether it takes new data.
-    pub takes_puts: bool,
+    /// Whether it can be a holder: it takes new data and has stored the newest root.
+    pub eligible: bool,
+    /// The records of this run it said it still has, when it came: they need not be sent again.
+    pub held: Option<(Seq, Seq)>,
 }
 
 #[derive(Debug)]
@@ -120,21 +122,26 @@ impl Copies {
                 .map(|found| found.site.as_str())
                 .collect();
             let free = online.iter().filter(|found| {
-                found.takes_puts
+                found.eligible
                     && !self.holders.contains_key(&found.provider)
                     && !self.avoided.contains_key(&found.provider)
             });
             let same_site =
                 |found: &&OnlineProvider| (sites.contains(&found.site.as_str()), found.provider);
             let Some(best) = free.min_by_key(same_site) else { return };
-            let holder = Holder {
-                sent: self.covered,
-                stored: self.covered,
+            let useful = |(first, last): &(Seq, Seq)| {
+                *first <= self.covered + 1 && (self.covered..=self.written).contains(last)
+            };
+            let stored = best.held.filter(useful).map_or(self.covered, |(_, last)| last);
+            let mut holder = Holder {
+                sent: stored,
+                stored,
                 flight: VecDeque::new(),
                 flight_bytes: 0,
                 waiting_ms: now_ms,
-                counted: self.written == self.covered,
+                counted: false,
             };
+            holder.count(now_ms, self.written);
             self.holders.insert(best.provider, holder);
         }
     }
@@ -188,18 +195,6 @@ impl Copies {
         }
         while let Some((_, bytes, _)) = holder.flight.pop_front_if(|(sent, ..)| *sent <= seq) {
             holder.flight_bytes -= bytes;
-        }
-    }
-
-    /// A provider that has just come said what it still has of this run: it need not be sent again.
-    pub fn kept(&mut self, now_ms: u64, provider: u32, first: Seq, last: Seq) {
-        let (covered, written) = (self.covered, self.written);
-        let Some(holder) = self.holders.get_mut(&provider) else { return };
-        if first <= covered + 1 && last <= written && last > holder.sent && holder.flight.is_empty()
-        {
-            holder.sent = last;
-            holder.stored = last;
-            holder.count(now_ms, written);
         }
     }
 

@@ -196,6 +196,9 @@ impl Engine {
     pub(super) fn choose_holders(&mut self) {
         let now_ms = self.now_ms();
         let first_record = self.store.first_record();
+        let root = self.keeping.as_ref().and_then(|keeping| keeping.sent.as_ref());
+        let root_sequence = root.map_or(u64::MAX, |root| root.sequence);
+        let run = root.map(|root| (root.incarnation, root.run));
         let online: Vec<OnlineProvider> = self
             .members
             .iter()
@@ -203,7 +206,11 @@ impl Engine {
             .map(|(provider, member)| OnlineProvider {
                 provider: *provider,
                 site: member.record.site.clone(),
-                takes_puts: member.report.accepts_puts,
+                eligible: member.report.accepts_puts && member.root_stored >= root_sequence,
+                held: member
+                    .records_held
+                    .filter(|held| run == Some((held.incarnation, held.run)))
+                    .map(|held| (held.first_seq, held.last_seq)),
             })
             .collect();
         let Some(keeping) = &mut self.keeping else { return };
@@ -276,22 +283,12 @@ impl Engine {
         }
     }
 
-    /// A provider is online: it gets the root, and may become a holder.
-    pub(super) fn keep_with(&mut self, conn: super::ConnId, provider: u32) {
+    /// A provider is online: it gets the root. When it has stored that it may become a holder.
+    pub(super) fn keep_with(&mut self, conn: super::ConnId) {
         let Some(keeping) = &mut self.keeping else { return };
         keeping.members_changed = true;
         if let Some(root) = keeping.sent.clone() {
             self.tell(conn, Down::StoreRoot(root));
-        }
-        self.choose_holders();
-        let now_ms = self.now_ms();
-        let held = self.members.get(&provider).and_then(|member| member.records_held);
-        let Some(keeping) = &mut self.keeping else { return };
-        let label = keeping.seal.label();
-        if let Some(held) = held
-            && (held.incarnation, held.run) == (label.incarnation, label.run)
-        {
-            keeping.copies.kept(now_ms, provider, held.first_seq, held.last_seq);
         }
     }
 
@@ -318,7 +315,8 @@ impl Engine {
         if let Some(member) = self.members.get_mut(&provider) {
             member.root_stored = sequence;
         }
-        if sequence >= keeping.root.sequence {
+        keeping.members_changed = true;
+        if keeping.sent.as_ref().is_some_and(|root| sequence >= root.sequence) {
             keeping.copies.root_stored(provider);
         }
     }

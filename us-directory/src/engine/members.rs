@@ -247,7 +247,7 @@ impl Engine {
         self.tell(conn, Down::Welcome(welcome));
         tracing::info!(provider, suspect, "provider online");
         self.push_provider(provider);
-        self.keep_with(conn, provider);
+        self.keep_with(conn);
         if suspect {
             self.sweep(provider, None)?;
         } else {

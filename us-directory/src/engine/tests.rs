@@ -21,6 +21,7 @@ use crate::store::memory::MemoryStore;
 
 mod basics;
 mod crash;
+mod keeping;
 mod simulation;
 
 /// Counts up: distinct, and the same in every run.

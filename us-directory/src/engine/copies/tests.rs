@@ -11,7 +11,7 @@ use super::*;
 const CONFIG: CopiesConfig = CopiesConfig { copies: 2, ack_ms: 3_000, window_bytes: 1_000 };
 
 fn provider(number: u32, site: &str) -> OnlineProvider {
-    OnlineProvider { provider: number, site: site.into(), takes_puts: true }
+    OnlineProvider { provider: number, site: site.into(), eligible: true, held: None }
 }
 
 /// A provider as it really is.
@@ -48,6 +48,7 @@ struct World {
     synced: Seq,
     durable: Seq,
     durable_ms: u64,
+    covered: Seq,
 }
 
 impl World {
@@ -61,6 +62,7 @@ impl World {
             synced: 0,
             durable: 0,
             durable_ms: 0,
+            covered: 0,
         }
     }
 
@@ -129,10 +131,14 @@ impl World {
             93..97 if !disk.online => {
                 disk.online = true;
                 disk.silent = false;
+                // Before anything else it stores the newest root.
+                disk.root = self.covered;
+                disk.records.retain(|seq| *seq > self.covered);
             }
             97..98 if self.durable > 0 => {
                 // A new image: everyone online stores its root before dropping records.
                 let covered = self.durable;
+                self.covered = covered;
                 self.copies.covers(covered);
                 for (id, disk) in self.disks.iter_mut().filter(|(_, disk)| disk.online) {
                     disk.root = covered;
@@ -163,7 +169,7 @@ fn what_is_durable_is_with_every_live_holder_and_nothing_stalls() {
         }
         // Everybody well: two live holders have it all.
         for disk in world.disks.values_mut() {
-            (disk.online, disk.silent) = (true, false);
+            (disk.online, disk.silent, disk.root) = (true, false, world.covered);
         }
         world.synced = world.written;
         for _ in 0..200 {
@@ -229,11 +235,10 @@ fn a_holder_counts_once_it_has_caught_up_and_stalls_nobody_before() {
 fn what_a_returning_holder_still_has_is_not_sent_again() {
     let mut copies = Copies::new(CONFIG, 10);
     copies.wrote(50);
-    copies.choose(0, &[provider(1, ""), provider(2, ""), provider(3, "")], true);
-    copies.kept(0, 1, 11, 40);
-    copies.kept(0, 2, 12, 40);
-    assert_eq!(
-        copies.wanting().iter().map(|(id, seq, _)| (*id, *seq)).collect::<Vec<_>>(),
-        [(1, 41), (2, 11)]
-    );
+    let mut three = [provider(1, ""), provider(2, ""), provider(3, "")];
+    three[0].held = Some((11, 40));
+    three[1].held = Some((12, 40));
+    copies.choose(0, &three, true);
+    let wanting: Vec<_> = copies.wanting().iter().map(|(id, seq, _)| (*id, *seq)).collect();
+    assert_eq!(wanting, [(1, 41), (2, 11)]);
 }
