@@ -259,6 +259,9 @@ fn from_a_backup_and_never_with_a_wrong_key() {
     assert!(fs::read(mount.path().join("file")).unwrap() == bytes, "back from the trash");
     assert!(!mount.path().join("later").exists());
     cluster.wait_copies(2);
-    assert_eq!(cluster.status_code(), 0, "{:?}", cluster.status());
+    poll::until("everything to be well", PATIENCE, || match cluster.status_code() {
+        0 => Ok(()),
+        code => Err(format!("status {code}: {:?}", cluster.status())),
+    });
     mount.unmount();
 }

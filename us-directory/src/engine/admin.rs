@@ -54,7 +54,7 @@ impl Engine {
             }
             Question::PlanImage => Answer::Plan(self.plan_image()?),
             Question::Records { from, bytes_max } => {
-                Answer::Records(self.store.records(from, bytes_max)?)
+                Answer::Records(self.kept_records(from, bytes_max))
             }
             Question::LeaseForImage { count } => return self.lease_for_image(ask, count),
             Question::LocateImage { block } => self.locate_image(&block)?,

@@ -10,7 +10,8 @@ use us_core::ids::VolumeId;
 use us_core::seal::Secret;
 use us_proto::v1::provider_down::Event as Down;
 use us_proto::v1::{
-    BlockCommit, PlacementsLeased, ProviderTable, RecordsStored, StoreRecords, StoreRoot,
+    BlockCommit, PlacementsLeased, ProviderTable, RecordsHeld, RecordsStored, StoreRecords,
+    StoreRoot,
 };
 
 use super::copies::{Copies, CopiesConfig, OnlineProvider};
@@ -228,10 +229,22 @@ impl Engine {
                 return Ok(());
             }
             for (provider, from, free) in wanting {
-                let records = self.store.records(from, free.min(MESSAGE_BYTES))?;
+                let records = self.kept_records(from, free.min(MESSAGE_BYTES));
                 self.send_records(provider, from, records);
             }
         }
+    }
+
+    /// Records read back. What cannot be read is as good as not kept: an image takes its place. The
+    /// own state does not need it.
+    pub(super) fn kept_records(&mut self, from: Seq, bytes_max: usize) -> Vec<(Seq, bytes::Bytes)> {
+        self.store.records(from, bytes_max).unwrap_or_else(|error| {
+            tracing::error!(%error, from, "the journal's records cannot be read back");
+            if let Some(keeping) = &mut self.keeping {
+                keeping.records_missing = true;
+            }
+            Vec::new()
+        })
     }
 
     fn send_records(&mut self, provider: u32, from: Seq, records: Vec<(Seq, bytes::Bytes)>) {
@@ -299,6 +312,21 @@ impl Engine {
         {
             keeping.root.sequence = sequence;
             keeping.root_changed = true;
+        }
+    }
+
+    /// A provider says which run's records it has. Only an old copy of the data directory can be
+    /// behind that.
+    pub(super) fn run_seen(&self, provider: u32, held: Option<&RecordsHeld>) {
+        let own = (self.cluster.incarnation, self.cluster.run);
+        if let Some(held) = held.filter(|held| (held.incarnation, held.run) > own) {
+            tracing::error!(
+                provider,
+                incarnation = held.incarnation,
+                run = held.run,
+                "this provider has records of a later directory: the data directory here is an old \
+                 copy. Stop, and use `us-directory restore`"
+            );
         }
     }
 

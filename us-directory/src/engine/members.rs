@@ -188,6 +188,7 @@ impl Engine {
         }
         let moved = record.address != hello.address || self.members.get(&provider).is_none();
         self.root_seen(hello.root_sequence);
+        self.run_seen(provider, hello.records.as_ref());
         if moved {
             self.root_outdated();
         }
