@@ -121,7 +121,7 @@ fn records_of_the_directory_are_written_and_read_as_they_were() {
     std::fs::copy(records_path(), dir.join("00000004.records")).unwrap();
     let held = RecordLog::open(&dir, 1 << 20).unwrap().held().unwrap();
     assert_eq!((held.incarnation, held.run, held.first_seq, held.last_seq), (2, 9, 70, 71));
-    let message = Reading::new(data.path()).unwrap().next().unwrap().unwrap();
+    let message = Reading::new(data.path()).unwrap().next_message().unwrap().unwrap();
     assert_eq!((message.parts, message.run_first_seq), (parts(), 70));
 }
 

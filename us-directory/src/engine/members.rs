@@ -186,7 +186,7 @@ impl Engine {
             tracing::warn!(provider, "its store was rolled back, cloned or replaced");
             record.suspect = true;
         }
-        let moved = record.address != hello.address || self.members.get(&provider).is_none();
+        let moved = record.address != hello.address || !self.members.contains_key(&provider);
         self.root_seen(hello.root_sequence);
         self.run_seen(provider, hello.records.as_ref());
         if moved {

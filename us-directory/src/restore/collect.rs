@@ -10,7 +10,7 @@ use us_core::tls::{ExpectedPeer, Identity, Role};
 use us_core::wire::connect_grpc;
 use us_proto::v1::recovery_client::RecoveryClient;
 use us_proto::v1::recovery_page::Content;
-use us_proto::v1::{KeptRoot, ReadRecoveryRequest, RecordPart, StoreRecords};
+use us_proto::v1::{KeptRoot, ReadRecoveryRequest, StoreRecords};
 
 use super::merge::Runs;
 use crate::recovery::{Manifest, RecoveryKit, RunLabel, RunSeal, open_root};
@@ -127,37 +127,43 @@ fn newest_root(kit: &RecoveryKit, answers: &[(String, Answer)]) -> Option<Manife
     opened.max_by_key(|manifest| manifest.sequence)
 }
 
-/// Opens what can be opened; a part that fails its seal is as good as missing.
+/// A record's parts: whether it is the last, and its plaintext.
+type Parts = BTreeMap<u32, (bool, Vec<u8>)>;
+
+/// Opens what can be opened; a part that fails its seal is as good as missing, and does not hide the
+/// good one of another provider.
 pub(super) fn open_records<'a>(
     kit: &RecoveryKit,
     messages: impl Iterator<Item = &'a StoreRecords>,
 ) -> Runs {
-    let mut parts: BTreeMap<RunLabel, BTreeMap<(u64, u32), &RecordPart>> = BTreeMap::new();
-    let mut seals: BTreeMap<RunLabel, RunSeal> = BTreeMap::new();
-    let mut runs = Runs::new();
-    let mut opened: BTreeMap<(RunLabel, u64), BTreeMap<u32, (bool, Vec<u8>)>> = BTreeMap::new();
+    let mut opened: BTreeMap<RunLabel, (RunSeal, BTreeMap<u64, Parts>)> = BTreeMap::new();
     for message in messages {
         let Some(label) = RunLabel::of(message) else { continue };
-        let seal =
-            seals.entry(label.clone()).or_insert_with(|| RunSeal::new(kit.secret(), label.clone()));
+        let (seal, records) = opened.entry(label.clone()).or_insert_with(|| {
+            let seal = RunSeal::new(kit.secret(), label);
+            (seal, BTreeMap::new())
+        });
         for part in &message.parts {
-            let known = parts.entry(label.clone()).or_default();
-            if known.contains_key(&(part.seq, part.part)) {
-                continue;
+            let known = records.entry(part.seq).or_default();
+            if !known.contains_key(&part.part)
+                && let Some(plaintext) = seal.open(part)
+            {
+                known.insert(part.part, (part.last, plaintext));
             }
-            // A damaged part of one provider must not hide the good one of another.
-            let Some(plaintext) = seal.open(part) else { continue };
-            known.insert((part.seq, part.part), part);
-            let record = opened.entry((label.clone(), part.seq)).or_default();
-            record.insert(part.part, (part.last, plaintext));
         }
     }
-    for ((label, seq), record) in opened {
-        let whole = record.values().next_back().is_some_and(|(last, _)| *last)
-            && record.keys().copied().eq(0..record.len() as u32);
-        if whole {
-            let body: Vec<u8> = record.into_values().flat_map(|(_, plaintext)| plaintext).collect();
-            runs.entry(label).or_default().insert(seq, Bytes::from(body));
+    let whole = |parts: Parts| -> Option<Bytes> {
+        let ends = parts.values().next_back().is_some_and(|(last, _)| *last);
+        let complete = ends && parts.keys().copied().eq(0..parts.len() as u32);
+        let body = || parts.into_values().flat_map(|(_, plaintext)| plaintext).collect::<Vec<u8>>();
+        complete.then(|| body().into())
+    };
+    let mut runs = Runs::new();
+    for (label, (_, records)) in opened {
+        let records = records.into_iter().filter_map(|(seq, parts)| Some((seq, whole(parts)?)));
+        let records: BTreeMap<u64, Bytes> = records.collect();
+        if !records.is_empty() {
+            runs.insert(label, records);
         }
     }
     runs

@@ -60,15 +60,13 @@ pub fn merge(runs: Runs, covers: Seq) -> Merged {
         void_from = void_from.min(label.first_seq);
     }
     let mut merged = Merged::default();
-    let mut next = covers + 1;
     let last = valid.keys().next_back().copied();
-    for (seq, body) in valid {
-        if seq != next {
-            merged.gap = last.map(|last| Gap { first: next, next: seq, last });
+    for (expected, (seq, body)) in (covers + 1..).zip(valid) {
+        if seq != expected {
+            merged.gap = last.map(|last| Gap { first: expected, next: seq, last });
             break;
         }
         merged.records.push((seq, body));
-        next += 1;
     }
     merged
 }

@@ -392,7 +392,7 @@ impl Reading {
     ///
     /// # Errors
     /// [`LogError::Io`].
-    pub fn next(&mut self) -> Result<Option<StoreRecords>, LogError> {
+    pub fn next_message(&mut self) -> Result<Option<StoreRecords>, LogError> {
         loop {
             if let Some((label, bytes, at)) = &mut self.file {
                 let (mut parts, mut taken) = (Vec::new(), 0);

@@ -50,7 +50,7 @@ impl RecoveryService {
             return Ok(());
         }
         let mut reading = Reading::new(&self.data).map_err(|error| failed(&error))?;
-        while let Some(records) = reading.next().map_err(|error| failed(&error))? {
+        while let Some(records) = reading.next_message().map_err(|error| failed(&error))? {
             if !send(Content::Records(records)) {
                 return Ok(());
             }

@@ -60,7 +60,12 @@ impl Keeping {
     }
 
     fn serve_all(&mut self) {
-        while self.conns.clone().into_iter().fold(false, |any, conn| self.serve(conn) || any) {}
+        let mut any = true;
+        while std::mem::take(&mut any) {
+            for conn in self.conns.clone() {
+                any |= self.serve(conn);
+            }
+        }
     }
 
     fn copies(&mut self) -> Vec<u32> {

@@ -54,7 +54,7 @@ impl Here {
     fn read(&self) -> Vec<(u64, u64, u32)> {
         let mut reading = Reading::new(self.data.path()).unwrap();
         let mut found = Vec::new();
-        while let Some(message) = reading.next().unwrap() {
+        while let Some(message) = reading.next_message().unwrap() {
             let run = message.run;
             found.extend(message.parts.iter().map(|part| (run, part.seq, part.part)));
         }
