@@ -3,11 +3,12 @@
 use std::error::Error;
 use std::path::Path;
 
-const FILES: [&str; 4] = [
+const FILES: [&str; 5] = [
     "proto/us/v1/fragments.proto",
     "proto/us/v1/membership.proto",
     "proto/us/v1/session.proto",
     "proto/us/v1/admin.proto",
+    "proto/us/v1/recovery.proto",
 ];
 
 fn main() -> Result<(), Box<dyn Error>> {

@@ -78,12 +78,12 @@ pub struct Shape {
     /// Each provider's capacity, as its command line takes it.
     pub capacity: String,
     /// More arguments of the directory.
-    pub directory: Vec<String>,
+    pub directory: &'static [&'static str],
 }
 
 impl Default for Shape {
     fn default() -> Self {
-        Self { providers: 6, code: "4+2", capacity: "8G".into(), directory: Vec::new() }
+        Self { providers: 6, code: "4+2", capacity: "8G".into(), directory: &[] }
     }
 }
 
@@ -188,6 +188,8 @@ pub struct Cluster {
     root: TempDir,
     shape: Shape,
     directory: Option<Running>,
+    /// Where the directory listened last: others look for it there.
+    listen: Option<String>,
     providers: Vec<Option<Running>>,
     mounts_made: usize,
     log_filter: String,
@@ -210,11 +212,14 @@ impl Cluster {
             root,
             providers: Vec::new(),
             directory: None,
+            listen: None,
             mounts_made: 0,
             shape,
             log_filter: log_filter.to_string(),
         };
         cluster.run_to_end("us-directory", &["init", "--data", &cluster.at("directory")]);
+        // As its owner is told to.
+        fs::copy(cluster.at("directory/recovery.key"), cluster.at("recovery.key")).expect("a key");
         cluster.start_directory();
         cluster.issue("client", "client");
         cluster.issue("admin", "admin");
@@ -278,12 +283,11 @@ impl Cluster {
     pub fn start_directory(&mut self) {
         assert!(self.directory.is_none(), "it runs");
         let address_file = self.at("directory/address");
-        let listen = fs::read_to_string(&address_file)
-            .map_or_else(|_| "127.0.0.1:0".to_string(), |text| text.trim().to_string());
+        let listen = self.listen.clone().unwrap_or_else(|| "127.0.0.1:0".to_string());
         let mut command = self.program("us-directory");
         command.args(["run", "--data", &self.at("directory"), "--listen", &listen]);
         command.args(["--lease-ms", LEASE_MS, "--fence-ms", FENCE_MS, "--settle-ms", SETTLE_MS]);
-        command.args(&self.shape.directory);
+        command.args(self.shape.directory);
         let log = self.at("directory.log");
         let mut running = Running::start("us-directory", command, Path::new(&log));
         poll::until("the directory to listen", PATIENCE, || {
@@ -294,6 +298,63 @@ impl Cluster {
             std::net::TcpStream::connect(address.trim()).map_err(|error| error.to_string())
         });
         self.directory = Some(running);
+        self.listen = Some(self.directory_address());
+    }
+
+    /// kill -9 of the directory, and its disk is gone.
+    pub fn lose_directory(&mut self) {
+        self.kill_directory();
+        fs::remove_dir_all(self.at("directory")).expect("it can be removed");
+    }
+
+    /// Runs `us-directory` with these arguments to its end: whether it succeeded, and what it said.
+    pub fn us_directory(&self, arguments: &[&str]) -> (bool, String) {
+        let output = self.program("us-directory").args(arguments).output().expect("it starts");
+        let text = [output.stdout, output.stderr].concat();
+        (output.status.success(), String::from_utf8(text).expect("text"))
+    }
+
+    /// Rebuilds the directory's data with the key its owner kept, from a provider.
+    ///
+    /// # Panics
+    /// When it does not work.
+    pub fn restore_directory(&self, from: usize) -> String {
+        let (data, key) = (self.at("directory"), self.at("recovery.key"));
+        let from = self.provider_address(from);
+        let (ok, said) = self.us_directory(&[
+            "restore",
+            "--data",
+            &data,
+            "--recovery-key",
+            &key,
+            "--from",
+            &from,
+        ]);
+        assert!(ok, "restore: {said}");
+        said
+    }
+
+    /// Where provider `number` listens.
+    pub fn provider_address(&self, number: usize) -> String {
+        let file = self.provider_data(number).join("address");
+        fs::read_to_string(file).expect("it was ready").trim().to_string()
+    }
+
+    /// Waits until the journal has this many copies on providers; gives the providers' places in
+    /// this cluster.
+    pub fn wait_copies(&self, wanted: usize) -> Vec<usize> {
+        poll::until(&format!("{wanted} copies of the journal"), PATIENCE, || {
+            let status = self.status()?;
+            let journal = &status["journal"];
+            let holders = journal["holders"].as_array().ok_or("no holders")?;
+            let providers = status["providers"].as_array().ok_or("no providers")?;
+            let place = |holder: &serde_json::Value| {
+                let known = providers.iter().find(|one| &one["provider"] == holder)?;
+                known["name"].as_str()?.strip_prefix("provider")?.parse().ok()
+            };
+            let places: Option<Vec<usize>> = holders.iter().map(place).collect();
+            places.filter(|places| places.len() == wanted).ok_or(journal.to_string())
+        })
     }
 
     /// kill -9 of the directory.
@@ -309,7 +370,8 @@ impl Cluster {
             .map_or_else(|_| "127.0.0.1:0".to_string(), |text| text.trim().to_string());
         let mut command = self.program("us-provider");
         command.arg("run").arg("--data").arg(&data);
-        command.args(["--directory", &self.directory_address(), "--listen", &listen]);
+        let directory = self.listen.clone().expect("a directory was there");
+        command.args(["--directory", &directory, "--listen", &listen]);
         command.args(["--identity", &self.at(&format!("identity-provider{number}"))]);
         command.args(["--capacity", &self.shape.capacity, "--reserve", "0"]);
         // The machine that runs all of this is busy; its owner does not mind.

@@ -19,6 +19,7 @@
 
 mod block;
 mod key;
+mod secret;
 
 #[cfg(test)]
 mod tests;
@@ -26,6 +27,7 @@ mod tests;
 pub use block::{BlockOpener, BlockSealer, FreshBlockId, INLINE_BYTES_MAX};
 pub(crate) use key::aead_key;
 pub use key::{KEY_BYTES, VolumeKey};
+pub use secret::{PieceKey, PieceNumber, Secret};
 
 use crate::ids::BlockId;
 

@@ -56,7 +56,7 @@ fn resident_mib() -> u64 {
 }
 
 fn open(dir: &Path) -> anyhow::Result<EmbeddedStore> {
-    let sink = std::sync::Arc::new(|durable: Result<u64, _>| {
+    let sink = std::sync::Arc::new(|durable: Result<us_directory::store::Progress, _>| {
         if let Err(error) = durable {
             eprintln!("the store failed: {error}");
             std::process::exit(1);

@@ -9,6 +9,7 @@
 //!   to another, the change is durable;
 //! - a session's last applied batch number is in the same commit as the batch's effects;
 //! - a fence is durable before what the fenced session held is granted again;
+//! - where the journal has copies, nothing is called durable that a live one has not stored;
 //! - births, inode ranges and session numbers are never given twice: their high-water marks are
 //!   durable before the answer leaves;
 //! - a client that breaks a rule loses its session; it never stops the directory.
@@ -33,11 +34,13 @@ use crate::store::{Durability, KeyRange, MetaStore, Seq, StoreError, WriteBatch}
 mod admin;
 mod batches;
 mod chores;
+mod copies;
 mod deaths;
 mod event;
 mod events;
 mod fetch;
 pub mod health;
+mod keeping;
 pub mod leases;
 pub mod locks;
 mod lockwait;
@@ -54,6 +57,7 @@ pub use event::{
 };
 use fetch::Parked;
 use health::Counts;
+pub use keeping::{ImageContent, ImagePlan};
 use leases::{InodeKey, Leases};
 use locks::Locks;
 use lockwait::LockWaiter;
@@ -103,6 +107,14 @@ pub struct EngineConfig {
     pub clocks: presence::Clocks,
     /// How much repair may be under way.
     pub repair: repair::RepairLimits,
+    /// Copies of the journal on providers, where there are enough of them.
+    pub copies: usize,
+    /// How long a provider may take to acknowledge a record of the journal.
+    pub copy_ack_ms: u64,
+    /// Records of this many bytes since the last image start another.
+    pub image_bytes: u64,
+    /// Data and parity fragments of the image's blocks.
+    pub image_code: (u32, u32),
 }
 
 impl Default for EngineConfig {
@@ -115,6 +127,10 @@ impl Default for EngineConfig {
             report_every_ms: 2_000,
             clocks: presence::Clocks::default(),
             repair: repair::RepairLimits::default(),
+            copies: 2,
+            copy_ack_ms: 3_000,
+            image_bytes: 64 << 20,
+            image_code: (4, 2),
         }
     }
 }
@@ -141,6 +157,7 @@ enum Then {
     Answer(AskId, Answer),
     Deletes,
     Member { conn: ConnId, provider: u32 },
+    Root,
 }
 
 /// The directory's state machine.
@@ -168,8 +185,12 @@ pub struct Engine {
     lock_waiters: VecDeque<LockWaiter>,
     recent: HashMap<InodeKey, (u64, Seq)>,
     recent_order: VecDeque<(Seq, Vec<InodeKey>)>,
+    /// On the own disk up to here; durable where the copies say so too.
+    synced: Seq,
     durable: Seq,
     last_seq: Seq,
+    run_first_seq: Seq,
+    keeping: Option<keeping::Keeping>,
     after: BTreeMap<Seq, Vec<Then>>,
     members: BTreeMap<u32, Member>,
     queries: HashMap<u64, Query>,
@@ -266,8 +287,11 @@ impl Engine {
             lock_waiters: VecDeque::new(),
             recent: HashMap::new(),
             recent_order: VecDeque::new(),
+            synced: 0,
             durable: 0,
             last_seq: 0,
+            run_first_seq: 1,
+            keeping: None,
             after: BTreeMap::new(),
             members: BTreeMap::new(),
             queries: HashMap::new(),
@@ -295,6 +319,8 @@ impl Engine {
         // What an earlier run left is durable: it was read back from stable storage.
         self.durable = self.store.facts().seq;
         self.last_seq = self.durable;
+        self.synced = self.durable;
+        self.run_first_seq = self.durable + 1;
         for (key, value) in self.scan_all(&keys::tag(&keys::CLUSTER, b'v'))? {
             let record: VolumeRecord = decode(&key, &value)?;
             let code = Code::new(record.s as usize, record.r as usize).map_err(|_| {
@@ -359,11 +385,16 @@ impl Engine {
             Event::Session { conn, up } => self.session_says(conn, up)?,
             Event::Provider { conn, up } => self.provider_says(conn, up)?,
             Event::Disconnected { conn } => self.disconnected(conn)?,
-            Event::Durable { seq } => self.now_durable(seq)?,
+            Event::Written { seq } => self.now_written(seq),
+            Event::Durable { seq } => {
+                self.now_written(seq);
+                self.synced = self.synced.max(seq);
+            }
             Event::Ask { ask, question } => self.ask(ask, question)?,
             Event::Counted(slice) => self.counted(slice),
             Event::Tick => self.tick()?,
         }
+        self.keep_up()?;
         self.run_awake()?;
         Ok(std::mem::take(&mut self.effects))
     }
@@ -418,12 +449,18 @@ impl Engine {
             Then::Answer(ask, answer) => self.effects.push(Effect::Answer { ask, answer }),
             Then::Deletes => self.send_deletes()?,
             Then::Member { conn, provider } => self.welcome(conn, provider)?,
+            Then::Root => self.send_root()?,
         }
         Ok(())
     }
 
-    fn now_durable(&mut self, seq: Seq) -> Result<(), StoreError> {
-        self.durable = self.durable.max(seq);
+    /// Looks how far commits are durable now, here and where the copies are.
+    fn advance_durable(&mut self) -> Result<(), StoreError> {
+        let seq = self.durable_floor();
+        if seq <= self.durable {
+            return Ok(());
+        }
+        self.durable = seq;
         self.tell_durable();
         while let Some(entry) = self.after.first_entry() {
             if *entry.key() > self.durable {

@@ -3,7 +3,8 @@
 //!
 //! ARCHITECTURE.md has the table; this module is its only implementation. Of the cluster's own:
 //! `s` sessions, `g` dead blocks by due time, `q` fragments a provider is to delete, `v` volumes,
-//! `y` providers, `h` provider of a key hash, `e` events, `n` the cluster's counters.
+//! `y` providers, `h` provider of a key hash, `e` events, `w` where the image of the state lies, `n`
+//! the cluster's counters.
 
 use bytes::{BufMut, Bytes, BytesMut};
 use us_core::ids::{BlockId, VolumeId};
@@ -187,6 +188,11 @@ pub fn provider(provider: u32) -> Bytes {
 /// `e` number: an event, for people.
 pub fn event(number: u64) -> Bytes {
     numbers(&CLUSTER, b'e', &[number])
+}
+
+/// `w`: where the image of the state lies.
+pub fn root() -> Bytes {
+    tag(&CLUSTER, b'w')
 }
 
 /// `n`: the cluster's counters.

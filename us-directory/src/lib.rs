@@ -3,11 +3,15 @@
 //! One thread owns the [`engine`], which is a state machine over a [`store`]; the service adapts
 //! gRPC streams to its events. ARCHITECTURE.md says who owns what.
 
+pub mod backup;
 pub mod engine;
+pub mod image;
 pub mod inspect;
 pub mod keys;
 pub mod namespace;
 pub mod records;
+pub mod recovery;
+pub mod restore;
 pub mod run;
 pub mod service;
 pub mod shell;

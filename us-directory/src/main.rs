@@ -10,7 +10,9 @@ use us_core::daemon::config::{Layers, load};
 use us_core::daemon::logging::{self, LogArgs};
 use us_core::daemon::shutdown::Shutdown;
 use us_core::tls::Role;
-use us_directory::run::{Config, init, issue_identity, run};
+use us_directory::backup::backup;
+use us_directory::restore::{RestoreOptions, Source, restore, spoken};
+use us_directory::run::{Config, init, issue_identity, recovery_key, run};
 
 /// The directory of an Us cluster: who takes part, what the files are, where their bytes lie.
 #[derive(Debug, Parser)]
@@ -30,6 +32,17 @@ enum Command {
         #[arg(long)]
         data: PathBuf,
     },
+    /// Write the whole state to a file, sealed with the recovery key
+    Backup {
+        /// The directory's data; it may be running
+        #[arg(long)]
+        data: PathBuf,
+        /// The file to write; it must not exist
+        #[arg(long)]
+        out: PathBuf,
+    },
+    /// Rebuild a directory that has lost its disk
+    Restore(RestoreArgs),
     /// Run the directory
     Run(Box<RunArgs>),
     /// Issue a certificate for a provider, a client or an administrator
@@ -49,6 +62,30 @@ enum Command {
     },
     #[command(flatten)]
     Cli(CliCommand),
+}
+
+#[derive(Debug, Args)]
+struct RestoreArgs {
+    /// The data directory to make; it must be empty
+    #[arg(long)]
+    data: PathBuf,
+    /// The recovery key: DATA/recovery.key of the lost directory
+    #[arg(long)]
+    recovery_key: PathBuf,
+    /// Providers to begin with, HOST:PORT[,HOST:PORT...]: they know of the others
+    #[arg(
+        long,
+        value_delimiter = ',',
+        required_unless_present = "backup",
+        conflicts_with = "backup"
+    )]
+    from: Vec<String>,
+    /// A file made by `us-directory backup`, instead of providers
+    #[arg(long)]
+    backup: Option<PathBuf>,
+    /// Restore although records are known to be missing
+    #[arg(long)]
+    accept_loss: bool,
 }
 
 #[derive(Debug, Args)]
@@ -135,6 +172,22 @@ struct Flags {
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     journal_mib: Option<u64>,
+    /// Copies of the journal on providers, where there are three or more: 0 to 2
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    copies: Option<usize>,
+    /// How long a provider may take to store a record before another takes its place
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    copy_ack_ms: Option<u64>,
+    /// This many MiB of journal since the last image of the state start another
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    image_mib: Option<u64>,
+    /// The code of the image's blocks, S+R
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    image_code: Option<String>,
 }
 
 fn main() -> anyhow::Result<()> {
@@ -144,10 +197,22 @@ fn main() -> anyhow::Result<()> {
         Command::Init { data } => {
             let cluster = init(&data)?;
             println!("cluster {cluster}");
+            println!(
+                "keep a copy of {} elsewhere: with it the directory can be rebuilt",
+                recovery_key(&data).display()
+            );
             Ok(())
         }
         Command::Cli(command) => Ok(command.run(Cli::command())?),
         Command::Identity { data, role, name, out } => issue_identity(&data, role, &name, &out),
+        Command::Backup { data, out } => {
+            let made = runtime()?.block_on(backup(&data, &out))?;
+            let of = if made.running { "the running directory" } else { "the stopped directory" };
+            println!("{} holds the state of {of}, {} bytes", out.display(), made.bytes);
+            println!("to use it, the recovery key is needed too");
+            Ok(())
+        }
+        Command::Restore(args) => restore_and_report(args),
         Command::Run(args) => {
             let layers = Layers {
                 file: args.config.as_deref(),
@@ -156,13 +221,50 @@ fn main() -> anyhow::Result<()> {
             };
             let config: Config = load(&layers)?;
             logging::abort_on_panic();
-            let runtime = tokio::runtime::Builder::new_multi_thread()
-                .enable_all()
-                .build()
-                .context("starting the runtime")?;
-            runtime.block_on(async { run(config, Shutdown::on_signals()?).await })
+            runtime()?.block_on(async { run(config, Shutdown::on_signals()?).await })
         }
     }
+}
+
+fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread().enable_all().build().context("starting the runtime")
+}
+
+fn restore_and_report(args: RestoreArgs) -> anyhow::Result<()> {
+    let data = args.data.clone();
+    let source = args.backup.map_or(Source::Providers(args.from), Source::Backup);
+    let from_backup = matches!(source, Source::Backup(_));
+    let options = RestoreOptions {
+        data: args.data,
+        recovery_key: args.recovery_key,
+        source,
+        accept_loss: args.accept_loss,
+    };
+    let restored = runtime()?.block_on(restore(&options))?;
+    let rebuilt = &restored.rebuilt;
+    println!("{} holds the directory again:", data.display());
+    println!("  {} commits in its image, {} after it", restored.image_seq, restored.records);
+    println!(
+        "  {} volumes, {} providers, {} sessions that may go on",
+        rebuilt.volumes, rebuilt.providers, rebuilt.sessions
+    );
+    if !from_backup {
+        println!("  {}", spoken(&restored.reached, &restored.unreached));
+    }
+    if let Some(gap) = restored.gap {
+        println!("  LOST: {gap}. Mounts must be made anew.");
+    } else if from_backup {
+        println!("  what changed after the backup is not in it. Mounts must be made anew.");
+    } else if restored.unreached.is_empty() {
+        println!("  nothing that was acknowledged is missing");
+    } else {
+        println!(
+            "  complete, unless every provider that kept the last records is among those that did \
+             not answer"
+        );
+    }
+    println!("start it as before: us-directory run --data {}", data.display());
+    Ok(())
 }
 
 #[cfg(test)]

@@ -24,6 +24,7 @@ mod attributes;
 mod blocks;
 mod data;
 mod entries;
+mod images;
 mod reap;
 #[cfg(test)]
 mod tests;

@@ -415,6 +415,9 @@ pub struct ClusterRecord {
     /// The cluster's own time: milliseconds that directories have run, rounded down.
     #[prost(uint64, tag = "7")]
     pub clock_ms: u64,
+    /// Sessions below this lost something in a restore: none of them is resumed.
+    #[prost(uint64, tag = "8")]
+    pub sessions_lost_below: u64,
 }
 
 /// Decodes a stored value.

@@ -5,6 +5,7 @@
 //! DIR/ca/           the certificate authority: whoever reads its key owns the cluster
 //! DIR/identity/     the directory's own certificate and key
 //! DIR/store/        journal and checkpoint
+//! DIR/recovery.key  what a restore needs; its owner keeps a copy elsewhere (docs/restore.md)
 //! DIR/address       where it listens, written when it does
 //! ```
 //! The end, in order: refuse connections, let calls finish, sync the journal, exit. When the store
@@ -19,16 +20,21 @@ use serde::{Deserialize, Serialize};
 use us_core::daemon::files::{Access, DirLock, write_atomic};
 use us_core::daemon::http;
 use us_core::daemon::shutdown::Shutdown;
+use us_core::geometry::Code;
 use us_core::tls::{CertificateAuthority, Identity, Role};
 use us_core::wire::{Server, ServerLimits};
 
 use crate::engine::EngineConfig;
 use crate::engine::presence::Clocks;
 use crate::engine::repair::RepairLimits;
+use crate::image::job::ImageJob;
+use crate::recovery::RecoveryKit;
 use crate::service::Service;
 use crate::shell::{Directory, DurableMark};
 use crate::store::embedded::{EmbeddedOptions, EmbeddedStore};
 
+/// The most copies of the journal.
+const COPIES_MAX: usize = 2;
 /// How long calls under way may take at the end.
 const DRAIN: Duration = Duration::from_secs(10);
 
@@ -73,6 +79,14 @@ pub struct Config {
     pub cache_mib: usize,
     /// A journal of this many MiB is written into the checkpoint.
     pub journal_mib: u64,
+    /// Copies of the journal on providers, where there are three or more: 0 to 2.
+    pub copies: usize,
+    /// How long a provider may take to store a record of the journal before another takes its place.
+    pub copy_ack_ms: u64,
+    /// This many MiB of journal since the last image of the state start another; 0: as journal_mib.
+    pub image_mib: u64,
+    /// The code of the image's blocks, S+R.
+    pub image_code: String,
 }
 
 impl Default for Config {
@@ -97,6 +111,10 @@ impl Default for Config {
             repair_kib_per_s: engine.repair.send_bytes_per_s_max >> 10,
             cache_mib: 64,
             journal_mib: 64,
+            copies: engine.copies,
+            copy_ack_ms: engine.copy_ack_ms,
+            image_mib: 0,
+            image_code: format!("{}+{}", engine.image_code.0, engine.image_code.1),
         }
     }
 }
@@ -124,7 +142,19 @@ impl Config {
                 send_bytes_per_s_max: self.repair_kib_per_s << 10,
                 ..RepairLimits::default()
             },
+            copies: self.copies,
+            copy_ack_ms: self.copy_ack_ms,
+            image_bytes: if self.image_mib == 0 { self.journal_mib } else { self.image_mib } << 20,
+            image_code: self.code().map_or((0, 0), |code| (code.s() as u32, code.r() as u32)),
         }
+    }
+
+    /// The code of the image's blocks.
+    fn code(&self) -> anyhow::Result<Code> {
+        let wrong = || format!("image_code {:?} is not S+R, such as 4+2", self.image_code);
+        let (s, r) = self.image_code.split_once('+').with_context(wrong)?;
+        let (s, r) = (s.trim().parse().with_context(wrong)?, r.trim().parse().with_context(wrong)?);
+        Code::new(s, r).with_context(wrong)
     }
 
     fn store(&self) -> EmbeddedOptions {
@@ -143,6 +173,10 @@ impl Config {
         if self.lease_ms == 0 || self.report_every_ms == 0 || self.settle_ms == 0 {
             bail!("lease_ms, settle_ms and report_every_ms must be more than 0");
         }
+        if self.copies > COPIES_MAX || self.copy_ack_ms == 0 {
+            bail!("copies must be 0 to {COPIES_MAX}, and copy_ack_ms more than 0");
+        }
+        self.code()?;
         if self.fence_ms <= self.lease_ms {
             bail!(
                 "fence_ms ({}) must be more than lease_ms ({}): a mount is shut out only after it \
@@ -155,12 +189,31 @@ impl Config {
     }
 }
 
-fn authority_dir(data: &Path) -> PathBuf {
+/// Where the authority lies in a data directory.
+pub(crate) fn authority_dir(data: &Path) -> PathBuf {
     data.join("ca")
 }
 
-fn identity_dir(data: &Path) -> PathBuf {
+/// Where the directory's own identity lies in a data directory.
+pub(crate) fn identity_dir(data: &Path) -> PathBuf {
     data.join("identity")
+}
+
+/// Where the recovery key lies in a data directory.
+pub fn recovery_key(data: &Path) -> PathBuf {
+    data.join("recovery.key")
+}
+
+/// The recovery key of a data directory, made where there is none.
+fn kit(data: &Path) -> anyhow::Result<RecoveryKit> {
+    let path = recovery_key(data);
+    if path.exists() {
+        return Ok(RecoveryKit::load(&path)?);
+    }
+    let kit = RecoveryKit::new(CertificateAuthority::load(&authority_dir(data))?);
+    kit.save(&path)?;
+    tracing::info!(path = %path.display(), "a recovery key was made: keep a copy elsewhere");
+    Ok(kit)
 }
 
 /// Makes a new cluster in `data`: its certificate authority and the directory's own identity.
@@ -182,6 +235,7 @@ pub fn init(data: &Path) -> anyhow::Result<String> {
         authority.save(&authority_dir)?;
         authority
     };
+    kit(data)?;
     authority.issue(Role::Directory, "directory")?.save(&identity_dir(data))?;
     Ok(authority.cluster().to_string())
 }
@@ -212,13 +266,20 @@ pub async fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
     let _lock = DirLock::take(&data)?;
     let identity = Identity::load(&identity_dir(&data))
         .with_context(|| format!("{}: run `us-directory init` first", data.display()))?;
+    let kit = kit(&data)?;
     let cluster = *identity.own().cluster.as_bytes();
+    if kit.cluster() != identity.own().cluster {
+        bail!("{}: it is the key of another cluster", recovery_key(&data).display());
+    }
     let (mark, sink) = DurableMark::new();
     let (store_dir, options) = (data.join("store"), config.store());
     let opened = std::time::Instant::now();
     let store = tokio::task::spawn_blocking(move || EmbeddedStore::open(&store_dir, options, sink))
         .await??;
-    let (directory, engine) = Directory::start(Box::new(store), mark, config.engine(), cluster)?;
+    let (directory, engine) = {
+        let secret = Some(kit.secret().clone());
+        Directory::start(Box::new(store), mark, config.engine(), cluster, secret)?
+    };
     tracing::info!(elapsed_ms = opened.elapsed().as_millis() as u64, "store opened");
     let listener = tokio::net::TcpListener::bind(config.listen)
         .await
@@ -228,6 +289,13 @@ pub async fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
     let clock = directory.clone();
     let ticking = shutdown.token().child_token();
     tokio::spawn(async move { clock.run_clock(ticking).await });
+    let images = ImageJob {
+        directory: directory.clone(),
+        identity: identity.clone(),
+        secret: kit.secret().clone(),
+        code: config.code()?,
+    };
+    let imaging = tokio::spawn(images.run(shutdown.token().child_token()));
     let mut failed = directory.failed();
     let routes = Service::new(directory.clone()).routes();
     let limits = ServerLimits { drain_timeout: DRAIN, ..ServerLimits::default() };
@@ -243,6 +311,7 @@ pub async fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
         stopped = failed.wait_for(Option::is_some) => stopped.ok().and_then(|why| why.clone()),
     };
     shutdown.request();
+    let _late = tokio::time::timeout(DRAIN, imaging).await;
     directory.end_streams();
     let served = tokio::time::timeout(DRAIN, serving).await;
     directory.stop().await;

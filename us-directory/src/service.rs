@@ -15,26 +15,31 @@ use us_proto::v1::admin_server::{Admin, AdminServer};
 use us_proto::v1::membership_server::{Membership, MembershipServer};
 use us_proto::v1::sessions_server::{Sessions, SessionsServer};
 use us_proto::v1::{
-    BlockRequest, CreateVolumeRequest, DeleteVolumeReply, DeleteVolumeRequest, DrainReply,
-    DrainRequest, EventsReply, EventsRequest, GiveUpReply, GiveUpRequest, ListVolumesReply,
-    ListVolumesRequest, ProviderDown, ProviderUp, RepairRequest, RepairStatus, ScrubReply,
-    ScrubRequest, SessionDown, SessionUp, StatusReply, StatusRequest, VolumeInfo, WhatIfReply,
-    WhatIfRequest, WhereBlock, WhereRequest,
+    BackupChunk, BackupRequest, BlockRequest, CreateVolumeRequest, DeleteVolumeReply,
+    DeleteVolumeRequest, DrainReply, DrainRequest, EventsReply, EventsRequest, GiveUpReply,
+    GiveUpRequest, ListVolumesReply, ListVolumesRequest, ProviderDown, ProviderUp, RepairRequest,
+    RepairStatus, ScrubReply, ScrubRequest, SessionDown, SessionUp, StatusReply, StatusRequest,
+    VolumeInfo, WhatIfReply, WhatIfRequest, WhereBlock, WhereRequest,
 };
 
 use crate::engine::{Answer, Event, Peer, Question, RefusalKind};
+use crate::image::ImageWriter;
 use crate::inspect::{files_lost, find_block, where_file};
 use crate::shell::{Directory, Gone};
 
 /// The largest message taken: a batch of 4 MiB and what goes with it.
 const MESSAGE_BYTES_MAX: usize = 8 << 20;
-/// The largest message sent: a map of 256 chunks of 1024 extents, and the blocks.
-pub const ANSWER_BYTES_MAX: usize = 16 << 20;
+/// The largest message sent: a map of 256 chunks of 1024 extents, and the blocks; a root.
+pub const ANSWER_BYTES_MAX: usize = 32 << 20;
 /// Blocks of `where` that wait for the caller to read them.
 const WHERE_QUEUE_MAX: usize = 64;
 /// Providers one what-if leaves out, and files it names.
 const WHAT_IF_PROVIDERS_MAX: usize = 4096;
 const WHAT_IF_FILES_MAX: u32 = 10_000;
+
+/// Pieces of a backup that wait for the caller to read them, and their size.
+const BACKUP_QUEUE_MAX: usize = 8;
+const BACKUP_CHUNK_BYTES: usize = 1 << 20;
 
 type Down<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
@@ -166,6 +171,7 @@ impl Membership for Service {
 #[tonic::async_trait]
 impl Admin for Service {
     type WhereStream = Down<WhereBlock>;
+    type BackupStream = Down<BackupChunk>;
 
     async fn status(
         &self,
@@ -230,6 +236,29 @@ impl Admin for Service {
             });
             if let Err(error) = sent {
                 let _gone = blocks.blocking_send(Err(error.into()));
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
+    }
+
+    async fn backup(
+        &self,
+        request: Request<BackupRequest>,
+    ) -> Result<Response<Self::BackupStream>, Status> {
+        // Only the directory itself: it is all keys of all volumes.
+        allowed(&request, &[Role::Directory])?;
+        let (view, seq) = match self.ask(Question::Backup).await? {
+            Answer::Backup(view, seq) => (view, seq),
+            other => return Err(unexpected(&other)),
+        };
+        let (chunks, stream) = tokio::sync::mpsc::channel(BACKUP_QUEUE_MAX);
+        tokio::task::spawn_blocking(move || {
+            let mut writer = ImageWriter::new(0, seq);
+            let written = writer.write_view(&*view, BACKUP_CHUNK_BYTES, |data| {
+                chunks.blocking_send(Ok(BackupChunk { data })).is_ok()
+            });
+            if let Err(error) = written {
+                let _gone = chunks.blocking_send(Err(Status::internal(error.to_string())));
             }
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(stream))))

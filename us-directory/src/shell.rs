@@ -15,6 +15,7 @@ use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use us_core::placement::Spread;
+use us_core::seal::Secret;
 use us_proto::v1::{ProviderDown, SessionDown};
 
 use crate::engine::health::count_slice;
@@ -22,7 +23,7 @@ use crate::engine::{
     Answer, AskId, ConnId, Effect, Engine, EngineConfig, EngineError, Event, Moment, Question,
     SystemEntropy,
 };
-use crate::store::{DurableSink, MetaStore, StoreError};
+use crate::store::{DurableSink, MetaStore, Progress, StoreError};
 
 /// Events that wait for the engine.
 const EVENTS_MAX: usize = 4096;
@@ -82,10 +83,11 @@ pub struct Directory {
     failed: watch::Receiver<Option<String>>,
 }
 
-/// How far the store is durable, and whether it has failed: set by the store's thread.
+/// How far the store has got, and whether it has failed: set by the store's threads.
 #[derive(Debug, Default)]
 pub struct DurableMark {
-    seq: AtomicU64,
+    written: AtomicU64,
+    synced: AtomicU64,
     failed: Mutex<Option<StoreError>>,
     wake: Mutex<Option<mpsc::Sender<Input>>>,
 }
@@ -95,14 +97,15 @@ impl DurableMark {
     pub fn new() -> (Arc<Self>, DurableSink) {
         let mark = Arc::new(Self::default());
         let set = mark.clone();
-        let sink: DurableSink = Arc::new(move |durable| set.set(durable));
+        let sink: DurableSink = Arc::new(move |progress| set.set(progress));
         (mark, sink)
     }
 
-    fn set(&self, durable: Result<u64, StoreError>) {
-        match durable {
-            Ok(seq) => {
-                self.seq.fetch_max(seq, Ordering::AcqRel);
+    fn set(&self, progress: Result<Progress, StoreError>) {
+        match progress {
+            Ok(progress) => {
+                self.written.fetch_max(progress.written, Ordering::AcqRel);
+                self.synced.fetch_max(progress.synced, Ordering::AcqRel);
             }
             Err(error) => *self.failed.lock() = Some(error),
         }
@@ -128,7 +131,7 @@ struct Owner {
     started_ms: u64,
     registry: Arc<Mutex<Registry>>,
     mark: Arc<DurableMark>,
-    told: u64,
+    told: Progress,
 }
 
 impl Owner {
@@ -156,10 +159,15 @@ impl Owner {
         if let Some(error) = self.mark.failed.lock().clone() {
             return Err(error);
         }
-        let seq = self.mark.seq.load(Ordering::Acquire);
-        if seq > self.told {
-            self.told = seq;
+        let seq = self.mark.synced.load(Ordering::Acquire);
+        if seq > self.told.synced {
+            self.told.synced = seq;
             self.step(Event::Durable { seq })?;
+        }
+        let seq = self.mark.written.load(Ordering::Acquire);
+        if seq > self.told.written {
+            self.told.written = seq;
+            self.step(Event::Written { seq })?;
         }
         Ok(())
     }
@@ -213,7 +221,8 @@ impl Registry {
 }
 
 impl Directory {
-    /// Starts the engine's thread on a store whose sink is `mark`'s.
+    /// Starts the engine's thread on a store whose sink is `mark`'s. With a recovery secret it keeps
+    /// copies of its state on providers.
     ///
     /// # Errors
     /// [`EngineError`] when the store cannot be read or is not this cluster's.
@@ -222,16 +231,26 @@ impl Directory {
         mark: Arc<DurableMark>,
         config: EngineConfig,
         cluster: [u8; 16],
+        recovery: Option<Secret>,
     ) -> Result<(Self, JoinHandle<()>), EngineError> {
         let entropy = Box::new(SystemEntropy);
-        let engine = Engine::start(store, config, entropy, Box::new(Spread), cluster)?;
+        let mut engine = Engine::start(store, config, entropy, Box::new(Spread), cluster)?;
+        if let Some(secret) = recovery {
+            engine.keep(secret)?;
+        }
         let (events, queue) = mpsc::channel(EVENTS_MAX);
         let (failing, failed) = watch::channel(None);
         *mark.wake.lock() = Some(events.clone());
         let registry = Arc::new(Mutex::new(Registry::default()));
         spawn_count(&engine, events.downgrade());
         let started_ms = boottime_ms();
-        let mut owner = Owner { engine, started_ms, registry: registry.clone(), mark, told: 0 };
+        let mut owner = Owner {
+            engine,
+            started_ms,
+            registry: registry.clone(),
+            mark,
+            told: Progress::default(),
+        };
         let thread = std::thread::Builder::new().name("engine".into()).spawn(move || {
             if let Err(error) = owner.run(queue) {
                 tracing::error!(%error, "the store has failed: the directory stops");

@@ -11,6 +11,9 @@
 //! - after a failed write or sync the store takes no more commits, for ever: the kernel may have
 //!   dropped the pages, so trying again could report durability that is not there.
 //!
+//! Every commit is also a *record*: its batch, encoded, under its number. Records can be read back for
+//! a while ([`MetaStore::records`]): copies on other machines, images and backups are made of them.
+//!
 //! Called by the engine (its only writer) and, through snapshots, by the admin scans.
 
 use std::collections::BTreeMap;
@@ -22,6 +25,7 @@ use bytes::Bytes;
 pub mod embedded;
 pub mod journal;
 pub mod memory;
+pub mod records;
 #[cfg(test)]
 mod tests;
 
@@ -186,6 +190,36 @@ pub trait MetaStore: View {
 
     /// Facts for `status`.
     fn facts(&self) -> StoreFacts;
+
+    /// The first commit whose record can still be read.
+    fn first_record(&self) -> Seq;
+
+    /// The bodies of records from `from` on, without gaps, until `bytes_max` is reached; at least
+    /// one where there is any. Only what was announced as written. Nothing where `from` is no longer
+    /// kept.
+    ///
+    /// # Errors
+    /// [`StoreError`] when the disk fails.
+    fn records(&self, from: Seq, bytes_max: usize) -> Result<Vec<(Seq, Bytes)>, StoreError>;
+
+    /// About how many bytes the records from `from` on take.
+    fn record_bytes(&self, from: Seq) -> u64;
+
+    /// Records before `from` are not asked for any more. Those from there on are kept while they are
+    /// not too many.
+    ///
+    /// # Errors
+    /// [`StoreError`] when the disk fails.
+    fn keep_records(&self, from: Seq) -> Result<(), StoreError>;
+}
+
+/// How far commits have got.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// Their records can be read; a killed process does not lose them, a power cut may.
+    pub written: Seq,
+    /// On stable storage.
+    pub synced: Seq,
 }
 
 /// What a store says about itself.
@@ -197,9 +231,9 @@ pub struct StoreFacts {
     pub journal_bytes: u64,
 }
 
-/// Hears how far commits are durable, or that the store has stopped. Called from the store's own
-/// thread; must not block for long.
-pub type DurableSink = Arc<dyn Fn(Result<Seq, StoreError>) + Send + Sync>;
+/// Hears how far commits are written and synced, or that the store has stopped. Called from the
+/// store's own thread; must not block for long.
+pub type DurableSink = Arc<dyn Fn(Result<Progress, StoreError>) + Send + Sync>;
 
 /// Writes that are applied together: at most one for each key.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -175,7 +175,14 @@ async fn what_was_durable_is_there_after_a_restart() {
     assert_eq!(durable, 1);
     let status = asks.status(StatusRequest {}).await.unwrap().into_inner();
     assert_eq!((status.sessions.len(), status.providers.len()), (1, 1));
+    // The whole state, keys and all, is for the directory itself only.
+    let refused = asks.backup(BackupRequest {}).await.unwrap_err();
+    assert_eq!(refused.code(), tonic::Code::PermissionDenied);
+    let file = root.path().join("backup");
+    let made = us_directory::backup::backup(&data, &file).await.unwrap();
+    assert!(made.running);
     daemon.stop().await;
+    restored_from(&root.path().join("restored"), &data, file).await;
 
     let daemon = start(&data).await;
     let resume = OpenSession { session: opened.session, incarnation: opened.incarnation, ..open };
@@ -200,5 +207,34 @@ async fn what_was_durable_is_there_after_a_restart() {
         })
         .await;
     assert_eq!(reason, EndReason::Closed as i32);
+    daemon.stop().await;
+}
+
+/// A directory rebuilt from a backup of the running one has the volume and the provider, and takes no
+/// session of before.
+async fn restored_from(restored: &Path, lost: &Path, backup: std::path::PathBuf) {
+    use us_directory::restore::{RestoreOptions, Source, restore};
+    let options = RestoreOptions {
+        data: restored.to_owned(),
+        recovery_key: us_directory::run::recovery_key(lost),
+        source: Source::Backup(backup),
+        accept_loss: false,
+    };
+    let found = restore(&options).await.unwrap();
+    assert_eq!((found.rebuilt.volumes, found.rebuilt.providers, found.rebuilt.sessions), (1, 1, 0));
+    let client = identity(restored, Role::Client, "client");
+    let daemon = start(restored).await;
+    let resume =
+        OpenSession { volume: "home".into(), session: 1, incarnation: 1, ..Default::default() };
+    let mut mount = Stream::open(daemon.dial(&client).await, resume).await;
+    let ended = mount.hear(|down| match down {
+        Down::Ended(ended) => Some(ended),
+        _ => None,
+    });
+    assert_eq!(ended.await.reason, EndReason::Unknown as i32, "another certificate");
+    let open = OpenSession { volume: "home".into(), ..Default::default() };
+    let mut mount = Stream::open(daemon.dial(&client).await, open).await;
+    let opened = mount.opened().await;
+    assert!(opened.session > 1 << 16 && opened.incarnation > 1);
     daemon.stop().await;
 }

@@ -45,6 +45,8 @@ pub struct ProviderConfig {
     pub index_cache: Size,
     /// How many hours a deleted fragment can be restored.
     pub trash_keep_hours: u32,
+    /// The most bytes that copies of the directory's journal may take, beside the capacity.
+    pub directory_copies: Size,
     /// How the daemon gives way to the machine's owner.
     pub guest: GuestConfig,
 }
@@ -63,6 +65,7 @@ impl Default for ProviderConfig {
             metrics: None,
             index_cache: Size(32 << 20),
             trash_keep_hours: 7 * 24,
+            directory_copies: Size(1 << 30),
             guest: GuestConfig::default(),
         }
     }

@@ -22,13 +22,15 @@ use us_core::daemon::{http, logging};
 use us_core::tls::{Identity, TlsError};
 use us_core::wire::{GRPC_MESSAGE_BYTES_MAX, Server, ServerLimits};
 use us_proto::v1::fragments_server::FragmentsServer;
+use us_proto::v1::recovery_server::RecoveryServer;
 
 use crate::config::ProviderConfig;
 use crate::control::{self, Controlled};
+use crate::copies::{Copies, LogError};
 use crate::guest::{Pause, ScrubRequests, run_background};
 use crate::membership::{About, Hands, LinkConfig, LinkEnd};
 use crate::rebuild::{PeerLinks, Peers, RebuildLimits, Rebuilder};
-use crate::service::FragmentService;
+use crate::service::{FragmentService, RecoveryService};
 use crate::store::{OpenError, Store};
 
 /// How often the figures of /metrics are brought up to date.
@@ -57,6 +59,9 @@ pub enum DaemonError {
     /// The store does not open.
     #[error(transparent)]
     Store(#[from] OpenError),
+    /// The copies of the directory's journal do not open.
+    #[error(transparent)]
+    Copies(#[from] LogError),
     /// An address, a file or the system refuses.
     #[error("cannot {action}")]
     Io {
@@ -89,6 +94,7 @@ impl DaemonError {
             Self::Setting { .. }
             | Self::Identity { .. }
             | Self::Store(_)
+            | Self::Copies(_)
             | Self::Io { .. }
             | Self::Tls(_)
             | Self::Membership(LinkEnd::Files(_)) => 1,
@@ -103,6 +109,7 @@ pub struct Daemon {
     directory: String,
     identity: Identity,
     store: Store,
+    copies: Copies,
 }
 
 impl Daemon {
@@ -125,7 +132,8 @@ impl Daemon {
             "store open"
         );
         rebuild_after_panic(&store);
-        Ok(Self { config, directory, identity, store })
+        let copies = Copies::start(&config.data, config.directory_copies.bytes())?;
+        Ok(Self { config, directory, identity, store, copies })
     }
 
     /// Serves until `shutdown`; calls `ready` with the address once requests are answered.
@@ -150,8 +158,10 @@ impl Daemon {
         let (serving_stop, background_stop) = (CancellationToken::new(), CancellationToken::new());
         let peers: Arc<dyn Peers> = Arc::new(PeerLinks::new(self.identity.clone()));
         let service = FragmentService::new(self.store.clone(), pause.clone(), Arc::clone(&peers));
-        let serving =
-            tokio::spawn(server(&self.identity, service).serve(listener, serving_stop.clone()));
+        let recovery = RecoveryService::new(&self.config.data);
+        let serving = tokio::spawn(
+            server(&self.identity, service, recovery).serve(listener, serving_stop.clone()),
+        );
         write_atomic(&self.config.data.join("address"), address.as_bytes(), Access::Public)
             .map_err(DaemonError::io("write the file of the address"))?;
         self.serve_control(&pause, &address, &background_stop);
@@ -184,6 +194,7 @@ impl Daemon {
             rebuilder: rebuilder.clone(),
             endings,
             scrub,
+            copies: self.copies.clone(),
         };
         let joined = crate::membership::run(link, hands, shutdown.token().clone()).await;
         // From here on the end, in order. The goodbye is said.
@@ -195,6 +206,13 @@ impl Daemon {
         background_stop.cancel();
         ended("background work", DRAIN_TIMEOUT, background).await;
         ended("figures", DRAIN_TIMEOUT, gauges).await;
+        let copies = self.copies;
+        ended(
+            "copies of the journal",
+            DRAIN_TIMEOUT,
+            tokio::task::spawn_blocking(move || copies.close()),
+        )
+        .await;
         let store = self.store.clone();
         ended("store", Duration::from_secs(60), tokio::task::spawn_blocking(move || store.close()))
             .await;
@@ -231,12 +249,14 @@ impl Daemon {
     }
 }
 
-fn server(identity: &Identity, service: FragmentService) -> Server {
+fn server(identity: &Identity, service: FragmentService, recovery: RecoveryService) -> Server {
     let fragments = FragmentsServer::new(service.clone())
         .max_decoding_message_size(GRPC_MESSAGE_BYTES_MAX)
         .max_encoding_message_size(GRPC_MESSAGE_BYTES_MAX);
+    let recovery = RecoveryServer::new(recovery)
+        .max_encoding_message_size(crate::membership::MESSAGE_BYTES_MAX);
     Server::new(identity, ServerLimits::default())
-        .grpc(Routes::new(fragments))
+        .grpc(Routes::new(fragments).add_service(recovery))
         .bulk(Arc::new(service))
 }
 

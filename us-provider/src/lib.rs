@@ -6,6 +6,7 @@
 
 pub mod config;
 pub mod control;
+pub mod copies;
 pub mod daemon;
 pub mod guest;
 pub mod membership;

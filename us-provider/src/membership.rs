@@ -7,8 +7,8 @@
 //! Invariants:
 //! - The directory's cookie is durable before anything that follows the welcome is done (rule 12).
 //! - A store that belongs to one cluster never serves another.
-//! - `DeleteDone` and `RootStored` are sent after the deletion, the root, is durable; a deletion
-//!   that fails is not answered, and the directory asks again.
+//! - `DeleteDone`, `RootStored` and `RecordsStored` are sent after the deletion, the root, the records
+//!   are durable; a deletion that fails is not answered, and the directory asks again.
 //! - `Rebuilt` is sent once for each ticket, on the stream that brought it, or not at all.
 
 mod files;
@@ -17,15 +17,15 @@ mod link;
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
 use us_core::ids::{FragmentId, ProviderId};
 use us_proto::v1::provider_down::Event as Down;
 use us_proto::v1::provider_up::Event as Up;
 use us_proto::v1::{
     CheckReply, DamageReport, DeleteDone, FragmentStatus, ProviderGoodbye, ProviderHello,
-    ProviderReport, RebuildFragments, RootStored,
+    ProviderReport, RebuildFragments, StoreRecords, StoreRoot,
 };
 
+use crate::copies::Held;
 use crate::rebuild::{Ended, Ticket};
 use crate::service::{id_of, wire_id};
 
@@ -35,6 +35,8 @@ pub use files::{
 pub(crate) use link::report;
 pub use link::{Hands, LinkConfig, LinkEnd, run};
 
+/// The largest message taken from the directory: a root, or records.
+pub const MESSAGE_BYTES_MAX: usize = 32 << 20;
 /// Fragments named in one message.
 const IDS_MAX: usize = 4096;
 /// Heartbeats before the directory said how often it wants them.
@@ -80,14 +82,13 @@ pub enum Effect {
         query: u64,
         /// The fragments; `None` for one whose id makes no sense.
         ids: Vec<Option<FragmentId>>,
+        /// Take those that lie in the trash out of it first.
+        bring_back: bool,
     },
-    /// Make this root durable, then send [`Member::root_stored`].
-    KeepRoot {
-        /// Its number.
-        sequence: u64,
-        /// Its bytes.
-        root: Bytes,
-    },
+    /// Make this root durable, then say so.
+    KeepRoot(StoreRoot),
+    /// Make these records durable, then say so.
+    KeepRecords(StoreRecords),
     /// Carry this order out, then give its end to [`Member::rebuilt`].
     Rebuild {
         /// Its number.
@@ -139,8 +140,8 @@ impl Member {
         }
     }
 
-    /// The first message of a new stream.
-    pub fn connected(&mut self, now: Instant, report: ProviderReport) -> Up {
+    /// The first message of a new stream; `held` is what is kept of the directory's own state.
+    pub fn connected(&mut self, now: Instant, report: ProviderReport, held: Held) -> Up {
         self.is_welcome = false;
         self.stream += 1;
         self.rebuilds.clear();
@@ -152,6 +153,8 @@ impl Member {
             cookie: self.joined.as_ref().map(|joined| joined.cookie.clone()).unwrap_or_default(),
             report: Some(report),
             version: env!("CARGO_PKG_VERSION").to_owned(),
+            root_sequence: held.root_sequence,
+            records: held.records,
         })
     }
 
@@ -187,6 +190,7 @@ impl Member {
             Down::Delete(_)
             | Down::Check(_)
             | Down::StoreRoot(_)
+            | Down::StoreRecords(_)
             | Down::Rebuild(_)
             | Down::CancelRebuild(_)
             | Down::StartScrub(_)
@@ -206,11 +210,10 @@ impl Member {
             }
             Down::Check(check) => {
                 let ids = check.fragments.iter().map(id_of).take(IDS_MAX).collect();
-                vec![Effect::Check { query: check.query, ids }]
+                vec![Effect::Check { query: check.query, ids, bring_back: check.bring_back }]
             }
-            Down::StoreRoot(store) => {
-                vec![Effect::KeepRoot { sequence: store.sequence, root: store.root }]
-            }
+            Down::StoreRoot(root) => vec![Effect::KeepRoot(root)],
+            Down::StoreRecords(records) => vec![Effect::KeepRecords(records)],
         }
     }
 
@@ -288,11 +291,6 @@ impl Member {
         Up::Checked(CheckReply { query, statuses })
     }
 
-    /// The root with this number is durable.
-    pub fn root_stored(sequence: u64) -> Up {
-        Up::RootStored(RootStored { sequence })
-    }
-
     /// The last message.
     pub fn goodbye() -> Up {
         Up::Goodbye(ProviderGoodbye { back_in_s: 0 })
@@ -309,6 +307,7 @@ fn cannot_wait(last: &ProviderReport, now: &ProviderReport) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use bytes::Bytes;
     use us_proto::v1::{
         CancelRebuild, DeleteFragments, ProviderRefused, ProviderWelcome, Rebuilt, StartScrub,
     };
@@ -337,14 +336,20 @@ mod tests {
     fn the_cookie_is_kept_first_and_shown_next_time() {
         let mut member = member();
         let now = Instant::now();
-        let Up::Hello(hello) = member.connected(now, ProviderReport::default()) else { panic!() };
+        let Up::Hello(hello) = member.connected(now, ProviderReport::default(), Held::default())
+        else {
+            panic!()
+        };
         assert!(hello.cookie.is_empty());
         assert_eq!(member.received(delete()), [], "nothing is done before the welcome");
         let effects = member.received(welcome(b"ours"));
         assert!(matches!(&effects[0], Effect::KeepJoined(joined) if joined.provider == 4));
         assert!(matches!(&member.received(delete())[..], [Effect::Delete { ticket: 9, .. }]));
         member.disconnected(0.5);
-        let Up::Hello(hello) = member.connected(now, ProviderReport::default()) else { panic!() };
+        let Up::Hello(hello) = member.connected(now, ProviderReport::default(), Held::default())
+        else {
+            panic!()
+        };
         assert_eq!(&hello.cookie[..], b"cookie");
         assert!(matches!(&member.received(welcome(b"others"))[..], [Effect::Stop { .. }]));
         let refused = Down::Refused(ProviderRefused { reason: "no".into() });
@@ -356,7 +361,7 @@ mod tests {
         let mut member = member();
         let now = Instant::now();
         let report = ProviderReport { accepts_puts: true, ..ProviderReport::default() };
-        member.connected(now, report.clone());
+        member.connected(now, report.clone(), Held::default());
         assert_eq!(member.tick(now + Duration::from_secs(100), &report), None, "not welcome yet");
         member.received(welcome(b"ours"));
         assert_eq!(member.tick(now + Duration::from_millis(400), &report), None);
@@ -373,7 +378,7 @@ mod tests {
         assert!(waits.windows(2).all(|pair| pair[0] <= pair[1]));
         assert_eq!((waits[0], waits[99]), (RETRY_FIRST, RETRY_MAX));
         assert!(member.disconnected(0.0) >= RETRY_MAX / 2);
-        member.connected(Instant::now(), ProviderReport::default());
+        member.connected(Instant::now(), ProviderReport::default(), Held::default());
         member.received(welcome(b"ours"));
         assert_eq!(member.disconnected(1.0), RETRY_FIRST);
     }

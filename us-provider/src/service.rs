@@ -8,6 +8,7 @@
 //! for repair has limits of its own, so that it never takes the turn of a reader.
 
 mod combine;
+mod recovery;
 mod status;
 
 use std::sync::Arc;
@@ -28,6 +29,7 @@ use us_proto::v1::fragments_server::Fragments;
 use crate::guest::Pause;
 use crate::rebuild::Peers;
 use crate::store::{IDS_MAX, ReadRequest, Store, StoreError};
+pub use recovery::RecoveryService;
 pub use status::{failure_status, status_of, wire_id};
 
 /// Bytes of puts that are waiting or being written, over all connections.

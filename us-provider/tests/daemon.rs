@@ -23,11 +23,13 @@ use us_proto::v1::fragments_client::FragmentsClient;
 use us_proto::v1::membership_server::{Membership, MembershipServer};
 use us_proto::v1::provider_down::Event as Down;
 use us_proto::v1::provider_up::Event as Up;
+use us_proto::v1::recovery_client::RecoveryClient;
+use us_proto::v1::recovery_page::Content;
 use us_proto::v1::{
     CancelRebuild, CheckFragments, CombineItem, CombineRequest, DeleteFragments, FragmentId,
     FragmentStatus, GetItem, GetRequest, InventoryRequest, ProviderDown, ProviderRefused,
-    ProviderUp, ProviderWelcome, PutRequest, RebuildFragments, RebuildPath, RebuildStatus, Rebuilt,
-    StartScrub, StoreRoot, VerifyRequest,
+    ProviderUp, ProviderWelcome, PutRequest, ReadRecoveryRequest, RebuildFragments, RebuildPath,
+    RebuildStatus, Rebuilt, RecordPart, StartScrub, StoreRecords, StoreRoot, VerifyRequest,
 };
 
 #[path = "../samples/record.rs"]
@@ -228,7 +230,8 @@ async fn a_provider_joins_serves_and_deletes() {
     assert_eq!(get(&client, 2).await.status(), FragmentStatus::NotFound);
     over_grpc(&setting, &address).await;
     // The directory checks, deletes, keeps a root.
-    let check = CheckFragments { query: 5, fragments: vec![wire(1), wire(2)] };
+    let check =
+        CheckFragments { query: 5, fragments: vec![wire(1), wire(2)], ..Default::default() };
     setting.played.say(Down::Check(check)).await;
     let checked = setting.played.hear("the check", |up| match up {
         Up::Checked(reply) => Some(reply.clone()),
@@ -236,7 +239,7 @@ async fn a_provider_joins_serves_and_deletes() {
     });
     let statuses: Vec<_> = checked.await.statuses().collect();
     assert_eq!(statuses, [FragmentStatus::Ok, FragmentStatus::NotFound]);
-    let root = StoreRoot { sequence: 3, root: Bytes::from_static(b"root") };
+    let root = StoreRoot { sequence: 3, root: Bytes::from_static(b"root"), ..StoreRoot::default() };
     setting.played.say(Down::StoreRoot(root)).await;
     setting.played.hear("the root", |up| matches!(up, Up::RootStored(_)).then_some(())).await;
     let kept = std::fs::read(setting.data().join("root")).unwrap();
@@ -250,8 +253,86 @@ async fn a_provider_joins_serves_and_deletes() {
         _ => None,
     });
     assert!(report.await.used_bytes > 100_000, "the trash still takes space");
+    // What a restored directory still knows comes back.
+    let check = CheckFragments { query: 6, fragments: vec![wire(1), wire(2)], bring_back: true };
+    setting.played.say(Down::Check(check)).await;
+    let checked = setting.played.hear("the other check", |up| match up {
+        Up::Checked(reply) => Some(reply.clone()),
+        _ => None,
+    });
+    let statuses: Vec<_> = checked.await.statuses().collect();
+    assert_eq!(statuses, [FragmentStatus::Ok, FragmentStatus::NotFound]);
+    assert_eq!(get(&client, 1).await.status(), FragmentStatus::Ok);
     terminate(&child);
     setting.played.hear("a goodbye", |up| matches!(up, Up::Goodbye(_)).then_some(())).await;
+    assert!(end(child).await.success());
+    setting.stop.cancel();
+}
+
+fn records(seqs: std::ops::RangeInclusive<u64>) -> StoreRecords {
+    let part = |seq| RecordPart { seq, part: 0, last: true, sealed: vec![seq as u8; 200].into() };
+    let salt = vec![1; 16].into();
+    let parts = seqs.map(part).collect();
+    StoreRecords { incarnation: 1, run: 4, run_first_seq: 1, salt, parts }
+}
+
+/// Everything the provider gives back: its root, and the numbers of its records.
+async fn recovered(setting: &Setting, identity: &Identity) -> Result<(Bytes, Vec<u64>), Status> {
+    let address = std::fs::read_to_string(setting.data().join("address")).unwrap();
+    let expected = ExpectedPeer::role(Role::Provider);
+    let channel = connect_grpc(&address, identity, expected).await.unwrap();
+    let mut pages = RecoveryClient::new(channel).read(ReadRecoveryRequest {}).await?.into_inner();
+    let (mut root, mut seqs) = (Bytes::new(), Vec::new());
+    while let Some(page) = pages.message().await? {
+        match page.content.unwrap() {
+            Content::Root(kept) => root = kept.root,
+            Content::Records(records) => seqs.extend(records.parts.iter().map(|part| part.seq)),
+        }
+    }
+    Ok((root, seqs))
+}
+
+/// Records are durable before they are acknowledged: a kill takes none, the next hello says what is
+/// there, and a root lets them go.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn records_of_the_directory_survive_a_kill_and_go_with_a_root() {
+    let setting = Setting::new().await;
+    let (mut child, hello) = setting.start().await;
+    assert_eq!((hello.records, hello.root_sequence), (None, 0));
+    for (seqs, last) in [(1..=40, 40), (41..=41, 41)] {
+        setting.played.say(Down::StoreRecords(records(seqs))).await;
+        let stored = setting.played.hear("records stored", |up| match up {
+            Up::RecordsStored(stored) if stored.seq == last => Some(stored.clone()),
+            _ => None,
+        });
+        let stored = stored.await;
+        assert_eq!((stored.run, stored.error.as_str()), (4, ""));
+    }
+    child.kill().unwrap();
+    end(child).await;
+    let (child, hello) = setting.start().await;
+    let held = hello.records.unwrap();
+    assert_eq!((held.run, held.first_seq, held.last_seq), (4, 1, 41));
+    let refused = recovered(&setting, &setting.client).await.unwrap_err();
+    assert_eq!(refused.code(), tonic::Code::PermissionDenied);
+    let (root, seqs) = recovered(&setting, &setting.admin).await.unwrap();
+    assert!(root.is_empty() && seqs == (1..=41).collect::<Vec<_>>());
+    let root = StoreRoot {
+        sequence: 8,
+        root: Bytes::from_static(b"sealed"),
+        covers_seq: 41,
+        incarnation: 1,
+        run: 4,
+        run_first_seq: 1,
+    };
+    setting.played.say(Down::StoreRoot(root)).await;
+    setting.played.hear("the root", |up| matches!(up, Up::RootStored(_)).then_some(())).await;
+    // Behind the root, which is acknowledged before records go.
+    setting.played.say(Down::StoreRecords(records(42..=43))).await;
+    setting.played.hear("more", |up| matches!(up, Up::RecordsStored(_)).then_some(())).await;
+    let (root, seqs) = recovered(&setting, &setting.admin).await.unwrap();
+    assert_eq!((&root[..], seqs), (&b"sealed"[..], vec![42, 43]));
+    terminate(&child);
     assert!(end(child).await.success());
     setting.stop.cancel();
 }
@@ -410,7 +491,7 @@ async fn a_daemon_rebuilds_is_cancelled_is_killed_and_rebuilds_again() {
     setting.played.say(order(&swarm, 3, 4)).await;
     // The loop still answers while the order hangs.
     let id = us_provider::service::wire_id(block.records[5].header.id());
-    let check = CheckFragments { query: 8, fragments: vec![id] };
+    let check = CheckFragments { query: 8, fragments: vec![id], bring_back: false };
     setting.played.say(Down::Check(check)).await;
     let checked = setting.played.hear("the check", |up| match up {
         Up::Checked(reply) => Some(reply.statuses().collect::<Vec<_>>()),

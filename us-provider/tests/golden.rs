@@ -5,6 +5,11 @@
 use std::path::{Path, PathBuf};
 
 use us_core::fragment::crc32c;
+use us_proto::v1::RecordPart;
+use us_provider::copies::format::{
+    Label, decode_frame, decode_header, encode_frame, encode_header,
+};
+use us_provider::copies::{Reading, RecordLog};
 use us_provider::store::format::{
     Envelope, RecordKind, SegmentHeader, encode_control, padded_bytes,
 };
@@ -83,4 +88,59 @@ fn segments_of_format_1_load() {
     let trashed = store.inventory(None, 10).unwrap();
     let trashed: Vec<_> = trashed.iter().map(|line| line.entry.trashed_at_s).collect();
     assert_eq!(trashed, [0, TRASHED_AT_S, 0]);
+}
+
+fn records_path() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/records-1.bin")
+}
+
+fn parts() -> Vec<RecordPart> {
+    let part = |seq, part, last, bytes: usize| {
+        let sealed = (0..bytes).map(|at| at as u8).collect::<Vec<_>>().into();
+        RecordPart { seq, part, last, sealed }
+    };
+    vec![part(70, 0, true, 16), part(71, 0, false, 300), part(71, 1, true, 33)]
+}
+
+fn records() -> Vec<u8> {
+    let label = Label { incarnation: 2, run: 9, first_seq: 70, salt: SALT };
+    let mut bytes = encode_header(4, &label).to_vec();
+    parts().iter().for_each(|part| encode_frame(&mut bytes, part));
+    bytes
+}
+
+#[test]
+fn records_of_the_directory_are_written_and_read_as_they_were() {
+    if std::env::var_os("US_UPDATE_GOLDEN").is_some() {
+        std::fs::write(records_path(), records()).unwrap();
+    }
+    assert!(records() == std::fs::read(records_path()).unwrap(), "the format changed");
+    let data = tempfile::tempdir().unwrap();
+    let dir = data.path().join("directory");
+    std::fs::create_dir(&dir).unwrap();
+    std::fs::copy(records_path(), dir.join("00000004.records")).unwrap();
+    let held = RecordLog::open(&dir, 1 << 20).unwrap().held().unwrap();
+    assert_eq!((held.incarnation, held.run, held.first_seq, held.last_seq), (2, 9, 70, 71));
+    let message = Reading::new(data.path()).unwrap().next_message().unwrap().unwrap();
+    assert_eq!((message.parts, message.run_first_seq), (parts(), 70));
+}
+
+/// Whatever the bytes, decoding ends with something or nothing.
+#[test]
+fn decoders_of_records_survive_any_change() {
+    let bytes = records();
+    for at in 0..bytes.len() {
+        let mut changed = bytes.clone();
+        changed[at] ^= 0x81;
+        let changed = bytes::Bytes::from(changed);
+        let _ = decode_header(&changed);
+        let mut next = 64;
+        while let Some((_, end)) = decode_frame(&changed, next) {
+            next = end;
+        }
+        assert!(next <= changed.len());
+        for cut in [at / 2, at] {
+            let _ = decode_frame(&changed.slice(..cut), 64.min(cut));
+        }
+    }
 }

@@ -64,8 +64,14 @@ impl CertificateAuthority {
     /// [`TlsError::File`] where a file is missing; [`TlsError::Certificate`] when `ca.pem` names no
     /// cluster; [`TlsError::Issue`] when the files do not parse.
     pub fn load(dir: &Path) -> Result<Self, TlsError> {
-        let ca_pem = files::load(dir, CA_FILE)?.to_string();
-        let key_pem = files::load(dir, CA_KEY_FILE)?;
+        Self::from_pem(files::load(dir, CA_FILE)?.to_string(), files::load(dir, CA_KEY_FILE)?)
+    }
+
+    /// The authority made of these two PEM texts.
+    ///
+    /// # Errors
+    /// As [`CertificateAuthority::load`], but for files.
+    pub fn from_pem(ca_pem: String, key_pem: Zeroizing<String>) -> Result<Self, TlsError> {
         let cluster = peer::cluster_of(&super::certificate(&ca_pem, CA_FILE)?)?;
         let issuer = Issuer::from_ca_cert_pem(&ca_pem, KeyPair::from_pem(&key_pem)?)?;
         Ok(Self { cluster, ca_pem, key_pem, issuer })
@@ -84,6 +90,11 @@ impl CertificateAuthority {
     /// The authority's certificate: what everyone trusts.
     pub fn ca_pem(&self) -> &str {
         &self.ca_pem
+    }
+
+    /// Its private key (PKCS #8). Never print it.
+    pub fn key_pem(&self) -> &Zeroizing<String> {
+        &self.key_pem
     }
 
     /// A new key and a certificate for it.

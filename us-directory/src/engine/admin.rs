@@ -59,6 +59,18 @@ impl Engine {
             Question::Scrub { provider } => self.scrub(provider),
             Question::WhatIf { without } => self.what_if(&without),
             Question::Events { after, last } => Answer::Events(self.events(after, last)?),
+            Question::Backup => {
+                let (view, seq) = (self.store.snapshot(), self.last_seq);
+                self.sync()?;
+                return self.then(seq, Then::Answer(ask, Answer::Backup(view, seq)));
+            }
+            Question::PlanImage => Answer::Plan(self.plan_image()?),
+            Question::Records { from, bytes_max } => {
+                Answer::Records(self.kept_records(from, bytes_max))
+            }
+            Question::LeaseForImage { count } => return self.lease_for_image(ask, count),
+            Question::LocateImage { block } => self.locate_image(&block)?,
+            Question::CommitImage { run, blocks } => return self.commit_image(ask, run, &blocks),
         };
         self.effects.push(Effect::Answer { ask, answer });
         Ok(())
@@ -131,7 +143,9 @@ impl Engine {
         let found = self
             .volumes
             .iter()
-            .find(|(_, volume)| volume.record.name == name && !volume.record.deleting)
+            .find(|(id, volume)| {
+                volume.record.name == name && !volume.record.deleting && !self.is_hidden(id)
+            })
             .map(|(id, _)| *id);
         let Some(id) = found else {
             let answer = refused(RefusalKind::NotFound, format!("there is no volume {name:?}"));
@@ -156,7 +170,9 @@ impl Engine {
 
     fn volume_infos(&self) -> Result<Vec<VolumeInfo>, StoreError> {
         let mut infos = Vec::with_capacity(self.volumes.len());
-        for (id, volume) in self.volumes.iter().filter(|(_, volume)| !volume.record.deleting) {
+        let shown =
+            |(id, volume): &(&VolumeId, &Volume)| !volume.record.deleting && !self.is_hidden(id);
+        for (id, volume) in self.volumes.iter().filter(shown) {
             infos.push(volume_info(id, volume, self.usage(id)?));
         }
         Ok(infos)
@@ -189,7 +205,14 @@ impl Engine {
         let providers = self.provider_statuses(&totals);
         let facts = self.store.facts();
         let health = health(&totals);
-        let copies = JournalStatus { sequence: facts.seq, copies: 0, bytes: facts.journal_bytes };
+        let holders = self.live_copies();
+        let copies = JournalStatus {
+            sequence: facts.seq,
+            copies: holders.len() as u32,
+            bytes: facts.journal_bytes,
+            holders,
+            image_sequence: self.image_covers(),
+        };
         Ok(StatusReply {
             health: health as i32,
             summary: summary(health, &totals, !self.counts.complete),
@@ -298,6 +321,7 @@ impl Engine {
             ("us_directory_repair_bytes_per_s", self.repair_status().bytes_per_s as f64),
             ("us_directory_providers_braked", self.braked as f64),
             ("us_directory_deletes_pending", self.pending_deletes.max(0) as f64),
+            ("us_directory_journal_copies", self.live_copies().len() as f64),
             ("us_directory_journal_bytes", self.store.facts().journal_bytes as f64),
             ("us_directory_signatures", self.counts.signatures() as f64),
         ])

@@ -53,6 +53,7 @@ impl Engine {
         self.learn_presence()?;
         self.check_clocks()?;
         self.note_ends()?;
+        self.keeping_chores()?;
         self.check_unsettled()?;
         self.expand_graves()?;
         if self.pending_deletes > 0 && self.clock_ms() > self.clock_stored_ms + CLOCK_LAG_MS {

@@ -4,11 +4,13 @@ use std::sync::Arc;
 
 use us_core::ids::VolumeId;
 use us_proto::v1::{
-    BlockSummary, ClusterEvent, ProviderDown, ProviderUp, RepairStatus, SessionDown, SessionUp,
-    StatusReply, VolumeInfo,
+    BlockCommit, BlockSummary, ClusterEvent, PlacementsLeased, ProviderDown, ProviderUp,
+    RepairStatus, SessionDown, SessionUp, StatusReply, VolumeInfo,
 };
 
 use super::health::CountedSlice;
+use super::keeping::ImagePlan;
+use crate::recovery::{ImageBlock, ImageRun};
 use crate::store::{Seq, View};
 
 /// A connection, numbered by the shell; numbers are never used again.
@@ -72,6 +74,11 @@ pub enum Event {
     Disconnected {
         /// The connection.
         conn: ConnId,
+    },
+    /// The store's records can be read up to here.
+    Written {
+        /// The commit.
+        seq: Seq,
     },
     /// The store is durable up to here.
     Durable {
@@ -147,6 +154,34 @@ pub enum Question {
         /// Only so many of the newest; 0: all.
         last: u64,
     },
+    /// The state as of a commit that is durable.
+    Backup,
+    /// What the image's job is to do.
+    PlanImage,
+    /// Records for the image's job.
+    Records {
+        /// The first.
+        from: Seq,
+        /// Bytes in one answer.
+        bytes_max: usize,
+    },
+    /// Places for the image's blocks.
+    LeaseForImage {
+        /// How many.
+        count: u32,
+    },
+    /// Where a block of the image is now.
+    LocateImage {
+        /// The block.
+        block: us_core::ids::BlockId,
+    },
+    /// A run of the image is in the swarm.
+    CommitImage {
+        /// The run.
+        run: ImageRun,
+        /// Its blocks.
+        blocks: Vec<BlockCommit>,
+    },
 }
 
 /// What an administrator is answered.
@@ -170,6 +205,16 @@ pub enum Answer {
     WhatIf(BlockSummary),
     /// A page of the log.
     Events(Vec<ClusterEvent>),
+    /// The state of a durable commit, and its number.
+    Backup(Arc<dyn View>, Seq),
+    /// A run to write, if any.
+    Plan(Option<ImagePlan>),
+    /// Records, without gaps.
+    Records(Vec<(Seq, bytes::Bytes)>),
+    /// Places.
+    Placements(PlacementsLeased),
+    /// A block of the image, if there is such a one.
+    ImageBlock(Option<Box<ImageBlock>>),
     /// It cannot be done.
     Refused {
         /// What kind of refusal.
@@ -215,6 +260,11 @@ impl std::fmt::Debug for Answer {
             Self::Repair(status) => f.debug_tuple("Repair").field(status).finish(),
             Self::WhatIf(summary) => f.debug_tuple("WhatIf").field(summary).finish(),
             Self::Events(events) => f.debug_tuple("Events").field(events).finish(),
+            Self::Backup(_, seq) => f.debug_tuple("Backup").field(seq).finish(),
+            Self::Plan(plan) => f.debug_tuple("Plan").field(plan).finish(),
+            Self::Records(records) => f.debug_tuple("Records").field(&records.len()).finish(),
+            Self::Placements(leased) => f.debug_tuple("Placements").field(leased).finish(),
+            Self::ImageBlock(block) => f.debug_tuple("ImageBlock").field(block).finish(),
             Self::Refused { kind, detail } => {
                 f.debug_struct("Refused").field("kind", kind).field("detail", detail).finish()
             }

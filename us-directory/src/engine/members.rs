@@ -12,7 +12,7 @@ use us_proto::v1::session_down::Event as SessionEvent;
 use us_proto::v1::{
     CheckFragments, CheckReply, DamageReport, FragmentStatus, ProviderDown, ProviderEntry,
     ProviderHello, ProviderRefused, ProviderReport, ProviderState, ProviderTable, ProviderUp,
-    ProviderWelcome,
+    ProviderWelcome, RecordsHeld,
 };
 
 use super::events::EventKind;
@@ -45,6 +45,10 @@ pub(super) struct Member {
     pub heard_ms: u64,
     /// Space of leased placements, fading with every report.
     pub promised_bytes: u64,
+    /// The root it is known to have stored.
+    pub root_stored: u64,
+    /// Records of the journal it said it has, at its hello.
+    pub records_held: Option<RecordsHeld>,
     /// Deletions it was sent and has not confirmed: the ticket and the keys.
     pub deleting: Option<(u64, Vec<Bytes>)>,
     /// The log says that it is silent.
@@ -65,6 +69,8 @@ impl Member {
             report: ProviderReport::default(),
             heard_ms: 0,
             promised_bytes: 0,
+            root_stored: 0,
+            records_held: None,
             deleting: None,
             told_silent: false,
             away_ms: 0,
@@ -172,7 +178,8 @@ impl Engine {
                 let batch = member_batch(provider, &member.record);
                 self.commit(batch, Durability::Applied)?;
             }
-            Up::RootStored(_) => {}
+            Up::RootStored(root) => self.root_stored(provider, root.sequence),
+            Up::RecordsStored(stored) => self.records_stored(provider, &stored),
             Up::Rebuilt(reply) => self.rebuilt(provider, &reply)?,
         }
         Ok(())
@@ -203,6 +210,12 @@ impl Engine {
             tracing::warn!(provider, "its store was rolled back, cloned or replaced");
             record.suspect = true;
         }
+        let moved = record.address != hello.address || !self.members.contains_key(&provider);
+        self.root_seen(hello.root_sequence);
+        self.run_seen(provider, hello.records.as_ref());
+        if moved {
+            self.root_outdated();
+        }
         let mut cookie = [0; 16];
         self.entropy.fill(&mut cookie);
         record.store = hello.store;
@@ -229,6 +242,8 @@ impl Engine {
         member.report = hello.report.unwrap_or_default();
         member.heard_ms = now_ms;
         member.promised_bytes = 0;
+        member.root_stored = 0;
+        member.records_held = hello.records;
         member.deleting = None;
         member.online = false;
         member.told_silent = false;
@@ -236,6 +251,10 @@ impl Engine {
         if let Some(old) = old {
             self.connections.remove(&old);
             self.effects.push(Effect::End { conn: old });
+        }
+        if let Some(keeping) = &mut self.keeping {
+            keeping.copies.gone(provider);
+            keeping.members_changed = true;
         }
         self.queries.retain(|_, query| query.provider != provider);
         if let Some(connection) = self.connections.get_mut(&conn) {
@@ -276,6 +295,7 @@ impl Engine {
         self.tell(conn, Down::Welcome(welcome));
         tracing::info!(provider, suspect, "provider online");
         self.push_provider(provider);
+        self.keep_with(conn);
         if suspect {
             self.sweep(provider, None)?;
         } else {
@@ -313,6 +333,10 @@ impl Engine {
         presence::fell_silent(&mut member.record, clock_ms, unix_ms, away_ms);
         let batch = member_batch(provider, &member.record);
         self.commit(batch, Durability::Applied)?;
+        if let Some(keeping) = &mut self.keeping {
+            keeping.copies.gone(provider);
+            keeping.members_changed = true;
+        }
         self.queries.retain(|_, query| query.provider != provider);
         if was_online {
             tracing::info!(provider, "provider gone");
@@ -377,8 +401,10 @@ impl Engine {
         let query = self.next_query;
         self.next_query += 1;
         let fragments = pieces.iter().map(piece_message).collect();
+        // What a restored directory still knows may have been deleted since its backup.
+        let bring_back = sweep.is_some();
         self.queries.insert(query, Query { provider, pieces, sweep });
-        self.tell(conn, Down::Check(CheckFragments { query, fragments }));
+        self.tell(conn, Down::Check(CheckFragments { query, fragments, bring_back }));
     }
 
     fn checked(&mut self, provider: u32, reply: &CheckReply) -> Result<(), StoreError> {
@@ -423,6 +449,9 @@ impl Engine {
         let batch = member_batch(provider, &member.record);
         self.commit(batch, Durability::Applied)?;
         tracing::info!(provider, "checked: believed again");
+        if let Some(keeping) = &mut self.keeping {
+            keeping.members_changed = true;
+        }
         self.push_provider(provider);
         self.sources_are_back();
         Ok(())

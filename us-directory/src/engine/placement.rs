@@ -62,10 +62,22 @@ impl Engine {
     ) -> Result<(), StoreError> {
         let volume = self.sessions.get(&session).and_then(|s| self.volumes.get(&s.volume));
         let Some(code) = volume.map(|volume| volume.code) else { return Ok(()) };
+        let mut reply = self.choose_places(code, ask.count)?;
+        reply.request = ask.request;
+        let down = Box::new(SessionDown { event: Some(Down::Placements(reply)) });
+        self.then(self.births_promised, Then::Send(conn, down))
+    }
+
+    /// Places for `count` blocks. The answer may leave when `births_promised` is durable.
+    pub(super) fn choose_places(
+        &mut self,
+        code: Code,
+        count: u32,
+    ) -> Result<PlacementsLeased, StoreError> {
         let fragment_bytes = fragment_bytes_max(code);
-        let mut reply = PlacementsLeased { request: ask.request, ..Default::default() };
+        let mut reply = PlacementsLeased::default();
         let mut candidates = self.candidates();
-        for _ in 0..ask.count.min(PLACEMENTS_MAX) {
+        for _ in 0..count.min(PLACEMENTS_MAX) {
             let seed = self.next_birth.wrapping_mul(0x2545_f491_4f6c_dd1d) ^ self.cluster.run;
             let request = PlacementRequest { code, fragment_bytes, seed };
             match self.chooser.choose(&candidates, &request) {
@@ -87,8 +99,7 @@ impl Engine {
             self.cluster.births_end = self.next_birth + BIRTHS_AHEAD;
             self.births_promised = self.commit_cluster(Durability::Durable)?;
         }
-        let down = Box::new(SessionDown { event: Some(Down::Placements(reply)) });
-        self.then(self.births_promised, Then::Send(conn, down))
+        Ok(reply)
     }
 
     fn candidates(&self) -> Vec<Candidate> {

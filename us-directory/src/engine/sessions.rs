@@ -141,7 +141,8 @@ impl Engine {
     fn open(&mut self, conn: ConnId, open: OpenSession) -> Result<(), StoreError> {
         let by_id = open.volume.parse::<VolumeId>().ok();
         let found = self.volumes.iter().find(|(id, volume)| {
-            !volume.record.deleting && (Some(**id) == by_id || volume.record.name == open.volume)
+            let open_to_all = !volume.record.deleting && !self.is_hidden(id);
+            open_to_all && (Some(**id) == by_id || volume.record.name == open.volume)
         });
         let Some((volume, _)) = found else {
             let detail = format!("there is no volume {:?}", open.volume);
@@ -204,10 +205,22 @@ impl Engine {
         let known = self.sessions.get_mut(&session).filter(|known| {
             known.volume == volume && known.record.key_hash == key_hash && !known.ending
         });
-        let Some(known) = known.filter(|_| open.incarnation == incarnation) else {
+        let Some(known) = known.filter(|_| open.incarnation <= incarnation) else {
             let detail = format!("there is no session {session} to resume");
             return self.end_connection(conn, EndReason::Unknown, detail);
         };
+        let lost = session < self.cluster.sessions_lost_below;
+        if open.incarnation < incarnation && (lost || open.durable > known.record.applied) {
+            let (told, has) = (open.durable, known.record.applied);
+            let detail = format!(
+                "the directory was restored, and not everything it had acknowledged is there \
+                 (batch {told} was durable, the restored directory has {has}): mount again"
+            );
+            tracing::warn!(session, told, has, "a session from before the restore is ended");
+            known.conn = None;
+            self.end_connection(conn, EndReason::Fenced, detail.clone())?;
+            return self.end_session(session, Ending { reason: EndReason::Fenced, detail });
+        }
         if known.record.fenced {
             let detail = "it was silent too long and another mount wanted what it held";
             return self.end_connection(conn, EndReason::Fenced, detail);

@@ -7,6 +7,10 @@
 //!                                 \--> checkpoint thread: frozen overlay -> redb, one durable
 //!                                      transaction with its last seq; older journal files go
 //! ```
+//! Between append and fdatasync the journal's thread says that the records are written, so that others
+//! can be sent them while the disk works. Files that the checkpoint has made needless are kept for
+//! readers of records for a while (`store/records.rs`).
+//!
 //! A snapshot is a clone of the overlays and a read transaction: O(1), and neither commits nor
 //! checkpoints wait for it. A start opens redb and replays the journal behind the checkpoint's seq.
 
@@ -25,9 +29,10 @@ use super::journal::{
     FileTag, JournalFile, cut, encode_body, encode_record, file_path, list_files, read_file,
     sync_dir,
 };
+use super::records::JournalRecords;
 use super::{
-    Durability, DurableSink, KeyRange, Layer, MetaStore, Pair, Seq, StoreError, StoreFacts, View,
-    WriteBatch, merge_layers,
+    Durability, DurableSink, KeyRange, Layer, MetaStore, Pair, Progress, Seq, StoreError,
+    StoreFacts, View, WriteBatch, merge_layers,
 };
 
 const STATE: TableDefinition<'static, &'static [u8], &'static [u8]> = TableDefinition::new("state");
@@ -38,6 +43,8 @@ const INCARNATION: &str = "incarnation";
 const QUEUE_BYTES_MAX: usize = 64 << 20;
 /// How long an applied commit may stay in memory only.
 const SYNC_EVERY: Duration = Duration::from_millis(500);
+/// Bytes written into a new checkpoint at once.
+const BUILD_BYTES: usize = 32 << 20;
 /// While a checkpoint runs the next overlay may grow to this many times its usual size.
 const OVERLAY_FACTOR_MAX: u64 = 3;
 
@@ -190,9 +197,12 @@ struct Writer {
     dir: PathBuf,
     file: JournalFile,
     queue: Arc<Queue>,
+    records: Arc<JournalRecords>,
     sink: DurableSink,
     checkpoints: SyncSender<Frozen>,
+    /// The last record encoded, and the last that is in the file.
     written: Seq,
+    flushed: Seq,
     synced: Seq,
     buffer: Vec<u8>,
     sync_by: Option<Instant>,
@@ -224,6 +234,7 @@ impl Writer {
                         self.sync()?;
                         let tag = FileTag { salt: salt(), ..self.file.tag() };
                         self.file = JournalFile::create(&self.dir, tag, frozen.seq + 1)?;
+                        self.records.began(frozen.seq + 1, file_path(&self.dir, frozen.seq + 1));
                         // The checkpoint's thread takes one at a time, and only one is ever made.
                         if self.checkpoints.send(frozen).is_err() {
                             return Ok(());
@@ -253,7 +264,16 @@ impl Writer {
         self.file.append(&self.buffer)?;
         self.buffer.clear();
         self.buffer.shrink_to(1 << 20);
+        if self.flushed < self.written {
+            self.flushed = self.written;
+            self.records.wrote(self.written);
+            self.tell();
+        }
         Ok(())
+    }
+
+    fn tell(&self) {
+        (self.sink)(Ok(Progress { written: self.flushed, synced: self.synced }));
     }
 
     fn sync(&mut self) -> Result<(), StoreError> {
@@ -264,7 +284,7 @@ impl Writer {
             self.file.sync()?;
             metrics::histogram!("us_directory_journal_sync_seconds").record(started.elapsed());
             self.synced = self.written;
-            (self.sink)(Ok(self.synced));
+            self.tell();
         }
         Ok(())
     }
@@ -272,9 +292,9 @@ impl Writer {
 
 /// The checkpoint's thread.
 struct Checkpointer {
-    dir: PathBuf,
     database: Database,
     path: Arc<str>,
+    records: Arc<JournalRecords>,
     queue: Arc<Queue>,
     sink: DurableSink,
     frozen: Receiver<Frozen>,
@@ -306,7 +326,7 @@ impl Checkpointer {
         write_checkpoint(&self.database, frozen)
             .map_err(|error| checkpoint_error(&self.path, &error))?;
         let base = open_base(&self.database, &self.path)?;
-        remove_files(&self.dir, frozen.seq)?;
+        self.records.checkpointed(frozen.seq)?;
         Ok(base)
     }
 }
@@ -341,18 +361,6 @@ fn open_base(database: &Database, path: &Arc<str>) -> Result<Arc<Base>, StoreErr
     Ok(Arc::new(Base { table, path: path.clone() }))
 }
 
-/// Removes journal files whose records are all in the checkpoint of `seq`.
-fn remove_files(dir: &Path, seq: Seq) -> Result<(), StoreError> {
-    let files = list_files(dir)?;
-    for pair in files.windows(2) {
-        let ((_, path), (next_first, _)) = (&pair[0], &pair[1]);
-        if *next_first <= seq + 1 {
-            std::fs::remove_file(path).map_err(|error| StoreError::io("remove", path, error))?;
-        }
-    }
-    Ok(())
-}
-
 fn salt() -> u64 {
     getrandom::u64().expect("the system gives randomness")
 }
@@ -362,6 +370,7 @@ pub struct EmbeddedStore {
     layers: Layers,
     seq: Seq,
     queue: Arc<Queue>,
+    records: Arc<JournalRecords>,
     done: Mutex<Receiver<Arc<Base>>>,
     options: EmbeddedOptions,
     journal_bytes: u64,
@@ -388,6 +397,7 @@ impl EmbeddedStore {
         let (seq, journal_bytes) = replay(dir, facts.seq, &mut layers.active)?;
         let tag = FileTag { incarnation: facts.incarnation, salt: salt() };
         let file = JournalFile::create(dir, tag, seq + 1)?;
+        let records = Arc::new(JournalRecords::new(dir, facts.seq, seq)?);
         let queue = Arc::new(Queue::default());
         let (checkpoints, frozen) = sync_channel(1);
         let (finished, done) = sync_channel(1);
@@ -395,17 +405,19 @@ impl EmbeddedStore {
             dir: dir.to_owned(),
             file,
             queue: queue.clone(),
+            records: records.clone(),
             sink: sink.clone(),
             checkpoints,
             written: seq,
+            flushed: seq,
             synced: seq,
             buffer: Vec::new(),
             sync_by: None,
         };
         let checkpointer = Checkpointer {
-            dir: dir.to_owned(),
             database,
             path,
+            records: records.clone(),
             queue: queue.clone(),
             sink: sink.clone(),
             frozen,
@@ -415,9 +427,19 @@ impl EmbeddedStore {
             spawn(dir, "checkpoint", move || checkpointer.run())?,
             spawn(dir, "journal", move || writer.run())?,
         ];
-        sink(Ok(seq));
+        sink(Ok(Progress { written: seq, synced: seq }));
         let done = Mutex::new(done);
-        Ok(Self { layers, seq, queue, done, options, journal_bytes, frozen_bytes: 0, threads })
+        Ok(Self {
+            layers,
+            seq,
+            queue,
+            records,
+            done,
+            options,
+            journal_bytes,
+            frozen_bytes: 0,
+            threads,
+        })
     }
 
     /// Takes over what the checkpoint's thread has finished; waits for it where asked.
@@ -463,6 +485,64 @@ impl EmbeddedStore {
         self.layers.frozen = Some(overlay.clone());
         self.frozen_bytes = std::mem::take(&mut self.journal_bytes);
         self.queue.push(Command::Rotate(Frozen { overlay, seq: self.seq }))
+    }
+}
+
+/// Fills the checkpoint of a store that is being restored, before anyone opens it.
+#[derive(Debug)]
+pub struct CheckpointBuilder {
+    database: Database,
+    path: Arc<str>,
+    waiting: Overlay,
+    waiting_bytes: usize,
+}
+
+impl CheckpointBuilder {
+    /// An empty checkpoint in `dir`, which is made where it is not there.
+    ///
+    /// # Errors
+    /// [`StoreError`] when the disk fails.
+    pub fn create(dir: &Path) -> Result<Self, StoreError> {
+        std::fs::create_dir_all(dir).map_err(|error| StoreError::io("make", dir, error))?;
+        let (database, path) = open_database(dir, EmbeddedOptions::default().cache_bytes)?;
+        read_facts(&database).map_err(|error| checkpoint_error(&path, &error))?;
+        Ok(Self { database, path, waiting: Overlay::new(), waiting_bytes: 0 })
+    }
+
+    /// Applies writes; a later write of a key counts.
+    ///
+    /// # Errors
+    /// [`StoreError`] when the disk fails.
+    pub fn apply(&mut self, batch: WriteBatch) -> Result<(), StoreError> {
+        for (key, value) in batch {
+            self.waiting_bytes += key.len() + value.as_ref().map_or(0, Bytes::len);
+            self.waiting.insert(key, value);
+        }
+        if self.waiting_bytes >= BUILD_BYTES {
+            self.write(0)?;
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, seq: Seq) -> Result<(), StoreError> {
+        self.waiting_bytes = 0;
+        let frozen = Frozen { overlay: std::mem::take(&mut self.waiting), seq };
+        write_checkpoint(&self.database, &frozen)
+            .map_err(|error| checkpoint_error(&self.path, &error))
+    }
+
+    /// Ends the checkpoint: it is the state at `seq`, of this incarnation.
+    ///
+    /// # Errors
+    /// [`StoreError`] when the disk fails.
+    pub fn finish(mut self, seq: Seq, incarnation: u64) -> Result<(), StoreError> {
+        self.write(seq)?;
+        let write = || -> Result<(), redb::Error> {
+            let transaction = self.database.begin_write()?;
+            transaction.open_table(FACTS)?.insert(INCARNATION, incarnation)?;
+            Ok(transaction.commit()?)
+        };
+        write().map_err(|error| checkpoint_error(&self.path, &error))
     }
 }
 
@@ -513,8 +593,10 @@ fn read_facts(database: &Database) -> Result<StoredFacts, redb::Error> {
 
 /// Replays the journal behind the checkpoint. Returns the last commit and the journal's bytes.
 fn replay(dir: &Path, checkpoint: Seq, overlay: &mut Overlay) -> Result<(Seq, u64), StoreError> {
-    remove_files(dir, checkpoint)?;
-    let files = list_files(dir)?;
+    let mut files = list_files(dir)?;
+    // Files whose records are all in the checkpoint are there for readers of records only.
+    let needless = files.iter().skip(1).take_while(|(first, _)| *first <= checkpoint + 1).count();
+    files.drain(..needless);
     let (mut seq, mut journal_bytes) = (checkpoint, 0);
     if let Some((_, path)) = files.first().filter(|(first_seq, _)| *first_seq > checkpoint + 1) {
         return Err(StoreError::Damaged {
@@ -606,6 +688,22 @@ impl MetaStore for EmbeddedStore {
 
     fn facts(&self) -> StoreFacts {
         StoreFacts { seq: self.seq, journal_bytes: self.journal_bytes + self.frozen_bytes }
+    }
+
+    fn first_record(&self) -> Seq {
+        self.records.first()
+    }
+
+    fn records(&self, from: Seq, bytes_max: usize) -> Result<Vec<(Seq, Bytes)>, StoreError> {
+        self.records.read(from, bytes_max)
+    }
+
+    fn record_bytes(&self, from: Seq) -> u64 {
+        self.records.bytes_from(from)
+    }
+
+    fn keep_records(&self, from: Seq) -> Result<(), StoreError> {
+        self.records.keep(from)
     }
 }
 

@@ -166,15 +166,21 @@ pub fn encode_record(out: &mut Vec<u8>, tag: FileTag, seq: Seq, synced: Seq, bod
 
 /// A record read back.
 #[derive(Debug)]
-struct Record {
-    seq: Seq,
-    synced: Seq,
-    body: Range<usize>,
-    end: usize,
+pub(super) struct Record {
+    pub seq: Seq,
+    pub synced: Seq,
+    pub body: std::ops::Range<usize>,
+    pub end: usize,
+}
+
+/// How many bytes must be there before the record that begins `bytes` can be decoded.
+pub(super) fn record_bytes(bytes: &[u8]) -> usize {
+    let body = bytes.get(..RECORD_HEADER_BYTES).and_then(|header| u32_at(header, 4));
+    RECORD_HEADER_BYTES + body.map_or(0, |bytes| (bytes as usize).min(BODY_BYTES_MAX))
 }
 
 /// The record at `at`, if there is one that holds.
-fn decode_record(bytes: &[u8], at: usize, tag: FileTag) -> Option<Record> {
+pub(super) fn decode_record(bytes: &[u8], at: usize, tag: FileTag) -> Option<Record> {
     let header = bytes.get(at..at + RECORD_HEADER_BYTES)?;
     let body_bytes = u32_at(header, 4)? as usize;
     let ours = header[..4] == RECORD_MAGIC

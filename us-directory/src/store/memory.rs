@@ -8,8 +8,8 @@ use imbl::OrdMap;
 use parking_lot::Mutex;
 
 use super::{
-    Durability, DurableSink, KeyRange, MetaStore, Pair, Seq, StoreError, StoreFacts, View,
-    WriteBatch,
+    Durability, DurableSink, KeyRange, MetaStore, Pair, Progress, Seq, StoreError, StoreFacts,
+    View, WriteBatch, journal,
 };
 
 /// A store that lies in memory.
@@ -101,12 +101,39 @@ impl MetaStore for MemoryStore {
             self.apply(batch);
         }
         if let Some(sink) = &self.sink {
-            sink(Ok(self.seq));
+            sink(Ok(Progress { written: self.seq, synced: self.seq }));
         }
         Ok(self.seq)
     }
 
     fn facts(&self) -> StoreFacts {
         StoreFacts { seq: self.seq, journal_bytes: 0 }
+    }
+
+    fn first_record(&self) -> Seq {
+        if self.history.is_some() { 1 } else { self.seq + 1 }
+    }
+
+    fn records(&self, from: Seq, bytes_max: usize) -> Result<Vec<(Seq, Bytes)>, StoreError> {
+        let Some(history) = &self.history else { return Ok(Vec::new()) };
+        let history = history.lock();
+        let (mut records, mut bytes) = (Vec::new(), 0);
+        for (index, batch) in history.iter().enumerate().skip(from.max(1) as usize - 1) {
+            if !records.is_empty() && bytes >= bytes_max {
+                break;
+            }
+            let body = journal::encode_body(batch);
+            bytes += body.len();
+            records.push((index as Seq + 1, body.into()));
+        }
+        Ok(records)
+    }
+
+    fn record_bytes(&self, _from: Seq) -> u64 {
+        0
+    }
+
+    fn keep_records(&self, _from: Seq) -> Result<(), StoreError> {
+        Ok(())
     }
 }

@@ -28,7 +28,7 @@ fn listen() -> (Arc<Heard>, DurableSink) {
     let sink: DurableSink = Arc::new(move |durable| {
         let mut state = told.durable.lock();
         match durable {
-            Ok(seq) => state.0 = state.0.max(seq),
+            Ok(progress) => state.0 = state.0.max(progress.synced),
             Err(error) => state.1 = Some(error),
         }
         told.changed.notify_all();

@@ -12,8 +12,8 @@ use us_core::fragment::crc32c;
 const ROOT_MAGIC: [u8; 8] = *b"UsRoot\x01\x00";
 /// How the file of the membership begins.
 const JOINED_MAGIC: [u8; 8] = *b"UsJoin\x01\x00";
-/// The most bytes a cookie, a cluster id or a root may have.
-const FIELD_BYTES_MAX: usize = 1 << 20;
+/// The most bytes a cookie, a cluster id or a root may have: as many as a message.
+const FIELD_BYTES_MAX: usize = super::MESSAGE_BYTES_MAX;
 /// The most bytes of a file: two fields, and less than this beside them.
 const FILE_BYTES_MAX: usize = 2 * FIELD_BYTES_MAX + 64;
 

@@ -5,13 +5,15 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
+use us_core::ids::FragmentId;
 use us_core::tls::{ExpectedPeer, Identity, Role};
 use us_core::wire::{ConnectError, connect_grpc};
 use us_proto::v1::membership_client::MembershipClient;
 use us_proto::v1::provider_up::Event as Up;
 use us_proto::v1::{FragmentStatus, ProviderReport, ProviderUp};
 
-use super::{About, Effect, FileError, Member, MembershipFiles};
+use super::{About, Effect, FileError, MESSAGE_BYTES_MAX, Member, MembershipFiles};
+use crate::copies::Copies;
 use crate::guest::{Pause, ScrubRequests};
 use crate::rebuild::{Ended, Rebuilder};
 use crate::service::status_of;
@@ -56,6 +58,8 @@ pub struct Hands {
     pub endings: mpsc::Receiver<Ended>,
     /// Scrubs.
     pub scrub: ScrubRequests,
+    /// What is kept of the directory's state.
+    pub copies: Copies,
 }
 
 /// Why the link ended for good.
@@ -142,13 +146,16 @@ impl Link {
         stop: &CancellationToken,
     ) -> Result<std::convert::Infallible, StreamEnd> {
         let (outbox, messages) = mpsc::channel(OUTBOX);
-        let hello = self.member.connected(Instant::now(), self.report());
+        let held = self.hands.copies.held().await;
+        let hello = self.member.connected(Instant::now(), self.report(), held);
         send(&outbox, hello).await?;
         let dial = async {
             let (address, identity) = (&self.config.directory, &self.config.identity);
             let channel =
                 connect_grpc(address, identity, ExpectedPeer::role(Role::Directory)).await?;
-            let join = MembershipClient::new(channel).join(ReceiverStream::new(messages)).await?;
+            let mut client =
+                MembershipClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX);
+            let join = client.join(ReceiverStream::new(messages)).await?;
             Ok::<_, Lost>(join.into_inner())
         };
         // Cancel-safe: a dial that is dropped has changed nothing here.
@@ -247,11 +254,8 @@ impl Link {
                     Ok(())
                 }
             },
-            Effect::Check { query, ids } => {
-                let check = move |store: &Store| {
-                    ids.iter().map(|id| check_one(store, *id)).collect::<Vec<_>>()
-                };
-                let statuses = self.blocking(check).await?;
+            Effect::Check { query, ids, bring_back } => {
+                let statuses = self.check(ids, bring_back).await?;
                 send(outbox, Member::checked(query, &statuses)).await
             }
             Effect::Rebuild { ticket, own, order } => {
@@ -270,16 +274,43 @@ impl Link {
                 self.hands.scrub.ask();
                 Ok(())
             }
-            Effect::KeepRoot { sequence, root } => {
-                let files = self.files.clone();
-                let kept = tokio::task::spawn_blocking(move || files.keep_root(sequence, &root));
-                match kept.await.map_err(|_stopped| StreamEnd::Stopped)? {
-                    Ok(()) => send(outbox, Member::root_stored(sequence)).await,
-                    Err(error) => {
-                        tracing::error!(%error, sequence, "the directory's root is not kept");
-                        Ok(())
-                    }
-                }
+            Effect::KeepRoot(root) => {
+                self.hands.copies.keep_root(root, outbox.clone()).await;
+                Ok(())
+            }
+            Effect::KeepRecords(records) => {
+                self.hands.copies.keep_records(records, outbox.clone()).await;
+                Ok(())
+            }
+        }
+    }
+
+    /// How fragments are; what is wanted and lies in the trash comes back.
+    async fn check(
+        &self,
+        ids: Vec<Option<FragmentId>>,
+        bring_back: bool,
+    ) -> Result<Vec<FragmentStatus>, StreamEnd> {
+        let asked = ids.clone();
+        let check = move |store: &Store| -> Vec<FragmentStatus> {
+            asked.iter().map(|id| check_one(store, *id)).collect()
+        };
+        let statuses = self.blocking(check.clone()).await?;
+        let found = ids.iter().zip(&statuses);
+        let missing = found.filter(|(_, status)| **status == FragmentStatus::NotFound);
+        let missing: Vec<FragmentId> = missing.filter_map(|(id, _)| *id).collect();
+        if !bring_back || missing.is_empty() {
+            return Ok(statuses);
+        }
+        match self.hands.store.restore(missing).await {
+            Ok(0) => Ok(statuses),
+            Ok(restored) => {
+                tracing::info!(restored, "fragments brought back from the trash");
+                self.blocking(check).await
+            }
+            Err(error) => {
+                tracing::error!(%error, "fragments stay in the trash");
+                Ok(statuses)
             }
         }
     }
@@ -321,7 +352,7 @@ pub(crate) fn report(store: &Store, pause: &Pause) -> ProviderReport {
     }
 }
 
-fn check_one(store: &Store, id: Option<us_core::ids::FragmentId>) -> FragmentStatus {
+fn check_one(store: &Store, id: Option<FragmentId>) -> FragmentStatus {
     let result = id.map_or(Err(StoreError::Request { detail: "no such id" }), |id| store.check(id));
     result.map_or_else(|error| status_of(&error), |()| FragmentStatus::Ok)
 }

@@ -37,7 +37,7 @@ pub(super) fn hex(bytes: &[u8]) -> String {
 
 pub(super) fn status(reply: &v1::StatusReply) -> Value {
     let blocks = reply.blocks.clone().unwrap_or_default();
-    let journal = reply.journal.unwrap_or_default();
+    let journal = reply.journal.clone().unwrap_or_default();
     json!({
         "health": health_word(reply.health()),
         "summary": reply.summary,
@@ -69,6 +69,8 @@ pub(super) fn status(reply: &v1::StatusReply) -> Value {
         "journal": {
             "sequence": journal.sequence,
             "copies": journal.copies,
+            "holders": journal.holders,
+            "image_sequence": journal.image_sequence,
             "bytes": journal.bytes,
         },
     })

@@ -116,11 +116,8 @@ fn write_text(out: &mut String, reply: &v1::StatusReply) -> std::fmt::Result {
     }
     let (used, capacity) = (Size(reply.used_bytes), Size(reply.capacity_bytes));
     writeln!(out, "Space      {used} used of {capacity} that providers offer, fragments counted")?;
-    let journal = reply.journal.unwrap_or_default();
-    let copies = match journal.copies {
-        0 => "one copy".to_owned(),
-        copies => format!("{} copies", copies + 1),
-    };
+    let journal = reply.journal.clone().unwrap_or_default();
+    let copies = directory_copies(&journal, &reply.providers);
     let uptime = human_duration(Duration::from_secs(reply.uptime_s));
     let bytes = Size(journal.bytes);
     writeln!(out, "Directory  {copies}; up {uptime}; journal {bytes}")?;
@@ -169,6 +166,19 @@ fn write_blocks(out: &mut String, blocks: &v1::BlockSummary) -> std::fmt::Result
     writeln!(out)
 }
 
+/// How many copies of the directory's journal there are, and who has the others.
+fn directory_copies(journal: &v1::JournalStatus, providers: &[v1::ProviderStatus]) -> String {
+    if journal.copies == 0 {
+        return "one copy".to_owned();
+    }
+    let name = |holder: &u32| {
+        let known = providers.iter().find(|provider| provider.provider == *holder);
+        known.map_or_else(|| format!("provider {holder}"), |provider| provider.name.clone())
+    };
+    let names: Vec<String> = journal.holders.iter().map(name).collect();
+    format!("{} copies (also with {})", journal.copies + 1, names.join(", "))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -205,6 +215,9 @@ mod tests {
         assert!(text.contains("2 losses to spare") && text.contains("1 loss to spare"), "{text}");
         assert!(text.find("2 losses") < text.find("1 loss to"), "the best first");
         assert!(text.contains("one copy") && text.contains("3 blocks with"), "{text}");
+        let journal = v1::JournalStatus { copies: 1, holders: vec![0], ..Default::default() };
+        let text_with = to_text(&v1::StatusReply { journal: Some(journal), ..reply.clone() });
+        assert!(text_with.contains("2 copies (also with provider0)"), "{text_with}");
         assert!(text.contains("absent") && text.contains("1 min 15 s ago"), "{text}");
         assert!(lines.len() < 24, "one screen");
     }

@@ -118,6 +118,7 @@ impl Fs {
             host: options.host.clone(),
             read_only: options.read_only,
             replaces: options.replaces.iter().map(|session| session.0).collect(),
+            durable: 0,
         };
         let opened = stream::open(&*link, open.clone(), || now().boot).await?;
         let (volume, key) = volume_and_key(&options, &opened.opened)?;

@@ -88,6 +88,11 @@ impl SessionLog {
         self.durable_position
     }
 
+    /// The last batch the directory has called durable.
+    pub const fn durable_number(&self) -> u64 {
+        self.durable
+    }
+
     /// Everything up to here was applied, as far as the directory has said.
     pub fn applied_position(&self) -> LogPosition {
         let applied = self.batches.iter().take_while(|kept| kept.batch.number <= self.applied);

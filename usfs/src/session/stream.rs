@@ -105,6 +105,7 @@ pub(crate) async fn run(
                 () = stop.cancelled() => return,
             };
             shared.disconnected();
+            reopen.durable = shared.lock().core.log().durable_number();
             match broken {
                 SessionError::Ended { reason, .. }
                     if reason == v1::EndReason::Closed.as_str_name() =>
