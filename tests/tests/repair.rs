@@ -22,13 +22,9 @@ const HEALED: Duration = Duration::from_secs(240);
 const FILES: u64 = 24;
 const FILE_BYTES: usize = 4 << 20;
 
-fn flags(flags: &[&str]) -> Vec<String> {
-    flags.iter().map(ToString::to_string).collect()
-}
-
 /// Providers that are given up after a few seconds.
 fn hasty(providers: usize) -> Shape {
-    let directory = flags(&["--absent-ms", "500", "--dead-ms", "3000"]);
+    let directory = &["--absent-ms", "500", "--dead-ms", "3000"];
     Shape { providers, directory, ..Shape::default() }
 }
 

@@ -391,7 +391,7 @@ mod tests {
         let ended =
             |stream, ticket| Ended { stream, rebuilt: Rebuilt { ticket, ..Rebuilt::default() } };
         let now = Instant::now();
-        member.connected(now, ProviderReport::default());
+        member.connected(now, ProviderReport::default(), Held::default());
         for early in [order(1), Down::StartScrub(StartScrub {})] {
             assert_eq!(member.received(early), [], "nothing is done before the welcome");
         }
@@ -409,7 +409,7 @@ mod tests {
         // The stream breaks; the next one may use the same numbers.
         member.disconnected(0.5);
         assert_eq!(member.rebuilt(ended(1, 5)), None);
-        member.connected(now, ProviderReport::default());
+        member.connected(now, ProviderReport::default(), Held::default());
         member.received(welcome(b"ours"));
         member.received(order(5));
         assert_eq!(member.rebuilt(ended(1, 5)), None, "of the stream before");

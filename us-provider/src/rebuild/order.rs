@@ -126,7 +126,7 @@ impl Order {
         let geometry =
             BlockGeometry::with_page(code, plaintext_bytes as usize, page_bytes as usize)?;
         let kind = u8::try_from(order.fingerprint_kind).map_err(|_| field("fingerprint kind"))?;
-        let (wanted, holders, sources) = indexes(order, code, own)?;
+        let Named { wanted, holders, sources } = indexes(order, code, own)?;
         let path = match order.path() {
             RebuildPath::Unspecified | RebuildPath::Star => Path::Star,
             RebuildPath::RotatedStar => Path::RotatedStar,
@@ -172,12 +172,15 @@ impl Order {
     }
 }
 
-/// Wanted fragments and sources: all inside the code, none named twice.
-fn indexes(
-    order: &RebuildFragments,
-    code: Code,
-    own: ProviderId,
-) -> Result<(Vec<u8>, Vec<Source>, Vec<Source>), OrderError> {
+/// The fragments an order names.
+struct Named {
+    wanted: Vec<u8>,
+    holders: Vec<Source>,
+    sources: Vec<Source>,
+}
+
+/// Wanted fragments, who has them, and sources: all inside the code, none named twice.
+fn indexes(order: &RebuildFragments, code: Code, own: ProviderId) -> Result<Named, OrderError> {
     if order.wanted.is_empty() || order.wanted.len() > code.r() {
         let (wanted, parity) = (order.wanted.len(), code.r());
         return Err(OrderError::Wanted { wanted, parity });
@@ -208,7 +211,7 @@ fn indexes(
     if sources.len() < code.s() && holders.len() < wanted.len() {
         return Err(OrderError::Sources { found: sources.len(), needed: code.s() });
     }
-    Ok((wanted, holders, sources))
+    Ok(Named { wanted, holders, sources })
 }
 
 fn place(source: &RebuildSource) -> Result<ProviderAddress, OrderError> {

@@ -139,8 +139,13 @@ pub(super) async fn drain(target: &Target, args: &DrainArgs) -> anyhow::Result<(
         return Ok(());
     }
     println!("provider {provider} takes nothing new; {fragments} fragments are to be moved");
+    if args.wait { wait_drained(&mut admin, provider, fragments).await } else { Ok(()) }
+}
+
+/// Waits until nothing is left at a provider.
+async fn wait_drained(admin: &mut Admin, provider: u32, fragments: u64) -> anyhow::Result<()> {
     let mut shown = fragments;
-    while args.wait {
+    loop {
         let status = admin.status().await?;
         let found = status.providers.iter().find(|known| known.provider == provider);
         let left = found.map_or(0, |known| known.fragments);
@@ -154,7 +159,6 @@ pub(super) async fn drain(target: &Target, args: &DrainArgs) -> anyhow::Result<(
         }
         tokio::time::sleep(LOOK_EVERY).await;
     }
-    Ok(())
 }
 
 /// Flags of `usctl give-up`.
