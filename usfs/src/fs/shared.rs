@@ -300,9 +300,15 @@ impl Shared {
         self.end(text);
     }
 
-    /// From now on everything fails, and whoever waits is told so.
+    /// From now on everything fails, and whoever waits is told so: those too that began to wait while
+    /// the rescue file was written.
     pub fn end(&self, why: String) {
-        self.lock().core.end(why);
+        {
+            let mut state = self.lock();
+            state.core.end(why);
+            state.waiters.clear();
+            state.replies.clear();
+        }
         self.signal();
         self.durable.send_modify(|_| {});
     }
