@@ -13,6 +13,10 @@ use std::collections::HashMap;
 use crate::geometry::Code;
 use crate::ids::ProviderId;
 
+pub mod draw;
+pub mod helpers;
+pub mod lines;
+
 /// A provider as a chooser sees it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Candidate {
