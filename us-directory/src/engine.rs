@@ -20,7 +20,7 @@ use std::sync::Arc;
 
 use us_core::geometry::Code;
 use us_core::ids::{BlockId, VolumeId};
-use us_core::placement::Chooser;
+use us_core::placement::{Chooser, Placer};
 use us_proto::v1::{SessionDown, session_down};
 
 use crate::keys;
@@ -136,7 +136,7 @@ pub struct Engine {
     store: Box<dyn MetaStore>,
     config: EngineConfig,
     entropy: Box<dyn Entropy>,
-    chooser: Box<dyn Chooser>,
+    placer: Placer,
     at: Moment,
     cluster: ClusterRecord,
     clock_base_ms: u64,
@@ -230,7 +230,7 @@ impl Engine {
             store,
             config,
             entropy,
-            chooser,
+            placer: Placer::new(chooser),
             at: Moment::default(),
             cluster,
             volumes: BTreeMap::new(),
@@ -283,6 +283,7 @@ impl Engine {
         for (key, value) in self.scan_all(&keys::tag(&keys::CLUSTER, b'y'))? {
             let number = key[keys::HEAD_BYTES..].try_into().map_or(0, u32::from_be_bytes);
             self.members.insert(number, Member::restored(decode(&key, &value)?));
+            self.note_provider(number);
         }
         Ok(())
     }
@@ -433,6 +434,7 @@ impl Engine {
         for change in changes {
             let key = (volume, change.block);
             let late = self.unsettled.get(&key).is_some_and(|unsettled| unsettled.late);
+            self.note_placement(change.before.as_ref(), change.after.as_ref());
             if let Some(before) = &change.before {
                 self.counts.remove(before, late);
             }

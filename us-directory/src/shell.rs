@@ -14,7 +14,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
-use us_core::placement::Spread;
+use us_core::placement::Hybrid;
 use us_proto::v1::{ProviderDown, SessionDown};
 
 use crate::engine::health::count_slice;
@@ -224,7 +224,8 @@ impl Directory {
         cluster: [u8; 16],
     ) -> Result<(Self, JoinHandle<()>), EngineError> {
         let entropy = Box::new(SystemEntropy);
-        let engine = Engine::start(store, config, entropy, Box::new(Spread), cluster)?;
+        let chooser = Box::<Hybrid>::default();
+        let engine = Engine::start(store, config, entropy, chooser, cluster)?;
         let (events, queue) = mpsc::channel(EVENTS_MAX);
         let (failing, failed) = watch::channel(None);
         *mark.wake.lock() = Some(events.clone());

@@ -205,6 +205,7 @@ impl Engine {
             self.effects.push(Effect::End { conn: old });
         }
         self.queries.retain(|_, query| query.provider != provider);
+        self.note_provider(provider);
         if let Some(connection) = self.connections.get_mut(&conn) {
             connection.provider = Some(provider);
         }
@@ -228,6 +229,7 @@ impl Engine {
         };
         self.tell(conn, Down::Welcome(welcome));
         tracing::info!(provider, suspect, "provider online");
+        self.note_provider(provider);
         self.push_provider(provider);
         if suspect {
             self.sweep(provider, None)?;
@@ -247,6 +249,7 @@ impl Engine {
             let batch = member_batch(provider, &member.record);
             self.commit(batch, Durability::Applied)?;
         }
+        self.note_provider(provider);
         Ok(())
     }
 
@@ -258,6 +261,7 @@ impl Engine {
         member.deleting = None;
         let was_online = std::mem::take(&mut member.online);
         self.queries.retain(|_, query| query.provider != provider);
+        self.note_provider(provider);
         if was_online {
             tracing::info!(provider, "provider gone");
             self.push_provider(provider);
@@ -365,6 +369,7 @@ impl Engine {
         let batch = member_batch(provider, &member.record);
         self.commit(batch, Durability::Applied)?;
         tracing::info!(provider, "checked: believed again");
+        self.note_provider(provider);
         self.push_provider(provider);
         Ok(())
     }
