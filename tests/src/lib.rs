@@ -2,6 +2,7 @@
 //! was acknowledged, and polling with a deadline. Nothing here sleeps as synchronisation.
 
 pub mod cluster;
+pub mod figures;
 pub mod manifest;
 pub mod poll;
 pub mod run;

@@ -108,7 +108,8 @@ fn every_key_of_the_provider_is_documented() {
         .iter()
         .map(String::as_str)
         .filter(|key| {
-            key.starts_with("guest.") || ["index_cache", "trash_keep_hours", "directory_copies"].contains(key)
+            key.starts_with("guest.")
+                || ["index_cache", "trash_keep_hours", "directory_copies"].contains(key)
         })
         .collect();
     check_keys("us-provider", &keys, "US_PROVIDER_", &defaults, &flagless);

@@ -21,7 +21,7 @@ use std::sync::Arc;
 
 use us_core::geometry::Code;
 use us_core::ids::{BlockId, VolumeId};
-use us_core::placement::Chooser;
+use us_core::placement::{Chooser, Placer};
 use us_proto::v1::{SessionDown, session_down};
 
 use crate::keys;
@@ -165,7 +165,7 @@ pub struct Engine {
     store: Box<dyn MetaStore>,
     config: EngineConfig,
     entropy: Box<dyn Entropy>,
-    chooser: Box<dyn Chooser>,
+    placer: Placer,
     at: Moment,
     cluster: ClusterRecord,
     clock_base_ms: u64,
@@ -204,8 +204,6 @@ pub struct Engine {
     repairs: repair::Repairs,
     /// Providers that are due and not given up, because many fell silent together.
     braked: usize,
-    /// The hour in which blocks that cannot bear the brake were last looked for.
-    braked_hour: u64,
     /// The wall-clock hour whose presence was learnt last, and the slow ticks of the present one.
     learnt_hour: u64,
     hour_ticks: u64,
@@ -272,7 +270,7 @@ impl Engine {
             store,
             config,
             entropy,
-            chooser,
+            placer: Placer::new(chooser),
             at: Moment::default(),
             cluster,
             volumes: BTreeMap::new(),
@@ -304,7 +302,6 @@ impl Engine {
             last_slow_tick_ms: 0,
             repairs: repair::Repairs::new(config.repair),
             braked: 0,
-            braked_hour: 0,
             learnt_hour: 0,
             hour_ticks: 0,
             next_event: 1,
@@ -343,7 +340,12 @@ impl Engine {
             if record.dead || record.draining {
                 self.repairs.unwell.insert(number);
             }
+            let is_dead = record.dead;
             self.members.insert(number, Member::restored(record));
+            self.note_provider(number);
+            if is_dead {
+                self.placer.retire(us_core::ids::ProviderId(number));
+            }
         }
         self.load_events()?;
         Ok(())
@@ -506,6 +508,7 @@ impl Engine {
         for change in changes {
             let key = (volume, change.block);
             let late = self.unsettled.get(&key).is_some_and(|unsettled| unsettled.late);
+            self.note_placement(change.before.as_ref(), change.after.as_ref());
             if let Some(before) = &change.before {
                 self.counts.remove(before, late);
             }

@@ -14,7 +14,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
-use us_core::placement::Spread;
+use us_core::placement::Hybrid;
 use us_core::seal::Secret;
 use us_proto::v1::{ProviderDown, SessionDown};
 
@@ -234,7 +234,8 @@ impl Directory {
         recovery: Option<Secret>,
     ) -> Result<(Self, JoinHandle<()>), EngineError> {
         let entropy = Box::new(SystemEntropy);
-        let mut engine = Engine::start(store, config, entropy, Box::new(Spread), cluster)?;
+        let chooser = Box::<Hybrid>::default();
+        let mut engine = Engine::start(store, config, entropy, chooser, cluster)?;
         if let Some(secret) = recovery {
             engine.keep(secret)?;
         }

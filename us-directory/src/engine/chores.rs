@@ -310,6 +310,9 @@ impl Engine {
 
     /// The background count has got further.
     pub(super) fn counted(&mut self, mut slice: CountedSlice) {
+        for (signature, blocks) in &slice.signatures {
+            self.placer.counted(&signature.providers(), *blocks);
+        }
         self.counts.merge(&mut slice);
         self.pending_deletes += slice.deletes as i64;
         for key in slice.unsettled {

@@ -1,6 +1,8 @@
 //! Giving providers up: the clocks of [`super::presence`] applied to the members, and what is learnt of
 //! their week.
 
+use us_core::ids::ProviderId;
+
 use super::events::EventKind;
 use super::members::{Member, member_batch};
 use super::{Durability, Engine, presence};
@@ -21,7 +23,7 @@ impl Engine {
             .map(|(provider, _)| *provider)
             .collect();
         self.tell_silent()?;
-        let was_braked = std::mem::take(&mut self.braked) > 0;
+        self.braked = 0;
         let mut deaths = 0;
         // Where many are due, each slow tick looks at other ones first.
         let start = if due.is_empty() { 0 } else { self.next_query as usize % due.len() };
@@ -41,12 +43,6 @@ impl Engine {
                 deaths += 1;
                 self.declare_dead(*provider)?;
             }
-        }
-        // Blocks that cannot bear the brake are looked for when it begins, and every hour of it.
-        let hour = clock_ms / 3_600_000;
-        if self.braked > 0 && (!was_braked || hour != self.braked_hour) {
-            self.braked_hour = hour;
-            self.scan_blocks();
         }
         Ok(())
     }
@@ -83,6 +79,7 @@ impl Engine {
         let name = member.record.name.clone();
         self.commit(batch, Durability::Applied)?;
         self.repairs.unwell.insert(provider);
+        self.placer.retire(ProviderId(provider));
         self.note_event(EventKind::ProviderDead, provider, name)?;
         self.push_provider(provider);
         self.scan_holdings(provider);

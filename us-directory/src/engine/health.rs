@@ -9,7 +9,7 @@
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap};
 
-use us_core::ids::{BlockId, VolumeId};
+use us_core::ids::{BlockId, ProviderId, VolumeId};
 use us_proto::v1::BlockSummary;
 
 use crate::keys;
@@ -52,6 +52,11 @@ impl Signature {
             .collect();
         fragments.sort_unstable();
         Self { s: block.s, r: block.r, fragments }
+    }
+
+    /// The provider of each fragment, in no particular order.
+    pub fn providers(&self) -> Vec<ProviderId> {
+        self.fragments.iter().map(|(provider, _)| ProviderId(*provider)).collect()
     }
 }
 

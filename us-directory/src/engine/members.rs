@@ -257,6 +257,7 @@ impl Engine {
             keeping.members_changed = true;
         }
         self.queries.retain(|_, query| query.provider != provider);
+        self.note_provider(provider);
         if let Some(connection) = self.connections.get_mut(&conn) {
             connection.provider = Some(provider);
         }
@@ -294,6 +295,7 @@ impl Engine {
         };
         self.tell(conn, Down::Welcome(welcome));
         tracing::info!(provider, suspect, "provider online");
+        self.note_provider(provider);
         self.push_provider(provider);
         self.keep_with(conn);
         if suspect {
@@ -318,6 +320,7 @@ impl Engine {
             let batch = member_batch(provider, &member.record);
             self.commit(batch, Durability::Applied)?;
         }
+        self.note_provider(provider);
         Ok(())
     }
 
@@ -338,6 +341,7 @@ impl Engine {
             keeping.members_changed = true;
         }
         self.queries.retain(|_, query| query.provider != provider);
+        self.note_provider(provider);
         if was_online {
             tracing::info!(provider, "provider gone");
             self.push_provider(provider);
@@ -452,6 +456,7 @@ impl Engine {
         if let Some(keeping) = &mut self.keeping {
             keeping.members_changed = true;
         }
+        self.note_provider(provider);
         self.push_provider(provider);
         self.sources_are_back();
         Ok(())

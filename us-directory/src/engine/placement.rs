@@ -2,7 +2,7 @@
 
 use us_core::geometry::{BlockGeometry, Code};
 use us_core::ids::ProviderId;
-use us_core::placement::{Candidate, PlacementError, PlacementRequest, record_bytes_max};
+use us_core::placement::{PlacementError, PlacementRequest, ProviderFacts, record_bytes_max};
 use us_proto::v1::session_down::Event as Down;
 use us_proto::v1::{
     InodesLeased, LeaseInodes, LeasePlacements, PlacementLease, PlacementsLeased, SessionDown,
@@ -11,7 +11,7 @@ use us_proto::v1::{
 
 use super::{BIRTHS_AHEAD, ConnId, Durability, Engine, Then};
 use crate::keys;
-use crate::records::{InodeRange, UsageRecord, decode, encode};
+use crate::records::{BlockRecord, InodeRange, UsageRecord, decode, encode};
 use crate::store::{StoreError, WriteBatch};
 
 /// The most placements one request leases.
@@ -76,14 +76,13 @@ impl Engine {
     ) -> Result<PlacementsLeased, StoreError> {
         let fragment_bytes = fragment_bytes_max(code);
         let mut reply = PlacementsLeased::default();
-        let mut candidates = self.candidates();
         for _ in 0..count.min(PLACEMENTS_MAX) {
             let seed = self.next_birth.wrapping_mul(0x2545_f491_4f6c_dd1d) ^ self.cluster.run;
             let request = PlacementRequest { code, fragment_bytes, seed };
-            match self.chooser.choose(&candidates, &request) {
-                Ok(providers) => {
-                    self.promise(&mut candidates, &providers, fragment_bytes);
-                    let providers = providers.iter().map(|provider| provider.0).collect();
+            match self.placer.choose(&request) {
+                Ok(placement) => {
+                    self.promise(&placement.providers, fragment_bytes);
+                    let providers = placement.providers.iter().map(|provider| provider.0).collect();
                     reply.leases.push(PlacementLease { birth: self.next_birth, providers });
                     self.next_birth += 1;
                 }
@@ -102,29 +101,47 @@ impl Engine {
         Ok(reply)
     }
 
-    fn candidates(&self) -> Vec<Candidate> {
-        self.members
-            .iter()
-            .map(|(provider, member)| Candidate {
-                provider: ProviderId(*provider),
-                site: member.record.site.clone(),
-                metapeer: *provider,
-                free_bytes: member.free_bytes(),
-                usable: member.takes_new(),
-            })
-            .collect()
+    /// Tells the placer how a provider is now.
+    pub(super) fn note_provider(&mut self, provider: u32) {
+        let Some(member) = self.members.get(&provider) else { return };
+        self.placer.upsert(&ProviderFacts {
+            provider: ProviderId(provider),
+            site: member.record.site.clone(),
+            address: member.record.address.clone(),
+            capacity_bytes: member.report.capacity_bytes,
+            free_bytes: member.free_bytes(),
+            usable: member.takes_new(),
+        });
+    }
+
+    /// Tells the placer where a block was and is.
+    pub(super) fn note_placement(
+        &mut self,
+        before: Option<&BlockRecord>,
+        after: Option<&BlockRecord>,
+    ) {
+        let providers = |block: Option<&BlockRecord>| -> Vec<ProviderId> {
+            let coded = block.filter(|block| !block.is_inline());
+            coded.map_or_else(Vec::new, |b| b.providers.iter().map(|id| ProviderId(*id)).collect())
+        };
+        let (before, after) = (providers(before), providers(after));
+        if before == after {
+            return;
+        }
+        if !before.is_empty() {
+            self.placer.removed(&before);
+        }
+        if !after.is_empty() {
+            self.placer.placed(&after);
+        }
     }
 
     /// Space that was promised is not free until the provider's next reports say so.
-    fn promise(&mut self, candidates: &mut [Candidate], providers: &[ProviderId], bytes: u64) {
+    fn promise(&mut self, providers: &[ProviderId], bytes: u64) {
         for provider in providers {
             if let Some(member) = self.members.get_mut(&provider.0) {
                 member.promised_bytes += bytes;
-            }
-            let candidate = candidates.binary_search_by_key(provider, |known| known.provider);
-            if let Ok(index) = candidate {
-                let free = &mut candidates[index].free_bytes;
-                *free = free.saturating_sub(bytes);
+                self.placer.update(*provider, member.free_bytes(), member.is_usable());
             }
         }
     }

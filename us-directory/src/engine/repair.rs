@@ -161,13 +161,7 @@ impl Engine {
         let clocks = &self.config.clocks;
         let mean_s = (clocks.mttf_ms.max(1) as f64) / 1000.0;
         match self.members.get(&provider) {
-            None => Holder {
-                lives: false,
-                reachable: false,
-                draining: false,
-                overdue: false,
-                hazard: 1.0,
-            },
+            None => Holder { lives: false, reachable: false, draining: false, hazard: 1.0 },
             Some(member) => {
                 let (record, reachable) = (&member.record, member.is_reachable());
                 let factor = presence::hazard_factor(record, reachable, self.clock_ms(), clocks);
@@ -175,7 +169,6 @@ impl Engine {
                     lives: !record.dead,
                     reachable,
                     draining: record.draining,
-                    overdue: member.is_due(self.clock_ms(), clocks),
                     hazard: factor / mean_s,
                 }
             }

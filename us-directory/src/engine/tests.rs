@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use parking_lot::Mutex;
-use us_core::placement::Spread;
+use us_core::placement::Hybrid;
 use us_proto::v1::fetch::Want;
 use us_proto::v1::mutation::Op;
 use us_proto::v1::provider_down::Event as PDown;
@@ -51,7 +51,7 @@ pub(super) struct World {
 }
 
 fn engine_on(store: MemoryStore) -> Engine {
-    let (entropy, chooser) = (Box::new(Counting(0)), Box::new(Spread));
+    let (entropy, chooser) = (Box::new(Counting(0)), Box::<Hybrid>::default());
     Engine::start(Box::new(store), EngineConfig::default(), entropy, chooser, [7; 16]).unwrap()
 }
 

@@ -47,6 +47,7 @@ impl Engine {
             self.repairs.unwell.insert(provider);
             self.note_event(EventKind::DrainBegun, provider, name)?;
         }
+        self.note_provider(provider);
         self.scan_holdings(provider);
         Ok(Answer::Count(self.fragments_at(provider)))
     }

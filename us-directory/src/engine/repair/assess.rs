@@ -17,8 +17,6 @@ pub struct Holder {
     pub reachable: bool,
     /// Being emptied.
     pub draining: bool,
-    /// Silent for so long that it would be given up, had not many fallen silent together.
-    pub overdue: bool,
     /// Deaths a second.
     pub hazard: f64,
 }
@@ -36,8 +34,6 @@ pub struct Assessment {
     pub leaving: Vec<u8>,
     /// Durable, but at a provider that holds another of the block's too.
     pub crowded: Vec<u8>,
-    /// Durable as far as is known, at a provider that is overdue.
-    pub overdue: Vec<u8>,
     /// Expected time to loss with what is durable now, in seconds.
     pub time_to_loss_s: u64,
 }
@@ -66,9 +62,6 @@ impl Assessment {
                     if at.reachable {
                         found.sources.push(index);
                     }
-                    if at.overdue {
-                        found.overdue.push(index);
-                    }
                     if at.draining {
                         found.leaving.push(index);
                     } else if seen.contains(provider) {
@@ -92,10 +85,6 @@ impl Assessment {
         if is_wanting {
             return self.gone.clone();
         }
-        // The brake ends where the block could not bear one loss more among those that are left.
-        if !self.overdue.is_empty() && self.sources.len() == s {
-            return self.overdue.clone();
-        }
         // Moved one at a time: what is moved is never less than what is kept.
         let spread = self.crowded.first().filter(|_| can_spread);
         self.leaving.first().or(spread).map(|index| vec![*index]).unwrap_or_default()
@@ -113,8 +102,7 @@ mod tests {
     use super::*;
     use crate::records::with_bit;
 
-    const WELL: Holder =
-        Holder { lives: true, reachable: true, draining: false, overdue: false, hazard: 1e-8 };
+    const WELL: Holder = Holder { lives: true, reachable: true, draining: false, hazard: 1e-8 };
 
     fn block(providers: &[u32]) -> BlockRecord {
         let durable = vec![0xff; providers.len().div_ceil(8)].into();
@@ -139,24 +127,6 @@ mod tests {
         let found = Assessment::of(&block(&[1, 2, 3, 4, 5, 6]), false, dead);
         assert_eq!((found.durable, found.wanted(4, 1, true)), (5, vec![2]));
         assert!(found.wanted(4, 0, true).is_empty(), "lazy: not yet");
-    }
-
-    #[test]
-    fn the_brake_ends_where_a_block_could_not_bear_one_loss_more() {
-        let block = block(&[1, 2, 3, 4, 5, 6]);
-        let silent = |silent: u32| {
-            Assessment::of(&block, false, |provider| Holder {
-                reachable: provider > silent,
-                overdue: provider <= silent,
-                ..WELL
-            })
-        };
-        assert!(silent(1).wanted(4, 1, true).is_empty());
-        assert_eq!(silent(2).wanted(4, 1, true), [0, 1]);
-        assert!(
-            silent(3).wanted(4, 1, true).is_empty(),
-            "nothing can be done: they have to return"
-        );
     }
 
     #[test]

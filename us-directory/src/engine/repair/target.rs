@@ -1,6 +1,8 @@
 //! Who is to make a fragment again and keep it.
 
-use us_core::placement::record_bytes_max;
+use us_core::geometry::Code;
+use us_core::ids::ProviderId;
+use us_core::placement::{RepairRequest, record_bytes_max};
 
 use super::BlockKey;
 use crate::engine::Engine;
@@ -21,35 +23,98 @@ pub(super) enum Target {
 
 impl Engine {
     /// Where fragment `index` of a block goes: back to its holder where that only lost or damaged
-    /// it, else to a provider that holds nothing of the block, in a metapeer and a site that hold
-    /// the least of it; between equals to the one with the least to do, then the most space.
+    /// it, else where the placer puts it, else to whoever holds the least of the block.
     pub(super) fn choose_target(
-        &self,
+        &mut self,
         key: &BlockKey,
         block: &BlockRecord,
         index: usize,
         fragment_bytes: u64,
     ) -> Result<Target, StoreError> {
         let needed = record_bytes_max(fragment_bytes);
+        if let Some(target) = self.keep_or_wait(block, index, needed) {
+            return Ok(target);
+        }
+        if let Some(provider) = self.placed_target(key, block, index, needed)? {
+            let now = self.repairs.jobs.may_rebuild(provider);
+            return Ok(if now { Target::Provider(provider) } else { Target::Later });
+        }
+        self.any_target(key, block, index, needed)
+    }
+
+    /// The holder itself, where it can take the fragment again, now or soon.
+    fn keep_or_wait(&self, block: &BlockRecord, index: usize, needed: u64) -> Option<Target> {
+        let holder = block.providers[index];
+        let member = self.members.get(&holder)?;
+        let is_crowded = block
+            .providers
+            .iter()
+            .enumerate()
+            .any(|(at, provider)| at != index && *provider == holder);
+        if member.takes_new() && member.free_bytes() >= needed && !is_crowded {
+            let now = self.repairs.jobs.may_rebuild(holder);
+            return Some(if now { Target::Provider(holder) } else { Target::Later });
+        }
+        // One that is being checked takes its fragments back a moment later.
+        (member.online && member.record.suspect).then_some(Target::Later)
+    }
+
+    /// Whom the placer takes: who has inherited the dead holder's slot, else a pick as for a new
+    /// block. `None` where it knows nobody who holds nothing of the block.
+    fn placed_target(
+        &mut self,
+        key: &BlockKey,
+        block: &BlockRecord,
+        index: usize,
+        fragment_bytes: u64,
+    ) -> Result<Option<u32>, StoreError> {
+        /// Providers that are passed over because they are still deleting something of the block.
+        const PASSED_OVER_MAX: usize = 8;
+        let Ok(code) = Code::new(block.s as usize, block.r as usize) else { return Ok(None) };
+        let holders: Vec<ProviderId> = block.providers.iter().copied().map(ProviderId).collect();
+        let mut avoid: Vec<ProviderId> = Vec::new();
+        let mut seed = [0; 8];
+        seed.copy_from_slice(&key.1.as_bytes()[8..]);
+        while avoid.len() < PASSED_OVER_MAX {
+            let request = RepairRequest {
+                code,
+                fragment_bytes,
+                holders: &holders,
+                lost: index,
+                avoid: &avoid,
+                seed: u64::from_le_bytes(seed) ^ index as u64,
+            };
+            let Ok(target) = self.placer.choose_repair(&request) else { return Ok(None) };
+            let holds = holders.iter().enumerate();
+            if holds.into_iter().any(|(at, holder)| at != index && *holder == target.provider) {
+                return Ok(None);
+            }
+            let is_there = self.members.get(&target.provider.0).is_some_and(|m| m.takes_new());
+            if is_there && !self.is_deleting(target.provider.0, key)? {
+                return Ok(Some(target.provider.0));
+            }
+            avoid.push(target.provider);
+        }
+        Ok(None)
+    }
+
+    /// Anybody with space: who holds the least of the block, in a site that holds the least of it.
+    fn any_target(
+        &self,
+        key: &BlockKey,
+        block: &BlockRecord,
+        index: usize,
+        needed: u64,
+    ) -> Result<Target, StoreError> {
         let fits = |provider: u32| {
             self.members
                 .get(&provider)
                 .is_some_and(|member| member.takes_new() && member.free_bytes() >= needed)
         };
-        let holder = block.providers[index];
         let others = || {
             let holders = block.providers.iter().enumerate();
             holders.filter(move |(at, _)| *at != index).map(|(_, provider)| *provider)
         };
-        if fits(holder) && others().all(|other| other != holder) {
-            let now = self.repairs.jobs.may_rebuild(holder);
-            return Ok(if now { Target::Provider(holder) } else { Target::Later });
-        }
-        // One that is being checked takes its fragments back a moment later.
-        let member = self.members.get(&holder);
-        if member.is_some_and(|member| member.online && member.record.suspect) {
-            return Ok(Target::Later);
-        }
         let site = |provider: u32| self.members.get(&provider).map(|m| m.record.site.as_str());
         let mut best = None;
         for (provider, member) in &self.members {
