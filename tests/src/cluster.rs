@@ -382,6 +382,22 @@ impl Cluster {
         self.providers[number] = Some(running);
     }
 
+    /// CPU seconds that the directory and the providers that run have taken so far; with them those
+    /// of a provider that was ended do not count.
+    pub fn cpu_seconds(&self) -> f64 {
+        /// Of times in /proc, on every Linux.
+        const TICKS_A_SECOND: f64 = 100.0;
+        let running = self.directory.iter().chain(self.providers.iter().flatten());
+        let ticks = running.map(|running| {
+            let stat = fs::read_to_string(format!("/proc/{}/stat", running.child.id()));
+            let stat = stat.unwrap_or_default();
+            // The name, in brackets, may hold blanks; user and system time are fields 14 and 15.
+            let fields = stat.rsplit(')').next().unwrap_or_default().split_whitespace();
+            fields.skip(11).take(2).filter_map(|field| field.parse::<u64>().ok()).sum::<u64>()
+        });
+        ticks.sum::<u64>() as f64 / TICKS_A_SECOND
+    }
+
     /// kill -9 of provider `number`.
     pub fn kill_provider(&mut self, number: usize) {
         self.providers[number].take().expect("it runs").kill();

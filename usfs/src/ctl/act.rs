@@ -360,7 +360,7 @@ mod tests {
             ..repair
         };
         let line = repair_line(&repair);
-        for part in ["100 blocks", "2 urgent", "4 MiB/s", "25 s left", "1 wait"] {
+        for part in ["100 blocks", "2 urgent", "4.00 MiB/s", "25 s left", "1 wait"] {
             assert!(line.contains(part), "{part}: {line}");
         }
     }
