@@ -146,9 +146,6 @@ impl Engine {
     /// Whether the provider has been told to delete fragments of the block and has not confirmed it:
     /// nothing of the block may go there until it has.
     fn is_deleting(&self, provider: u32, key: &BlockKey) -> Result<bool, StoreError> {
-        if self.pending_deletes <= 0 {
-            return Ok(false);
-        }
         Ok(self.store.get(&keys::delete(provider, &key.1))?.is_some())
     }
 }
