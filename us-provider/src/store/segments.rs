@@ -15,6 +15,7 @@ use rustix::buffer::spare_capacity;
 use super::format::{
     ENVELOPE_BYTES, Envelope, SEGMENT_HEADER_BYTES, Salt, SegmentHeader, SegmentHeaderError,
 };
+use us_core::daemon::disk;
 use us_core::daemon::files::sync_dir;
 
 /// Segment files open at a time.
@@ -148,7 +149,7 @@ impl Segments {
             let mut options = OpenOptions::new();
             let file = options.read(true).write(true).create_new(true).open(&path)?;
             write_all_at(&file, &header.encode(), 0)?;
-            file.sync_all()?;
+            disk::sync_all(&file, &path)?;
             sync_dir(&self.dir)?;
             Ok(file)
         };

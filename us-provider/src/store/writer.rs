@@ -23,6 +23,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
+use us_core::daemon::disk;
 use us_core::fragment::FragmentHeader;
 use us_core::ids::FragmentId;
 
@@ -209,7 +210,7 @@ impl Writer {
         }
         metrics::histogram!("us_provider_write_seconds").record(begun.elapsed().as_secs_f64());
         let begun = Instant::now();
-        if let Err(error) = self.sync(&active.segment.file) {
+        if let Err(error) = self.sync(&active.segment) {
             let error = failed("sync", error);
             self.abandon();
             return Err(error);
@@ -222,12 +223,12 @@ impl Writer {
         Ok(())
     }
 
-    fn sync(&self, file: &std::fs::File) -> io::Result<()> {
+    fn sync(&self, segment: &Segment) -> io::Result<()> {
         #[cfg(test)]
         if self.shared.options.fail_sync.load(std::sync::atomic::Ordering::Relaxed) {
             return Err(io::Error::from_raw_os_error(libc::EIO));
         }
-        Ok(rustix::fs::fdatasync(file)?)
+        disk::sync_data(&segment.file, &segment.path)
     }
 
     /// Brings index and accounts up to what is durable.
@@ -257,9 +258,13 @@ impl Writer {
         })
     }
 
-    /// Never writes to the active segment again.
+    /// Never writes to the active segment again. What was refused is cut off it, so that no later
+    /// start finds it.
     fn abandon(&mut self) {
         let Some(active) = self.active.take() else { return };
+        if let Err(error) = active.segment.file.set_len(active.offset) {
+            tracing::error!(%error, path = %active.segment.path.display(), "cannot be cut");
+        }
         let mut accounts = self.shared.accounts.lock();
         let bytes = active.segment.file_bytes().unwrap_or(active.offset).max(active.offset);
         accounts.set_end(active.segment.number, bytes);

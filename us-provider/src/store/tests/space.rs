@@ -164,6 +164,11 @@ fn after_a_failed_sync_the_segment_is_closed_for_ever() {
         let store = Store::open(dir.path(), super::options(&TestClock::default())).unwrap();
         read_all(&store, sample_id(0)).unwrap();
         read_all(&store, sample_id(1)).unwrap();
+        // What was refused does not come back out of the page cache.
+        for number in 2..4 {
+            let found = store.check(sample_id(number));
+            assert!(matches!(found, Err(StoreError::NotFound { .. })), "{found:?}");
+        }
     }
 }
 

@@ -9,8 +9,9 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use rustix::fs::{FallocateFlags, fallocate, fdatasync};
+use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::Errno;
+use us_core::daemon::disk;
 use us_core::ids::FragmentId;
 
 use super::stage::{answer, kept_bytes};
@@ -135,7 +136,7 @@ impl Writer {
             for entry in &entries {
                 tombstone(&segment, entry).map_err(|error| failed("mark a record in", error))?;
             }
-            fdatasync(&segment.file).map_err(|error| failed("sync", error.into()))?;
+            disk::sync_data(&segment.file, &segment.path).map_err(|error| failed("sync", error))?;
             let mut punched = 0;
             for entry in &entries {
                 punched += self.punch(&segment, entry).map_err(|error| failed("punch", error))?;
