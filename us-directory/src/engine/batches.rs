@@ -130,7 +130,9 @@ impl Engine {
         self.note_recent(session, volume, &outcome.touched, seq);
         self.note_blocks(volume, outcome.blocks);
         for ino in &outcome.created {
-            self.leases.created(session, &(volume, *ino));
+            for other in self.leases.created(session, &(volume, *ino)) {
+                self.refuse(other, format!("it held inode {ino} before that was made"))?;
+            }
         }
         for ino in &outcome.deleted {
             self.leases.forget(session, &(volume, *ino));

@@ -426,3 +426,51 @@ fn locks_wait_and_end_with_their_session() {
     world.says(one.conn, Up::Close(CloseSession {}));
     assert_eq!(reply(&mut world, two.conn), Some(true));
 }
+
+fn claims(leases: Vec<InodeLease>) -> Up {
+    Up::Reclaim(Reclaim { leases, last: true })
+}
+
+fn exclusive(ino: u64) -> InodeLease {
+    InodeLease { ino, level: Level::Exclusive.to_wire(), open: false, grant: 0 }
+}
+
+/// A mount claimed the next inode number of another, in the middle of its session; when that other
+/// made the file, an assertion on two EXCLUSIVE leases took the directory down, for every volume.
+/// Claims are for a session that comes back, and only of what it can have.
+#[test]
+fn a_mount_claims_only_what_it_can_have_held() {
+    let mut world = world();
+    let (mut good, bad) = (world.open(1, "v"), world.open(2, "v"));
+    let root = good.inode(&mut world, 1, Level::Exclusive);
+    assert!(root.is_some());
+    let next = good.next_ino;
+    world.says(bad.conn, claims(vec![exclusive(next)]));
+    let ended = |down: &Down| matches!(down, Down::Ended(_)).then_some(());
+    assert_eq!(world.hear_some(bad.conn, ended), Some(()), "out of turn");
+    let ino = good.ino();
+    good.change(&mut world, vec![create(1, "a", ino, FILE)]);
+
+    // Resumed, it may claim; but not what is not there and is not its to make, ...
+    let mut bad = world.open(2, "v");
+    world.event(Event::Disconnected { conn: ConnId(bad.conn) });
+    assert!(matches!(bad.resume(&mut world, "v"), Down::Opened(_)));
+    let (own, next) = (bad.next_ino, good.next_ino);
+    world.says(bad.conn, claims(vec![exclusive(next), exclusive(1 << 40), exclusive(own)]));
+    assert_eq!(world.hear_some(bad.conn, ended), None);
+    let volume = world.engine.sessions[&bad.session].volume;
+    let level = |world: &World, ino| world.engine.leases.level(bad.session, &(volume, ino));
+    assert_eq!((level(&world, next), level(&world, 1 << 40)), (Level::None, Level::None));
+    assert_eq!(level(&world, own), Level::Exclusive);
+    let ino = good.ino();
+    good.change(&mut world, vec![create(1, "b", ino, FILE)]);
+
+    // ... nor what is there and was never granted: changes that are not durable would cross.
+    world.event(Event::Disconnected { conn: ConnId(bad.conn) });
+    assert!(matches!(bad.resume(&mut world, "v"), Down::Opened(_)));
+    good.give_back(&mut world, &Recall { ino, level: Level::None.to_wire(), grant: 0 }, false);
+    world.says(bad.conn, claims(vec![exclusive(ino)]));
+    assert_eq!(world.hear_some(bad.conn, ended), Some(()));
+    let ino = good.ino();
+    good.change(&mut world, vec![create(1, "c", ino, FILE)]);
+}
