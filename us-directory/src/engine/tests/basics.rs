@@ -239,6 +239,13 @@ fn dead_blocks_are_deleted_two_lease_times_later_and_until_confirmed() {
         world.provider_says(*conn, PUp::Deleted(DeleteDone { ticket: delete.ticket }));
     }
     assert_eq!(world.status().pending_deletes, 1);
+    // A deletion that failed (a full disk) was never confirmed, and while the stream lived, for weeks,
+    // that provider was told of no other either: a full disk could not get empty.
+    for _ in 0..13 {
+        world.pass(5_000);
+    }
+    let again = deletes(&mut world);
+    assert_eq!(again.iter().map(|(conn, _)| *conn).collect::<Vec<_>>(), [lost_conn]);
     let (_, lost) = *world.providers.iter().find(|(conn, _)| *conn == lost_conn).unwrap();
     let cookie = world.engine.members[&lost].record.cookie.clone();
     let key = world.engine.members[&lost].record.key_hash[0];
@@ -425,6 +432,31 @@ fn locks_wait_and_end_with_their_session() {
     assert_eq!(reply(&mut world, two.conn), None);
     world.says(one.conn, Up::Close(CloseSession {}));
     assert_eq!(reply(&mut world, two.conn), Some(true));
+}
+
+/// The directory's thread was busy for a minute (a huge truncate), or its machine slept. The first
+/// event it took up was a tick, before the reports and renewals that had come meanwhile: every provider
+/// was silent, every mount was shut out.
+#[test]
+fn nobody_is_blamed_for_the_time_the_directory_stood_still() {
+    let mut world = world();
+    let (conn, ..) = world.provider(1, Bytes::new());
+    let (mut one, mut two) = (world.open(1, "v"), world.open(2, "v"));
+    assert!(one.inode(&mut world, 1, Level::Exclusive).is_some());
+    assert!(two.inode(&mut world, 1, Level::Shared).is_none(), "it is the first mount's");
+    let recall = one.recall(&mut world).expect("a recall");
+    world.now_ms += 300_000;
+    world.engine.stood_still(300_000, world.now_ms);
+    world.event(Event::Tick);
+    assert!(world.engine.members.values().all(|member| member.online));
+    assert!(world.engine.sessions.values().all(|known| known.is_alive()));
+    world.provider_says(conn, PUp::Report(report()));
+    one.give_back(&mut world, &recall, false);
+    assert!(two.answer(&mut world).is_some(), "and its question still waits");
+    // Silence is silence again.
+    world.now_ms += 60_000;
+    world.event(Event::Tick);
+    assert!(world.engine.members.values().all(|member| !member.online));
 }
 
 fn claims(leases: Vec<InodeLease>) -> Up {
