@@ -29,6 +29,8 @@ const JOIN_TIMEOUT: Duration = Duration::from_secs(10);
 const SEND_TIMEOUT: Duration = Duration::from_secs(20);
 /// The last words get this long.
 const GOODBYE_TIMEOUT: Duration = Duration::from_secs(1);
+/// How often a deletion is tried again that failed for want of space.
+const DELETE_RETRIES: usize = 3;
 /// Damaged fragments named after a welcome, at most; the rest come as scrub finds them again.
 const DAMAGE_MAX: usize = 65_536;
 /// With less than this free, puts are not accepted: a fragment and its segment may not fit.
@@ -244,12 +246,13 @@ impl Link {
                 }
                 Ok(())
             }
-            Effect::Delete { ticket, ids } => match self.hands.store.delete(ids).await {
+            Effect::Delete { ticket, ids } => match self.delete(ids).await {
                 Ok(deleted) => {
                     metrics::counter!("us_provider_deleted_total").increment(deleted as u64);
                     send(outbox, Member::deleted(ticket)).await
                 }
                 Err(error) => {
+                    // It hears nothing and asks again after a minute.
                     tracing::error!(%error, ticket, "deletion failed; the directory asks again");
                     Ok(())
                 }
@@ -283,6 +286,18 @@ impl Link {
                 Ok(())
             }
         }
+    }
+
+    /// Deletes; on a full disk once more, alone: then no put is in the batch that does not fit.
+    async fn delete(&self, ids: Vec<FragmentId>) -> Result<usize, StoreError> {
+        let mut result = self.hands.store.delete(ids.clone()).await;
+        for _ in 0..DELETE_RETRIES {
+            if !matches!(result, Err(StoreError::NoSpace { .. })) {
+                break;
+            }
+            result = self.hands.store.delete(ids.clone()).await;
+        }
+        result
     }
 
     /// How fragments are; what is wanted and lies in the trash comes back.
