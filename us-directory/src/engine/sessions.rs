@@ -7,8 +7,8 @@ use us_core::ids::VolumeId;
 use us_proto::v1::session_down::Event as Down;
 use us_proto::v1::session_up::Event as Up;
 use us_proto::v1::{
-    Durable, EndReason, InodeLease, LeaseReturn, OpenSession, Recall, Reclaim, Renewed, SessionEnded,
-    SessionOpened, SessionUp,
+    Durable, EndReason, InodeLease, LeaseReturn, OpenSession, Recall, Reclaim, Renewed,
+    SessionEnded, SessionOpened, SessionUp,
 };
 
 use super::leases::{InodeKey, Level, Returned};
@@ -310,8 +310,7 @@ impl Engine {
         let key = (known.volume, lease.ino);
         let first = !known.claimed;
         let mut ranges = known.record.inodes.iter();
-        let own =
-            ranges.any(|range| key.1 >= range.first && key.1 - range.first < range.count);
+        let own = ranges.any(|range| key.1 >= range.first && key.1 - range.first < range.count);
         if lease.open {
             known.open.insert(key.1);
         }
