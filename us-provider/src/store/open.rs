@@ -69,6 +69,7 @@ pub(super) fn open(dir: &Path, options: StoreOptions) -> Result<Handle, OpenErro
         segments,
         accounts: Mutex::new(accounts),
         trouble: Mutex::new(None),
+        stuck: Mutex::default(),
         fresh_damage: Mutex::new(Vec::new()),
     });
     let damaged = shared.index.damaged(super::space::FRESH_DAMAGE_MAX)?;
@@ -315,8 +316,11 @@ impl<'a> Walk<'a> {
                 if current.is_some_and(|entry| entry.seq <= envelope.seq) {
                     self.staged.set(id, current, None);
                 }
-                if self.options.punch_holes {
-                    self.accounts.punch(segment, envelope.padded_bytes() - kept_bytes());
+                let body = envelope.offset + kept_bytes();
+                let end = envelope.offset + envelope.padded_bytes();
+                // Where the file system has no holes the bytes are dead, not given back.
+                if self.segments.open(segment)?.is_hole(body, end) {
+                    self.accounts.punch(segment, end - body);
                 }
             }
             Content::Trash(ids) => self.set_trashed(&ids, envelope)?,

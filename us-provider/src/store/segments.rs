@@ -54,6 +54,16 @@ impl Segment {
         Ok(buffer)
     }
 
+    /// Whether nothing is stored between two offsets; not where the file system does not say.
+    pub fn is_hole(&self, from: u64, to: u64) -> bool {
+        match rustix::fs::seek(&self.file, rustix::fs::SeekFrom::Data(from)) {
+            Ok(data) => data >= to,
+            // No data up to the end of the file.
+            Err(rustix::io::Errno::NXIO) => true,
+            Err(_) => false,
+        }
+    }
+
     /// Bytes the file has.
     ///
     /// # Errors
