@@ -16,6 +16,7 @@ mod batch;
 mod control;
 mod stage;
 
+use std::collections::BTreeSet;
 use std::io;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
@@ -101,13 +102,16 @@ pub(super) struct Writer {
     broken: Option<StoreError>,
     /// Segments whose accounts changed outside a batch.
     touched: Vec<u32>,
+    /// Segments in which a purge has failed: what is purged there now only becomes dead bytes.
+    unburied: BTreeSet<u32>,
 }
 
 impl Writer {
     pub(super) fn new(shared: Arc<Shared>, start: Start) -> Self {
         let active = start.active.map(|(segment, offset)| Active { segment, offset });
         let Start { next_segment, next_seq, .. } = start;
-        Self { shared, active, next_segment, next_seq, broken: None, touched: Vec::new() }
+        let (broken, touched, unburied) = (None, Vec::new(), BTreeSet::new());
+        Self { shared, active, next_segment, next_seq, broken, touched, unburied }
     }
 
     /// Works until every sender is gone, then closes the index.
