@@ -77,6 +77,8 @@ struct Scanning {
     scan: Scan,
     volumes: VecDeque<VolumeId>,
     after: Option<Bytes>,
+    /// It was asked for again meanwhile: when it has seen everything it begins anew.
+    again: bool,
 }
 
 /// A repair that failed, and when it is tried again.
@@ -266,9 +268,13 @@ impl Engine {
     }
 
     fn begin_scan(&mut self, scan: Scan) {
-        self.repairs.scans.retain(|scanning| scanning.scan != scan);
+        // Not from the start: what lies at the end would never be seen where this is asked for often.
+        if let Some(running) = self.repairs.scans.iter_mut().find(|found| found.scan == scan) {
+            running.again = true;
+            return;
+        }
         let volumes = self.volumes.keys().copied().collect();
-        self.repairs.scans.push_back(Scanning { scan, volumes, after: None });
+        self.repairs.scans.push_back(Scanning { scan, volumes, after: None, again: false });
     }
 
     /// Whether blocks that need repair may still be found.
@@ -278,7 +284,12 @@ impl Engine {
 
     fn scan_slice(&mut self) -> Result<(), StoreError> {
         let Some(mut scanning) = self.repairs.scans.pop_front() else { return Ok(()) };
-        let Some(volume) = scanning.volumes.front().copied() else { return Ok(()) };
+        let Some(volume) = scanning.volumes.front().copied() else {
+            if scanning.again {
+                self.begin_scan(scanning.scan);
+            }
+            return Ok(());
+        };
         let prefix = match scanning.scan {
             Scan::Holdings(provider) => keys::holdings(&volume, provider),
             Scan::Blocks => keys::tag(&volume, b'b'),
@@ -303,6 +314,8 @@ impl Engine {
         }
         if !scanning.volumes.is_empty() {
             self.repairs.scans.push_front(scanning);
+        } else if scanning.again {
+            self.begin_scan(scanning.scan);
         }
         Ok(())
     }
