@@ -115,6 +115,13 @@ impl Engine {
         if last {
             batch.delete(keys::volume(&volume));
             self.volumes.remove(&volume);
+            // None of its sessions is alive: their records go too.
+            let here = self.sessions.iter().filter(|(_, known)| known.volume == volume);
+            let here: Vec<u64> = here.map(|(session, _)| *session).collect();
+            for session in here {
+                batch.delete(keys::session(session));
+                self.sessions.remove(&session);
+            }
         }
         self.commit(batch, Durability::Applied)?;
         Ok(())

@@ -21,6 +21,8 @@ use crate::store::{Durability, KeyRange, Seq, StoreError};
 const LEASES_A_MESSAGE_MAX: usize = 65_536;
 /// The most sessions one open may replace.
 const REPLACES_MAX: usize = 64;
+/// Fenced sessions that are remembered.
+const FENCED_KEPT_MAX: usize = 1024;
 /// The longest host name kept.
 const HOST_BYTES_MAX: usize = 256;
 
@@ -414,6 +416,7 @@ impl Engine {
         let fenced = matches!(end.reason, EndReason::Fenced);
         known.record.fenced = fenced;
         let record = known.record.clone();
+        let forgotten = self.fenced_long_ago();
         let Some(mut tx) = self.tx(volume) else { return Ok(()) };
         let range = KeyRange::prefix(&keys::orphans(&volume, session));
         let orphans = tx.scan(&range, usize::MAX)?;
@@ -432,11 +435,24 @@ impl Engine {
         } else {
             tx.delete(keys::session(session));
         }
+        forgotten.iter().for_each(|old| tx.delete(keys::session(*old)));
         let outcome = tx.finish()?;
         let seq = self.commit(outcome.batch, Durability::Durable)?;
+        forgotten.iter().for_each(|old| drop(self.sessions.remove(old)));
         self.pending_deletes += outcome.graves as i64;
         self.note_blocks(volume, outcome.blocks);
         self.then(seq, Then::Ended { session, end })
+    }
+
+    /// Fenced sessions beyond those that are kept so that their mounts hear why: numbers are given
+    /// once, so one that is not known is refused all the same.
+    fn fenced_long_ago(&self) -> Vec<u64> {
+        let fenced = self
+            .sessions
+            .iter()
+            .filter(|(_, known)| known.record.fenced && !known.ending && known.conn.is_none());
+        let fenced: Vec<u64> = fenced.map(|(session, _)| *session).collect();
+        fenced[..fenced.len().saturating_sub(FENCED_KEPT_MAX)].to_vec()
     }
 
     /// The end of a session is durable.
