@@ -27,8 +27,8 @@ use redb::{Database, ReadOnlyTable, ReadableDatabase, ReadableTable, TableDefini
 use us_core::daemon::disk::sync_path;
 
 use super::journal::{
-    FileTag, JournalFile, cut, encode_body, encode_record, file_path, list_files, read_file,
-    sync_dir,
+    BODY_BYTES_MAX, FileTag, JournalFile, cut, encode_body, encode_record, file_path, list_files,
+    read_file, sync_dir,
 };
 use super::records::JournalRecords;
 use super::{
@@ -682,6 +682,8 @@ impl MetaStore for EmbeddedStore {
             return Ok(self.seq);
         }
         let body = encode_body(&batch);
+        // A longer one would be acknowledged and not read back.
+        assert!(body.len() <= BODY_BYTES_MAX, "a commit of {} bytes", body.len());
         self.journal_bytes += body.len() as u64 + 64;
         self.seq += 1;
         self.queue.push(Command::Append { seq: self.seq, body, durable })?;

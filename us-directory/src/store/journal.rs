@@ -43,8 +43,8 @@ pub const FILE_HEADER_BYTES: usize = 64;
 /// Bytes of a record's header.
 pub const RECORD_HEADER_BYTES: usize = 48;
 const REMOVED: u32 = u32::MAX;
-/// The longest body read: more than any batch makes.
-const BODY_BYTES_MAX: usize = 512 << 20;
+/// The longest body, written or read: more than any batch makes.
+pub const BODY_BYTES_MAX: usize = 512 << 20;
 
 /// What ties the records of a file to it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -459,6 +459,66 @@ fn nobody_is_blamed_for_the_time_the_directory_stood_still() {
     assert!(world.engine.members.values().all(|member| !member.online));
 }
 
+/// A truncate of a huge file was one step, one transaction in memory and one record of the journal: above
+/// 512 MiB it was acknowledged, and not read back at the next start.
+#[test]
+fn a_huge_file_is_cut_in_bounded_commits() {
+    let mut world = world();
+    let mut one = world.open(1, "v");
+    one.inode(&mut world, 1, Level::Exclusive).unwrap();
+    let ino = one.ino();
+    one.change(&mut world, vec![create(1, "a", ino, FILE)]);
+    let zeros =
+        |chunks: u64| ExtentWrite { ino, length: chunks << 22, zero: true, ..Default::default() };
+    let hole = |from: u64, to: u64| {
+        let (offset, length) = (from << 22, (to - from) << 22);
+        ExtentWrite { ino, offset, length, ..Default::default() }
+    };
+    one.change(&mut world, vec![commit(vec![], vec![zeros(2000)])]);
+    let chunks = |world: &World| {
+        let volume = world.engine.sessions[&one.session].volume;
+        let range = KeyRange::prefix(&keys::tag(&volume, b'm'));
+        world.engine.store.scan(&range, usize::MAX).unwrap().len()
+    };
+    assert_eq!(chunks(&world), 2000);
+    let before = world.history.lock().len();
+    let mut mount = one.clone();
+    mount.change(&mut world, vec![commit(vec![], vec![hole(100, 1000)])]);
+    assert_eq!(chunks(&world), 1100);
+    let cut = SetAttributes { ino, size: Some(0), ..Default::default() };
+    mount.change(&mut world, vec![Op::SetAttributes(cut)]);
+    assert_eq!(chunks(&world), 0);
+    let commits = world.history.lock()[before..].to_vec();
+    assert!(commits.len() >= 2 + 3 + 4, "{} commits", commits.len());
+    assert!(commits.iter().all(|commit| commit.len() < 300), "each of them small");
+    let found = mount.inode(&mut world, ino, Level::Exclusive).unwrap();
+    assert_eq!((found.inodes[0].size, found.inodes[0].allocated_bytes), (0, 0));
+}
+
+/// Every fence left a record for ever, and at 16,384 of them nobody could mount any more.
+#[test]
+fn fenced_sessions_are_forgotten_in_the_end() {
+    let mut world = world();
+    let mut last = world.open(1, "v").session;
+    for _ in 0..1500 {
+        let open =
+            OpenSession { volume: "v".to_owned(), replaces: vec![last], ..Default::default() };
+        let conn = world.dial(1, open);
+        let Down::Opened(opened) = world.hear(conn) else { panic!("not opened") };
+        last = opened.session;
+    }
+    assert!(world.engine.sessions.len() < 1100, "{}", world.engine.sessions.len());
+    let range = KeyRange::prefix(&keys::tag(&keys::CLUSTER, b's'));
+    let stored = world.engine.store.scan(&range, usize::MAX).unwrap().len();
+    assert_eq!(stored, world.engine.sessions.len());
+    // One that was forgotten is refused as one that was not.
+    let open =
+        OpenSession { volume: "v".to_owned(), session: 1, incarnation: 1, ..Default::default() };
+    let conn = world.dial(1, open);
+    let Down::Ended(ended) = world.hear(conn) else { panic!("resumed") };
+    assert_eq!(ended.reason, EndReason::Unknown as i32);
+}
+
 fn claims(leases: Vec<InodeLease>) -> Up {
     Up::Reclaim(Reclaim { leases, last: true })
 }
