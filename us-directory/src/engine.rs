@@ -401,6 +401,17 @@ impl Engine {
         Ok(std::mem::take(&mut self.effects))
     }
 
+    /// This directory stood still for `gap_ms` up to `now_ms`: its thread was busy, the machine slept.
+    /// What peers sent meanwhile waits behind the next event, so the time is not charged to them.
+    pub fn stood_still(&mut self, gap_ms: u64, now_ms: u64) {
+        let shift = |at_ms: &mut u64| *at_ms = at_ms.saturating_add(gap_ms).min(now_ms);
+        self.sessions.values_mut().for_each(|known| shift(&mut known.heard_ms));
+        self.members.values_mut().for_each(|member| shift(&mut member.heard_ms));
+        self.parked_longer(gap_ms);
+        self.lock_waiters.iter_mut().for_each(|waiter| waiter.wait_longer(gap_ms));
+        self.repairs.jobs.wait_longer(gap_ms);
+    }
+
     fn now_ms(&self) -> u64 {
         self.at.now_ms
     }

@@ -25,6 +25,8 @@ const GRAVES_SLICE: usize = 4096;
 const SETTLE_SLICE: usize = 4096;
 /// Keys of a deleted volume removed in one tick.
 const VOLUME_KEYS_SLICE: usize = 4096;
+/// How long a provider may take to confirm deletions before it is asked again.
+const DELETE_ANSWER_MS: u64 = 60_000;
 /// How often the slow chores run.
 const SLOW_TICK_MS: u64 = 500;
 /// How far the stored clock may lag behind while something waits for it.
@@ -56,6 +58,7 @@ impl Engine {
         self.keeping_chores()?;
         self.check_unsettled()?;
         self.expand_graves()?;
+        self.ask_deletes_again()?;
         if self.pending_deletes > 0 && self.clock_ms() > self.clock_stored_ms + CLOCK_LAG_MS {
             self.commit_cluster(Durability::Applied)?;
         }
@@ -112,6 +115,13 @@ impl Engine {
         if last {
             batch.delete(keys::volume(&volume));
             self.volumes.remove(&volume);
+            // None of its sessions is alive: their records go too.
+            let here = self.sessions.iter().filter(|(_, known)| known.volume == volume);
+            let here: Vec<u64> = here.map(|(session, _)| *session).collect();
+            for session in here {
+                batch.delete(keys::session(session));
+                self.sessions.remove(&session);
+            }
         }
         self.commit(batch, Durability::Applied)?;
         Ok(())
@@ -208,8 +218,23 @@ impl Engine {
         let Some(member) = self.members.get_mut(&provider) else { return Ok(()) };
         let Some(conn) = member.conn else { return Ok(()) };
         member.deleting = Some((ticket, sent));
+        member.deleting_since_ms = self.at.now_ms;
         self.tell(conn, Down::Delete(DeleteFragments { ticket, fragments }));
         Ok(())
+    }
+
+    /// Deletions that were not confirmed in time are sent again: to delete twice harms nobody.
+    fn ask_deletes_again(&mut self) -> Result<(), StoreError> {
+        let now_ms = self.now_ms();
+        let late = self.members.values_mut().filter(|member| {
+            member.deleting.is_some() && now_ms >= member.deleting_since_ms + DELETE_ANSWER_MS
+        });
+        let late = late.map(|member| member.deleting = None).count();
+        if late == 0 {
+            return Ok(());
+        }
+        metrics::counter!("us_directory_deletes_repeated_total").increment(late as u64);
+        self.send_deletes()
     }
 
     pub(super) fn deleted(&mut self, provider: u32, ticket: u64) -> Result<(), StoreError> {

@@ -51,6 +51,8 @@ pub(super) struct Member {
     pub records_held: Option<RecordsHeld>,
     /// Deletions it was sent and has not confirmed: the ticket and the keys.
     pub deleting: Option<(u64, Vec<Bytes>)>,
+    /// When it was sent them.
+    pub deleting_since_ms: u64,
     /// The log says that it is silent.
     pub told_silent: bool,
     /// How long it said it would be away; 0: it did not.
@@ -72,6 +74,7 @@ impl Member {
             root_stored: 0,
             records_held: None,
             deleting: None,
+            deleting_since_ms: 0,
             told_silent: false,
             away_ms: 0,
             online_ticks: 0,

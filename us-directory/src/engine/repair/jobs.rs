@@ -184,6 +184,11 @@ impl Jobs {
         late.map(|(ticket, _)| *ticket).collect()
     }
 
+    /// Orders may take so much longer.
+    pub fn wait_longer(&mut self, by_ms: u64) {
+        self.jobs.values_mut().for_each(|job| job.deadline_ms += by_ms);
+    }
+
     /// Whether none is under way.
     pub fn is_empty(&self) -> bool {
         self.jobs.is_empty()

@@ -37,6 +37,9 @@ struct Swarm {
     rebuilds: u64,
     copies: u64,
     deletes: u64,
+    /// They report well, take puts, and fail every order.
+    broken: BTreeSet<u8>,
+    failed_orders: u64,
 }
 
 impl Swarm {
@@ -47,7 +50,9 @@ impl Swarm {
         let mount = world.open(100, "v");
         let disks = BTreeMap::new();
         let (blocks, rebuilds, copies, deletes) = (0, 0, 0, 0);
-        let mut swarm = Self { world, mount, disks, blocks, rebuilds, copies, deletes };
+        let (broken, failed_orders) = Default::default();
+        let mut swarm =
+            Self { world, mount, disks, blocks, rebuilds, copies, deletes, broken, failed_orders };
         swarm.mount.inode(&mut swarm.world, 1, Level::Exclusive).unwrap();
         (1..=providers).for_each(|key| swarm.join(key));
         swarm.count();
@@ -189,6 +194,12 @@ impl Swarm {
     fn obey(&mut self, key: u8, ticket: u64) {
         let disk = self.disks.get_mut(&key).unwrap();
         let (Some(order), Some(conn)) = (disk.orders.remove(&ticket), disk.conn) else { return };
+        if self.broken.contains(&key) {
+            self.failed_orders += 1;
+            let status = RebuildStatus::Io as i32;
+            let reply = Rebuilt { ticket, status, ..Default::default() };
+            return self.world.provider_says(conn, PUp::Rebuilt(reply));
+        }
         let online: BTreeSet<u32> =
             self.disks.values().filter(|d| d.conn.is_some()).map(|d| d.id).collect();
         let mut right = BTreeSet::new();
@@ -324,6 +335,23 @@ fn what_a_dead_provider_held_is_made_again() {
     swarm.run(5 * MINUTE_MS);
     assert_eq!((swarm.rebuilds, swarm.copies), (made, 0));
     swarm.check_whole();
+}
+
+/// Some providers report well and take puts, but no order to rebuild ends well there (a firewall, a
+/// machine that is always busy). The target is a function of the block, so each retry asked the same one
+/// again, for ever, and what had to go there stayed without its redundancy.
+#[test]
+fn a_target_that_fails_is_not_asked_for_ever() {
+    let mut swarm = Swarm::new(9);
+    swarm.write(60);
+    swarm.broken.extend([4, 7]);
+    swarm.leave(3);
+    swarm.world.now_ms += 2 * DAY_MS;
+    swarm.run(10 * MINUTE_MS);
+    assert!(swarm.rebuilds > 0 && swarm.failed_orders > 0, "{}", swarm.failed_orders);
+    swarm.check_whole();
+    // A few orders show what it cannot do; the others are not tried on it.
+    assert!(swarm.failed_orders < 40, "{} orders failed", swarm.failed_orders);
 }
 
 #[test]
