@@ -76,11 +76,11 @@ impl Core {
         let returned = v1::InodeLease {
             ino: ino.0,
             level: node.lease.level.to_proto(),
-            open: node.handles > 0,
+            open: node.is_referred(),
             grant: node.lease.grant.max(grant),
         };
         if node.lease.level == Level::None {
-            node.told_open = node.handles > 0;
+            node.told_open = node.is_referred();
             node.drop_cached();
         }
         self.drop_if_gone(ino);
@@ -125,7 +125,7 @@ impl Core {
             held.then(|| v1::InodeLease {
                 ino: ino.0,
                 level: node.lease.level.to_proto(),
-                open: node.handles > 0,
+                open: node.is_referred(),
                 grant: node.lease.grant,
             })
         };
@@ -134,7 +134,7 @@ impl Core {
         let replayed: Vec<_> =
             self.let_go.iter().filter(|gone| gone.at > applied).copied().collect();
         for LetGo { ino, lease, .. } in replayed {
-            let now = self.nodes.get(&ino).map(|node| (node.lease, node.handles > 0));
+            let now = self.nodes.get(&ino).map(|node| (node.lease, node.is_referred()));
             let (now, open) = now.unwrap_or_default();
             if now.level >= lease.level {
                 continue;

@@ -67,7 +67,7 @@ impl Core {
     pub fn forget(&mut self, ino: Ino, lookups: u64) {
         if let Some(node) = self.nodes.get_mut(&ino) {
             node.lookups = node.lookups.saturating_sub(lookups);
-            self.drop_if_gone(ino);
+            self.release_if_unused(ino);
         }
     }
 
@@ -260,7 +260,7 @@ impl Core {
         }
         let parent = *self.attributes_mut(dir);
         let time = change_time(now, &parent).max(self.attributes_mut(ino).ctime);
-        let open = self.nodes.get(&ino).is_some_and(|node| node.handles > 0);
+        let open = self.nodes.get(&ino).is_some_and(Node::is_referred);
         let (name_hash, _) = self.seal_name(dir, name)?;
         let unlink = v1::Unlink {
             dir: dir.0,
@@ -345,7 +345,7 @@ impl Core {
         let time = self.time_of_all(now, &[from.0, to.0, moved.0, other]);
         let (from_hash, _) = self.seal_name(from.0, from.1)?;
         let (to_hash, to_sealed_name) = self.seal_name(to.0, to.1)?;
-        let replaced_open = self.nodes.get(&other).is_some_and(|node| node.handles > 0);
+        let replaced_open = self.nodes.get(&other).is_some_and(Node::is_referred);
         let rename = v1::Rename {
             from_dir: from.0.0,
             from_hash,
