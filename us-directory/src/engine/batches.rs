@@ -3,7 +3,7 @@
 use us_core::daemon::logging::RequestId;
 use us_proto::v1::mutation::Op;
 use us_proto::v1::session_down::Event as Down;
-use us_proto::v1::{Applied, Batch, Durable};
+use us_proto::v1::{Applied, Batch, Durable, Mutation};
 
 use super::leases::Level;
 use super::{Durability, Engine};
@@ -88,7 +88,9 @@ impl Engine {
             let detail = format!("{} mutations in one batch", batch.mutations.len());
             return self.refuse(session, detail);
         }
-        if known.record.read_only && !batch.mutations.is_empty() {
+        // Letting go of an inode that another mount removed changes nothing of the volume.
+        let releases = |mutation: &Mutation| matches!(mutation.op, Some(Op::Release(_)));
+        if known.record.read_only && !batch.mutations.iter().all(releases) {
             return self.refuse(session, "a read-only session changes nothing".to_owned());
         }
         match self.apply(session, batch) {
