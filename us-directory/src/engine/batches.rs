@@ -1,6 +1,7 @@
 //! Batches of mutations: applied whole, acknowledged applied and later durable.
 
 use us_core::daemon::logging::RequestId;
+use us_core::limits::{BATCH_MUTATIONS_MAX, BATCH_TRACES_MAX};
 use us_proto::v1::mutation::Op;
 use us_proto::v1::session_down::Event as Down;
 use us_proto::v1::{Applied, Batch, Durable, Mutation};
@@ -10,11 +11,6 @@ use super::{Durability, Engine};
 use crate::keys;
 use crate::namespace::{ApplyError, Authority, Outcome, Rule};
 use crate::store::{StoreError, WriteBatch};
-
-/// The most mutations a batch may have.
-pub const BATCH_MUTATIONS_MAX: usize = 4096;
-/// The most requests a batch may name for the logs.
-const TRACES_MAX: usize = 64;
 
 /// What a session may do, for the namespace.
 struct SessionAuthority<'e> {
@@ -80,7 +76,7 @@ impl Engine {
             let detail = format!("batch {} came where {} is next", batch.number, applied + 1);
             return self.refuse(session, detail);
         }
-        if batch.traces.len() > TRACES_MAX {
+        if batch.traces.len() > BATCH_TRACES_MAX {
             let detail = format!("{} requests named in one batch", batch.traces.len());
             return self.refuse(session, detail);
         }

@@ -1,6 +1,7 @@
 //! Giving leases back: recalls, reclaims after a new connection, and letting go of what is not used.
 
 use us_core::ids::Ino;
+use us_core::limits::LEASES_MESSAGE_MAX;
 use us_proto::v1;
 use us_proto::v1::session_up::Event;
 
@@ -8,8 +9,6 @@ use super::node::{Lease, Level, Node};
 use super::{Core, Now};
 use crate::session::log::LogPosition;
 
-/// Leases in one message.
-const LEASES_MESSAGE_MAX: usize = 4096;
 /// How long a recall waits for the operation that asked for the lease.
 pub const PIN: std::time::Duration = std::time::Duration::from_millis(200);
 

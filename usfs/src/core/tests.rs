@@ -365,3 +365,25 @@ fn a_lease_goes_back_with_what_is_true_when_it_is_sent() {
     });
     assert!(!returned.unwrap().open);
 }
+
+/// The mount counted names and values, the directory their sealed bytes: sixteen large attributes
+/// passed here and ended the session there.
+#[test]
+fn extended_attributes_are_counted_as_they_are_stored() {
+    let mut core = core();
+    give_root(&mut core);
+    let (ino, _) = file(&mut core, b"a");
+    let value = vec![7; 65_520];
+    let mut set = |number: usize| {
+        let name = format!("user.x{number:02}");
+        core.set_xattr(at(3), ino, name.as_bytes(), &value, crate::fs::XattrMode::Set)
+    };
+    let stored = (0..16).take_while(|number| set(*number).is_ok()).count();
+    assert_eq!(stored, 15);
+    assert!(matches!(set(16), Err(Stop::Fail(FsError::NoSpace(_)))));
+    let sealed = mutations(&mut core).into_iter().map(|op| match op {
+        Op::SetXattr(set) => set.sealed.len(),
+        _ => 0,
+    });
+    assert!(sealed.sum::<usize>() <= us_core::limits::SEALED_XATTRS_BYTES_MAX);
+}

@@ -4,8 +4,9 @@ use std::ops::Range;
 
 use bytes::Bytes;
 use us_core::ids::BlockId;
+use us_core::limits::CHUNK_BYTES;
 
-use super::map::{CHUNK_BYTES, Extent, FileMap, MapSource, Place};
+use super::map::{Extent, FileMap, MapSource, Place};
 use super::{DirtyBuffer, InFlight, SealedPiece, Ticket};
 
 /// A piece of what a read must return.
