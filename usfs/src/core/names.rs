@@ -6,6 +6,7 @@
 
 use bytes::Bytes;
 use us_core::ids::Ino;
+use us_core::limits::DEPTH_MAX;
 use us_core::name::NameHash;
 use us_proto::v1;
 use us_proto::v1::mutation::Op;
@@ -314,9 +315,9 @@ impl Core {
         if moved.0 == other {
             return Ok(Renamed { moved: moved.0, replaced: None });
         }
-        self.check_no_loop(moved, to.0)?;
+        self.check_no_loop(moved, from.0, to.0)?;
         if let (RenameMode::Exchange, Some(replaced)) = (mode, replaced) {
-            self.check_no_loop(replaced, from.0)?;
+            self.check_no_loop(replaced, to.0, from.0)?;
             return self.exchange(now, from, to, moved, replaced);
         }
         if let Some(replaced) = replaced {
@@ -428,17 +429,25 @@ impl Core {
         }
     }
 
-    /// A directory must not be moved into itself. The kernel has checked what it knows; this checks
-    /// what the mount knows.
-    fn check_no_loop(&self, moved: (Ino, FileKind), dir: Ino) -> Result<(), Stop> {
-        let mut at = dir;
-        while moved.1 == FileKind::Directory && at != Ino::ROOT && at.0 != 0 {
-            if at == moved.0 {
+    /// A directory must not be moved into itself. The kernel has checked what it knows, and may know
+    /// a place from before another mount's rename: so every directory above the new one is looked at
+    /// under a lease. That lease goes back behind the log, and what moves needs it, so the directory
+    /// sees the same when it applies the rename.
+    fn check_no_loop(&mut self, moved: (Ino, FileKind), from: Ino, to: Ino) -> Result<(), Stop> {
+        if moved.1 != FileKind::Directory || from == to {
+            return Ok(());
+        }
+        let mut above = to;
+        for _ in 0..DEPTH_MAX {
+            if above == moved.0 {
                 return Err(FsError::Invalid("a directory cannot move into itself").into());
             }
-            at = self.nodes.get(&at).map_or(Ino(0), |node| node.parent);
+            if above == Ino::ROOT {
+                return Ok(());
+            }
+            above = self.need(above, Level::Shared)?.parent;
         }
-        Ok(())
+        Err(FsError::TooDeep.into())
     }
 
     fn check_empty(&mut self, dir: Ino) -> Result<(), Stop> {

@@ -183,7 +183,7 @@ pub struct Node {
     pub target: Option<Bytes>,
     /// Names, of a directory.
     pub names: Option<Box<DirNames>>,
-    /// Where a directory lies.
+    /// Where a directory lies, while the lease says so.
     pub parent: Ino,
     /// Bytes, of a regular file.
     pub data: Option<Box<FileData>>,
@@ -245,6 +245,7 @@ impl Node {
         self.xattrs = None;
         self.target = None;
         self.names = None;
+        self.parent = Ino(0);
         self.data = None;
         self.kernel_cache_valid = false;
     }
