@@ -65,8 +65,6 @@ use members::{Member, Query};
 
 /// Requests of all sessions that may wait for a lease at once.
 pub const PARKED_MAX: usize = 65_536;
-/// Leases one session may hold.
-pub const SESSION_LEASES_MAX: usize = 1 << 20;
 /// Sessions, fenced ones among them.
 pub const SESSIONS_MAX: usize = 16_384;
 /// Volumes.
