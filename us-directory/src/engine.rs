@@ -373,6 +373,17 @@ impl Engine {
         &self.cluster.cluster
     }
 
+    /// The owner of what placement knows.
+    pub fn placer(&self) -> &Placer {
+        &self.placer
+    }
+
+    /// Whether blocks are being looked for, wait for, or are under repair: until then time may pass
+    /// in long steps.
+    pub fn is_repairing(&self) -> bool {
+        self.is_scanning() || self.repairs.is_busy()
+    }
+
     /// Takes one event.
     ///
     /// # Errors
