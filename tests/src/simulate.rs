@@ -27,6 +27,7 @@ mod checks;
 pub mod directory;
 pub mod life;
 pub mod links;
+mod orders;
 pub mod scenario;
 pub mod scenarios;
 mod swarm;

@@ -54,7 +54,7 @@ impl Calendar {
     }
 
     /// The next that happens, and when.
-    pub fn next(&mut self) -> Option<(u64, Happening)> {
+    pub fn take_next(&mut self) -> Option<(u64, Happening)> {
         self.entries.pop().map(|Reverse((at_ms, _, what))| (at_ms, what))
     }
 }

@@ -28,17 +28,25 @@ pub struct Busy {
 
 /// What one rebuild moves.
 #[derive(Clone, Debug)]
-pub struct Transfer<'t> {
+pub struct Transfer {
     /// How.
     pub path: RebuildPath,
     /// Providers that send, as indexes, with the number of their site. Not the rebuilder itself.
-    pub senders: &'t [(usize, u32)],
+    pub senders: Vec<(usize, u32)>,
     /// Who makes the fragment.
     pub rebuilder: usize,
     /// Fragments it needs: fewer than senders, where those take turns.
     pub fragments: usize,
     /// Of one fragment.
     pub bytes: f64,
+}
+
+impl Transfer {
+    /// Of a star: what is received, and what each sender sends.
+    fn bytes_of_a_star(&self) -> (f64, f64) {
+        let all = self.bytes * self.fragments as f64;
+        (all, all / self.senders.len().max(1) as f64)
+    }
 }
 
 /// All links.
@@ -95,9 +103,9 @@ impl Links {
     }
 
     /// Begins a transfer; returns when it ends.
-    pub fn begin(&mut self, transfer: &Transfer<'_>, now_ms: u64) -> u64 {
+    pub fn begin(&mut self, transfer: &Transfer, now_ms: u64) -> u64 {
         let (now_ms, bytes) = (now_ms as f64, transfer.bytes);
-        let senders = transfer.senders;
+        let senders = &transfer.senders;
         let end_ms = match transfer.path {
             RebuildPath::Chain => {
                 let nodes = senders.iter().map(|(node, _)| *node).chain([transfer.rebuilder]);
@@ -116,14 +124,34 @@ impl Links {
                 end_ms
             }
             RebuildPath::Unspecified | RebuildPath::Star | RebuildPath::RotatedStar => {
-                let all = bytes * transfer.fragments as f64;
-                let each = all / senders.len().max(1) as f64;
+                let (all, each) = transfer.bytes_of_a_star();
                 let sent = senders.iter().map(|(node, _)| self.send(*node, now_ms, each));
                 let sent_ms = sent.fold(now_ms, f64::max);
                 sent_ms.max(self.receive(transfer.rebuilder, now_ms, all))
             }
         };
         end_ms.ceil() as u64
+    }
+}
+
+impl Links {
+    /// A transfer is broken off: what was not sent yet is not sent. Those behind it keep the times
+    /// they were given; those to come are sooner. (A chain is not worth the trouble.)
+    pub fn cancel(&mut self, transfer: &Transfer, now_ms: u64) {
+        if matches!(transfer.path, RebuildPath::Chain | RebuildPath::Sites) {
+            return;
+        }
+        let (now_ms, (all, each)) = (now_ms as f64, transfer.bytes_of_a_star());
+        for (sender, _) in &transfer.senders {
+            let busy = &mut self.busy[*sender];
+            let saved_ms = (each / self.line.up * 1000.0).min((busy.up_ms - now_ms).max(0.0));
+            busy.up_ms -= saved_ms;
+            self.sent[*sender] -= saved_ms / 1000.0 * self.line.up;
+        }
+        self.grow(transfer.rebuilder);
+        let busy = &mut self.busy[transfer.rebuilder];
+        let saved_ms = (all / self.line.down * 1000.0).min((busy.down_ms - now_ms).max(0.0));
+        busy.down_ms -= saved_ms;
     }
 }
 
@@ -135,7 +163,7 @@ mod tests {
     fn seconds(line: Line, path: RebuildPath, senders: usize, fragments: usize) -> f64 {
         let senders: Vec<(usize, u32)> = (0..senders).map(|at| (at, at as u32 % 4)).collect();
         let (rebuilder, bytes) = (99, 1e6);
-        let transfer = Transfer { path, senders: &senders, rebuilder, fragments, bytes };
+        let transfer = Transfer { path, senders, rebuilder, fragments, bytes };
         Links::new(line).begin(&transfer, 0) as f64 / 1000.0
     }
 
@@ -156,8 +184,10 @@ mod tests {
     fn a_busy_uplink_makes_the_next_wait() {
         let mut links = Links::new(Line { up: 1000.0, down: 1e9 });
         let (path, fragments, bytes) = (RebuildPath::Star, 1, 1000.0);
-        let transfer = Transfer { path, senders: &[(1, 0)], rebuilder: 2, fragments, bytes };
+        let transfer = Transfer { path, senders: vec![(1, 0)], rebuilder: 2, fragments, bytes };
         assert_eq!((links.begin(&transfer, 0), links.begin(&transfer, 500)), (1000, 2000));
         assert_eq!(links.begin(&transfer, 9000), 10_000);
+        links.cancel(&transfer, 9400);
+        assert_eq!((links.begin(&transfer, 9400), links.sent[1]), (10_400, 3400.0));
     }
 }

@@ -10,7 +10,7 @@ use super::links::Line;
 /// A swarm and its fate.
 #[derive(Clone, Debug)]
 pub struct Scenario {
-    /// For people.
+    /// The words that have `us-simulate` run it again, but for the seed.
     pub name: String,
     /// Decides everything that is not said here.
     pub seed: u64,
@@ -40,6 +40,8 @@ pub struct Scenario {
     pub scrub_ms: u64,
     /// Whole sites that burn down: when, which.
     pub fires: Vec<(u64, usize)>,
+    /// Machines that die: when, which.
+    pub deaths: Vec<(u64, usize)>,
     /// How long there are faults.
     pub length_ms: u64,
     /// How long there are none, before all has to be well.
@@ -89,6 +91,7 @@ impl Scenario {
             rot_ms: 0,
             scrub_ms: 30 * DAY_MS,
             fires: Vec::new(),
+            deaths: Vec::new(),
             length_ms: 0,
             calm_ms: 3 * DAY_MS,
             sample_ms: DAY_MS,

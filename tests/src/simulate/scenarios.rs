@@ -30,7 +30,7 @@ pub const NAMES: [(&str, &str); 6] = [
 /// # Errors
 /// When there is none.
 pub fn named(name: &str, seed: u64, scale: Scale) -> anyhow::Result<Scenario> {
-    Ok(match name {
+    let mut scenario = match name {
         "churn" => churn(seed, scale)?,
         "office" => office(seed, scale)?,
         "homes" => homes(seed, scale)?,
@@ -41,7 +41,11 @@ pub fn named(name: &str, seed: u64, scale: Scale) -> anyhow::Result<Scenario> {
             let names: Vec<&str> = NAMES.iter().map(|(name, _)| *name).collect();
             anyhow::bail!("there is no scenario {other:?}: there are {}", names.join(", "))
         }
-    })
+    };
+    if scale == Scale::Full {
+        scenario.name += " --full";
+    }
+    Ok(scenario)
 }
 
 fn churn(seed: u64, scale: Scale) -> anyhow::Result<Scenario> {
