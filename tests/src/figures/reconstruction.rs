@@ -4,7 +4,6 @@
 use std::path::Path;
 
 use us_core::geometry::Code;
-use us_core::placement::draw::SplitMix;
 use us_core::placement::helpers::{Rebuild, Senders, assign};
 use us_core::placement::{Chooser, Greedy, Hybrid, Placer, Random, Tuning};
 
@@ -68,15 +67,15 @@ fn hours_of_a_death(swarm: &Swarm, code: Code, deaths: usize) -> (f64, f64) {
 }
 
 /// One death in the simulated swarm behind the same lines: hours from giving it up to the last
-/// fragment.
-fn simulated_hours(peers: usize, code: Code) -> anyhow::Result<f64> {
+/// fragment. With an heir all of them go to the newcomer, else to everybody.
+fn simulated_hours(peers: usize, code: Code, heir: bool) -> anyhow::Result<f64> {
     let blocks = peers * FRAGMENTS_A_PEER / code.fragments();
     let mut scenario = Scenario::new("figure", 1, peers, code, blocks);
     let fragment_bytes = scenario.geometry()?.fragment_bytes() as f64;
     let scale = fragment_bytes / 1e6;
     scenario.line = Line { up: Line::ADSL.up * scale, down: Line::ADSL.down * scale };
     scenario.deaths = vec![(HOUR_MS, 7)];
-    scenario.newcomer_ms = HOUR_MS;
+    scenario.newcomer_ms = if heir { HOUR_MS } else { 0 };
     scenario.length_ms = DAY_MS;
     // What is asked of an uplink is done long before its deadline.
     scenario.engine.repair.sends_max = 4;
@@ -98,14 +97,15 @@ fn dead_peer_hours(out: &Path) -> anyhow::Result<()> {
         "greedy, helpers",
         "hybrid, all send",
         "hybrid, helpers",
-        "simulated",
+        "simulated, nobody came",
+        "simulated, to an heir",
     ];
     let title = "Hours until a dead peer's 230 fragments of 1 MB are made again (f=31, s=16, 128 kb/s \
                  up, 10 Mb/s down)";
     let mut table = Table::new(title, head);
     let mut chart = Chart::new("A dead peer, 230 MB, 128 kb/s up", "providers N", "minutes", true);
     let groups = FRAGMENTS_A_PEER as f64 * FRAGMENT_S / 3600.0;
-    let mut lines: Vec<Vec<(f64, f64)>> = vec![Vec::new(); 2 + 2 * CONTENDERS.len()];
+    let mut lines: Vec<Vec<(f64, f64)>> = vec![Vec::new(); 3 + 2 * CONTENDERS.len()];
     for n in [100, 200, 500, 961, 1400, 2000] {
         let mut row = vec![n.to_string(), format!("{groups:.2}")];
         lines[0].push((n as f64, groups * 60.0));
@@ -120,16 +120,18 @@ fn dead_peer_hours(out: &Path) -> anyhow::Result<()> {
                 row.push(format!("{hours:.3}"));
             }
         }
-        let simulated = simulated_hours(n, code)?;
-        lines[1 + 2 * CONTENDERS.len()].push((n as f64, simulated * 60.0));
-        row.push(format!("{simulated:.3}"));
+        for (at, heir) in [false, true].into_iter().enumerate() {
+            let simulated = simulated_hours(n, code, heir)?;
+            lines[1 + 2 * CONTENDERS.len() + at].push((n as f64, simulated * 60.0));
+            row.push(format!("{simulated:.3}"));
+        }
         table.row(row);
     }
     let names = CONTENDERS
         .iter()
         .flat_map(|(name, _)| [format!("{name}, all send"), format!("{name}, helpers")]);
     let names = ["groups of f".to_owned()].into_iter().chain(names);
-    let names = names.chain(["simulated".to_owned()]);
+    let names = names.chain(["simulated", "simulated, heir"].map(str::to_owned));
     names.zip(lines).for_each(|(name, points)| chart.line(&name, points));
     chart.publish(out, "dead-peer-hours")?;
     table.publish(out, "dead-peer-hours")

@@ -144,7 +144,7 @@ impl Swarm<'_> {
     }
 
     /// A provider has carried out an order, as a real one would, and says so.
-    fn obeys(&mut self, machine: usize, ticket: u64) -> anyhow::Result<()> {
+    pub(super) fn obeys(&mut self, machine: usize, ticket: u64) -> anyhow::Result<()> {
         let Some(order) = self.machines[machine].orders.remove(&ticket) else { return Ok(()) };
         let order = order.told;
         self.running -= 1;
