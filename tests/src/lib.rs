@@ -6,5 +6,6 @@ pub mod figures;
 pub mod manifest;
 pub mod poll;
 pub mod run;
+pub mod simulate;
 pub mod tier;
 pub mod tree;

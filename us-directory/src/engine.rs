@@ -19,6 +19,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 
+use bytes::Bytes;
 use us_core::geometry::Code;
 use us_core::ids::{BlockId, VolumeId};
 use us_core::placement::{Chooser, Placer};
@@ -191,6 +192,7 @@ pub struct Engine {
     keeping: Option<keeping::Keeping>,
     after: BTreeMap<Seq, Vec<Then>>,
     members: BTreeMap<u32, Member>,
+    provider_of_key: HashMap<Bytes, u32>,
     queries: HashMap<u64, Query>,
     next_query: u64,
     counts: Counts,
@@ -200,8 +202,6 @@ pub struct Engine {
     pending_deletes: i64,
     last_slow_tick_ms: u64,
     repairs: repair::Repairs,
-    /// Providers that are due and not given up, because many fell silent together.
-    braked: usize,
     /// The wall-clock hour whose presence was learnt last, and the slow ticks of the present one.
     learnt_hour: u64,
     hour_ticks: u64,
@@ -290,6 +290,7 @@ impl Engine {
             keeping: None,
             after: BTreeMap::new(),
             members: BTreeMap::new(),
+            provider_of_key: HashMap::new(),
             queries: HashMap::new(),
             next_query: 1,
             counts: Counts::default(),
@@ -299,7 +300,6 @@ impl Engine {
             pending_deletes: 0,
             last_slow_tick_ms: 0,
             repairs: repair::Repairs::new(config.repair),
-            braked: 0,
             learnt_hour: 0,
             hour_ticks: 0,
             next_event: 1,
@@ -339,6 +339,7 @@ impl Engine {
                 self.repairs.unwell.insert(number);
             }
             let is_dead = record.dead;
+            self.provider_of_key.insert(record.key_hash.clone(), number);
             self.members.insert(number, Member::restored(record));
             self.note_provider(number);
             if is_dead {
@@ -369,6 +370,17 @@ impl Engine {
     /// The cluster's id.
     pub fn cluster(&self) -> &[u8] {
         &self.cluster.cluster
+    }
+
+    /// The owner of what placement knows.
+    pub fn placer(&self) -> &Placer {
+        &self.placer
+    }
+
+    /// Whether blocks are being looked for, wait for, or are under repair: until then time may pass
+    /// in long steps.
+    pub fn is_repairing(&self) -> bool {
+        self.is_scanning() || self.repairs.is_busy()
     }
 
     /// Takes one event.

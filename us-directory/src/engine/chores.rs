@@ -193,7 +193,8 @@ impl Engine {
         Ok(())
     }
 
-    fn send_deletes_to(&mut self, provider: u32) -> Result<(), StoreError> {
+    /// Sends a provider its next page of deletions.
+    pub(super) fn send_deletes_to(&mut self, provider: u32) -> Result<(), StoreError> {
         let range = KeyRange::prefix(&keys::deletes(provider));
         let pairs = self.store.scan(&range, FRAGMENTS_A_MESSAGE)?;
         let (mut sent, mut fragments) = (Vec::new(), Vec::new());

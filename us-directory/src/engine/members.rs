@@ -55,6 +55,8 @@ pub(super) struct Member {
     pub deleting_since_ms: u64,
     /// The log says that it is silent.
     pub told_silent: bool,
+    /// It was due, and fell silent together with many.
+    pub braked: bool,
     /// How long it said it would be away; 0: it did not.
     pub away_ms: u64,
     /// Slow ticks of this hour in which it was online.
@@ -76,6 +78,7 @@ impl Member {
             deleting: None,
             deleting_since_ms: 0,
             told_silent: false,
+            braked: false,
             away_ms: 0,
             online_ticks: 0,
         }
@@ -194,9 +197,10 @@ impl Engine {
         if hello.store.len() != 16 || hello.address.is_empty() {
             return self.refuse_provider(conn, "a hello without store or address");
         }
-        let found = self.members.iter().find(|(_, m)| m.record.key_hash == peer.key_hash);
+        let known = self.provider_of_key.get(&peer.key_hash[..]).copied();
+        let found = known.and_then(|known| Some((known, self.members.get(&known)?)));
         let (provider, mut record) = match found {
-            Some((provider, member)) => (*provider, member.record.clone()),
+            Some((provider, member)) => (provider, member.record.clone()),
             None if self.members.len() >= PROVIDERS_MAX => {
                 return self.refuse_provider(conn, "too many providers");
             }
@@ -239,6 +243,7 @@ impl Engine {
         let mut batch = member_batch(provider, &record);
         batch.put(keys::cluster(), encode(&self.cluster));
         let now_ms = self.now_ms();
+        self.provider_of_key.insert(record.key_hash.clone(), provider);
         let member =
             self.members.entry(provider).or_insert_with(|| Member::restored(record.clone()));
         member.record = record;
@@ -250,6 +255,7 @@ impl Engine {
         member.deleting = None;
         member.online = false;
         member.told_silent = false;
+        member.braked = false;
         let old = member.conn.replace(conn);
         if let Some(old) = old {
             self.connections.remove(&old);
@@ -310,7 +316,7 @@ impl Engine {
         if self.totals_have_crowds() {
             self.scan_blocks();
         }
-        self.send_deletes()
+        self.send_deletes_to(provider)
     }
 
     fn report(&mut self, provider: u32, report: ProviderReport) -> Result<(), StoreError> {

@@ -122,6 +122,11 @@ impl Repairs {
         Self { jobs: Jobs::new(limits), ..Self::default() }
     }
 
+    /// Whether blocks wait that can be repaired, or are under way, or will be tried again.
+    pub fn is_busy(&self) -> bool {
+        !self.queue.is_empty() || !self.jobs.is_empty() || !self.later.is_empty()
+    }
+
     fn forget(&mut self, key: &BlockKey) {
         self.queue.remove(key);
         if let Some(setback) = self.setbacks.remove(key) {

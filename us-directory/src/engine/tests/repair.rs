@@ -372,6 +372,35 @@ fn eighty_percent_go_home_and_come_back_and_nothing_is_repaired() {
     swarm.check_whole();
 }
 
+/// Found by the simulated office: once most were back on Monday, the few that came later had not
+/// fallen silent with many any more, and were given up at once.
+#[test]
+fn who_is_late_on_monday_is_not_dead_before_tuesday() {
+    const HOUR_MS: u64 = 60 * MINUTE_MS;
+    let mut swarm = Swarm::new(20);
+    swarm.write(60);
+    let pass = |swarm: &mut Swarm, hours: u64| {
+        for _ in 0..hours {
+            swarm.world.now_ms += HOUR_MS;
+            swarm.run(1_000);
+        }
+    };
+    (1..=16).for_each(|key| swarm.leave(key));
+    pass(&mut swarm, 62);
+    assert_eq!(swarm.world.status().braked, 16);
+    (2..=16).for_each(|key| swarm.join(key));
+    pass(&mut swarm, 8);
+    let status = swarm.world.status();
+    assert_eq!(status.providers[0].state, ProviderState::Dormant as i32);
+    assert_eq!((status.braked, swarm.rebuilds, swarm.copies), (1, 0, 0));
+    pass(&mut swarm, 16);
+    let status = swarm.world.status();
+    assert_eq!(status.providers[0].state, ProviderState::Dead as i32);
+    assert_eq!(status.braked, 0);
+    assert!(swarm.rebuilds > 0);
+    swarm.check_whole();
+}
+
 #[test]
 fn a_replaced_disk_is_filled_again_where_it_is() {
     let mut swarm = Swarm::new(6);
