@@ -39,6 +39,7 @@ mod deaths;
 mod event;
 mod events;
 mod fetch;
+pub mod garbage;
 pub mod health;
 mod keeping;
 pub mod leases;
@@ -101,6 +102,9 @@ pub struct EngineConfig {
     pub fetch_wait_ms: u64,
     /// How long fragments may be on their way before their provider is asked.
     pub settle_ms: u64,
+    /// How long ago a birth must have been leased for its fragments to be garbage where nothing
+    /// names them.
+    pub garbage_age_ms: u64,
     /// How often providers report.
     pub report_every_ms: u64,
     /// When a silent provider is absent, dormant, dead.
@@ -124,6 +128,7 @@ impl Default for EngineConfig {
             fence_ms: 45_000,
             fetch_wait_ms: 60_000,
             settle_ms: 60_000,
+            garbage_age_ms: 3_600_000,
             report_every_ms: 2_000,
             clocks: presence::Clocks::default(),
             repair: repair::RepairLimits::default(),
@@ -200,8 +205,11 @@ pub struct Engine {
     settle_order: BTreeSet<(u64, VolumeId, BlockId)>,
     changed_while_counting: HashSet<(VolumeId, BlockId)>,
     pending_deletes: i64,
+    /// A deletion was not sent because a repair is at work on its block.
+    deletes_wait: bool,
     last_slow_tick_ms: u64,
     repairs: repair::Repairs,
+    births: garbage::Births,
     /// Providers that are due and not given up, because many fell silent together.
     braked: usize,
     /// The wall-clock hour whose presence was learnt last, and the slow ticks of the present one.
@@ -299,8 +307,10 @@ impl Engine {
             settle_order: BTreeSet::new(),
             changed_while_counting: HashSet::new(),
             pending_deletes: 0,
+            deletes_wait: false,
             last_slow_tick_ms: 0,
             repairs: repair::Repairs::new(config.repair),
+            births: garbage::Births::default(),
             braked: 0,
             learnt_hour: 0,
             hour_ticks: 0,
@@ -524,6 +534,10 @@ impl Engine {
             }
             if let Some(after) = &change.after {
                 self.counts.add(after, late && !settled);
+                let is_new = change.before.is_none() && !after.is_inline();
+                if is_new && after.birth < self.cluster.births_floor {
+                    self.committed_late(key, after);
+                }
             }
             self.consider(key, change.after.as_ref());
         }

@@ -2,10 +2,11 @@
 //!
 //! Exit codes: 0 done (with `status --exit-code`: everything has all its fragments); 1 degraded;
 //! 2 some data cannot be read until providers return; 3 data is lost; 4 the directory cannot be
-//! reached or refused; 64 the command makes no sense.
+//! reached or refused; 64 the command makes no sense. `fsck` has its own ([`fsck`]).
 
 mod act;
 mod connect;
+mod fsck;
 mod json;
 mod place;
 mod plan;
@@ -37,7 +38,8 @@ pub const EXIT_UNREACHABLE: u8 = 4;
     version,
     after_help = "Exit codes: 0 done; with `status --exit-code`: 0 ok, 1 degraded, 2 some data \
                   cannot be read until providers return, 3 data is lost; 4 the directory cannot \
-                  be reached; 64 the command makes no sense.\n\
+                  be reached; 64 the command makes no sense. `fsck`, a sum: 0 clean, 1 mended or \
+                  given to repair, 4 left as it was, 8 not everything could be looked at.\n\
                   The directory is found by --directory, else US_DIRECTORY, else the `usfs up` \
                   that runs on this machine (or the one whose state US_DATA names)."
 )]
@@ -89,6 +91,8 @@ enum Command {
     GiveUp(act::GiveUpArgs),
     /// What could not be read, or would be in danger, without some providers
     WhatIf(act::WhatIfArgs),
+    /// Compare what the directory says with what the providers hold, both ways
+    Fsck(fsck::FsckArgs),
     /// What happened
     Events(act::EventsArgs),
     /// Work out what a swarm needs
@@ -167,6 +171,7 @@ async fn act(args: CtlArgs) -> anyhow::Result<ExitCode> {
     let mut target = Target { directory: args.directory, identity: args.identity };
     match args.command {
         Command::Status(status) => return status::run(&target, &status).await,
+        Command::Fsck(args) => return Ok(fsck::run(&target, &args).await),
         Command::Providers(json) => {
             let reply = connect(&target).await?.status().await?;
             let pids = status::local_pids();

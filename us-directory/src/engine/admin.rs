@@ -32,19 +32,7 @@ impl Engine {
         let answer = match question {
             Question::Status => Answer::Status(Box::new(self.status()?)),
             Question::ListVolumes => Answer::Volumes(self.volume_infos()?),
-            Question::Snapshot => Answer::Snapshot(StateSnapshot {
-                view: self.store.snapshot(),
-                volumes: self
-                    .volumes
-                    .iter()
-                    .map(|(id, volume)| (*id, volume.record.name.clone()))
-                    .collect(),
-                providers: self
-                    .members
-                    .iter()
-                    .map(|(id, member)| (*id, self.state_of(member) as i32))
-                    .collect(),
-            }),
+            Question::Snapshot => Answer::Snapshot(self.state_snapshot()),
             Question::CreateVolume { name, s, r, quota_bytes } => {
                 return self.create_volume(ask, name, (s, r), quota_bytes);
             }
@@ -58,6 +46,16 @@ impl Engine {
             }
             Question::Scrub { provider } => self.scrub(provider),
             Question::WhatIf { without } => self.what_if(&without),
+            Question::FsckBasis => Answer::FsckBasis(Box::new(self.fsck_basis())),
+            Question::Judge { provider, strays, mend } => {
+                let verdicts = self.judge(provider, &strays, mend)?;
+                return self.then(self.last_seq, Then::Answer(ask, Answer::Verdicts(verdicts)));
+            }
+            Question::Doubt { provider, pieces } => {
+                self.query_with(provider, pieces, None, true);
+                Answer::Done
+            }
+            Question::Mend { volume, blocks } => Answer::Count(self.mend(volume, &blocks)?),
             Question::Events { after, last } => Answer::Events(self.events(after, last)?),
             Question::Backup => {
                 let (view, seq) = (self.store.snapshot(), self.last_seq);
@@ -74,6 +72,18 @@ impl Engine {
         };
         self.effects.push(Effect::Answer { ask, answer });
         Ok(())
+    }
+
+    pub(super) fn state_snapshot(&self) -> StateSnapshot {
+        let volumes = self.volumes.iter();
+        let providers = self.members.iter();
+        StateSnapshot {
+            view: self.store.snapshot(),
+            volumes: volumes.map(|(id, volume)| (*id, volume.record.name.clone())).collect(),
+            providers: providers
+                .map(|(id, member)| (*id, self.state_of(member) as i32))
+                .collect(),
+        }
     }
 
     fn create_volume(

@@ -400,13 +400,24 @@ impl Engine {
         pieces: Vec<Piece>,
         sweep: Option<(VolumeId, Bytes)>,
     ) {
+        // What a restored directory still knows may have been deleted since its backup.
+        let bring_back = sweep.is_some();
+        self.query_with(provider, pieces, sweep, bring_back);
+    }
+
+    /// As [`Engine::query`]; with `bring_back` what lies in the provider's trash comes out of it.
+    pub(super) fn query_with(
+        &mut self,
+        provider: u32,
+        pieces: Vec<Piece>,
+        sweep: Option<(VolumeId, Bytes)>,
+        bring_back: bool,
+    ) {
         let member = self.members.get(&provider).filter(|member| member.online);
         let Some(conn) = member.and_then(|member| member.conn) else { return };
         let query = self.next_query;
         self.next_query += 1;
         let fragments = pieces.iter().map(piece_message).collect();
-        // What a restored directory still knows may have been deleted since its backup.
-        let bring_back = sweep.is_some();
         self.queries.insert(query, Query { provider, pieces, sweep });
         self.tell(conn, Down::Check(CheckFragments { query, fragments, bring_back }));
     }

@@ -21,6 +21,7 @@ use crate::store::memory::MemoryStore;
 
 mod basics;
 mod crash;
+mod garbage;
 mod keeping;
 mod repair;
 mod simulation;

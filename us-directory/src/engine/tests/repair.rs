@@ -15,46 +15,50 @@ use super::*;
 use crate::engine::health::count_slice;
 use crate::records::{BlockRecord, bit, block_id, decode};
 
-type Fragment = (Bytes, u32);
+pub(super) type Fragment = (Bytes, u32);
 
 /// A provider and its disk.
 #[derive(Default)]
-struct Disk {
-    conn: Option<u64>,
-    id: u32,
+pub(super) struct Disk {
+    pub conn: Option<u64>,
+    pub id: u32,
     cookie: Bytes,
-    has: BTreeSet<Fragment>,
+    pub has: BTreeSet<Fragment>,
     spoilt: BTreeSet<Fragment>,
     /// Orders it was given and has not answered.
-    orders: BTreeMap<u64, RebuildFragments>,
+    pub orders: BTreeMap<u64, RebuildFragments>,
 }
 
-struct Swarm {
-    world: World,
-    mount: Mount,
-    disks: BTreeMap<u8, Disk>,
+pub(super) struct Swarm {
+    pub world: World,
+    pub mount: Mount,
+    pub disks: BTreeMap<u8, Disk>,
     blocks: u64,
-    rebuilds: u64,
+    pub rebuilds: u64,
     copies: u64,
-    deletes: u64,
+    pub deletes: u64,
+    /// What the next block is committed with, whatever was leased.
+    pub late_birth: Option<u64>,
 }
 
 impl Swarm {
     /// `providers` online, a volume of 4+2.
-    fn new(providers: u8) -> Self {
+    pub fn new(providers: u8) -> Self {
         let mut world = World::new();
         world.volume("v", 4, 2);
         let mount = world.open(100, "v");
         let disks = BTreeMap::new();
         let (blocks, rebuilds, copies, deletes) = (0, 0, 0, 0);
-        let mut swarm = Self { world, mount, disks, blocks, rebuilds, copies, deletes };
+        let late_birth = None;
+        let mut swarm =
+            Self { world, mount, disks, blocks, rebuilds, copies, deletes, late_birth };
         swarm.mount.inode(&mut swarm.world, 1, Level::Exclusive).unwrap();
         (1..=providers).for_each(|key| swarm.join(key));
         swarm.count();
         swarm
     }
 
-    fn count(&mut self) {
+    pub fn count(&mut self) {
         let (view, mut cursor) = self.world.engine.to_count();
         loop {
             let slice = count_slice(&*view, &mut cursor).unwrap();
@@ -66,14 +70,14 @@ impl Swarm {
         }
     }
 
-    fn join(&mut self, key: u8) {
+    pub fn join(&mut self, key: u8) {
         let disk = self.disks.entry(key).or_default();
         let (conn, id, cookie) = self.world.provider(key, disk.cookie.clone());
         let disk = self.disks.get_mut(&key).unwrap();
         (disk.conn, disk.id, disk.cookie) = (Some(conn), id, cookie);
     }
 
-    fn leave(&mut self, key: u8) {
+    pub fn leave(&mut self, key: u8) {
         let disk = self.disks.get_mut(&key).unwrap();
         if disk.conn.take().is_some() {
             disk.orders.clear();
@@ -89,7 +93,7 @@ impl Swarm {
         disk.cookie = Bytes::new();
     }
 
-    fn write(&mut self, count: usize) {
+    pub fn write(&mut self, count: usize) {
         for _ in 0..count {
             let ask = LeasePlacements { request: 9, count: 1 };
             self.world.says(self.mount.conn, Up::LeasePlacements(ask));
@@ -113,7 +117,7 @@ impl Swarm {
                 r: 2,
                 page_bytes: 4096,
                 plaintext_bytes: 8192,
-                birth: lease.birth,
+                birth: self.late_birth.take().unwrap_or(lease.birth),
                 providers: lease.providers.clone(),
                 durable: vec![0b11_1111].into(),
                 fingerprint_hash: vec![1; 32].into(),
@@ -131,7 +135,7 @@ impl Swarm {
         }
     }
 
-    fn records(&self) -> Vec<(Bytes, BlockRecord)> {
+    pub fn records(&self) -> Vec<(Bytes, BlockRecord)> {
         let volume = *self.world.engine.volumes.keys().next().unwrap();
         let pairs = self.world.engine.scan_all(&keys::tag(&volume, b'b')).unwrap();
         pairs
@@ -140,13 +144,13 @@ impl Swarm {
             .collect()
     }
 
-    fn good(&self, provider: u32, fragment: &Fragment) -> bool {
+    pub fn good(&self, provider: u32, fragment: &Fragment) -> bool {
         let disk = self.disks.values().find(|disk| disk.id == provider).unwrap();
         disk.has.contains(fragment) && !disk.spoilt.contains(fragment)
     }
 
     /// Providers read what they were sent; orders wait until [`Swarm::obey`].
-    fn read(&mut self) {
+    pub fn read(&mut self) {
         for disk in self.disks.values_mut() {
             let Some(conn) = disk.conn else { continue };
             let queue = self.world.to_providers.entry(conn).or_default();
@@ -186,7 +190,7 @@ impl Swarm {
     }
 
     /// A provider carries out an order as a real one would, and says so.
-    fn obey(&mut self, key: u8, ticket: u64) {
+    pub fn obey(&mut self, key: u8, ticket: u64) {
         let disk = self.disks.get_mut(&key).unwrap();
         let (Some(order), Some(conn)) = (disk.orders.remove(&ticket), disk.conn) else { return };
         let online: BTreeSet<u32> =
@@ -226,13 +230,13 @@ impl Swarm {
         self.world.provider_says(conn, PUp::Rebuilt(reply));
     }
 
-    fn orders(&self) -> Vec<(u8, u64)> {
+    pub fn orders(&self) -> Vec<(u8, u64)> {
         let disks = self.disks.iter();
         disks.flat_map(|(key, disk)| disk.orders.keys().map(|ticket| (*key, *ticket))).collect()
     }
 
     /// Time passes; orders are carried out at once.
-    fn run(&mut self, ms: u64) {
+    pub fn run(&mut self, ms: u64) {
         let end_ms = self.world.now_ms + ms;
         while self.world.now_ms < end_ms {
             self.world.pass(500.min(end_ms - self.world.now_ms));
@@ -264,7 +268,7 @@ impl Swarm {
     }
 
     /// Every fragment lies where its record says and nowhere else, each on a provider of its own.
-    fn check_whole(&mut self) {
+    pub fn check_whole(&mut self) {
         let mut expected: BTreeSet<(u32, Fragment)> = BTreeSet::new();
         for (block, record) in self.records() {
             let distinct: BTreeSet<u32> = record.providers.iter().copied().collect();
@@ -293,8 +297,8 @@ impl Swarm {
     }
 }
 
-const DAY_MS: u64 = 24 * 3_600_000;
-const MINUTE_MS: u64 = 60_000;
+pub(super) const DAY_MS: u64 = 24 * 3_600_000;
+pub(super) const MINUTE_MS: u64 = 60_000;
 
 #[test]
 fn what_a_dead_provider_held_is_made_again() {
