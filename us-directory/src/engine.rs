@@ -43,13 +43,16 @@ pub mod garbage;
 pub mod health;
 mod keeping;
 pub mod leases;
+mod leave;
 pub mod locks;
 mod lockwait;
 mod members;
 mod placement;
 pub mod presence;
 pub mod repair;
+mod retain;
 mod sessions;
+mod spread;
 #[cfg(test)]
 mod tests;
 
@@ -105,6 +108,8 @@ pub struct EngineConfig {
     /// How long ago a birth must have been leased for its fragments to be garbage where nothing
     /// names them.
     pub garbage_age_ms: u64,
+    /// How often a provider gets its retain list; 0: never.
+    pub retain_every_ms: u64,
     /// How often providers report.
     pub report_every_ms: u64,
     /// When a silent provider is absent, dormant, dead.
@@ -129,6 +134,7 @@ impl Default for EngineConfig {
             fetch_wait_ms: 60_000,
             settle_ms: 60_000,
             garbage_age_ms: 3_600_000,
+            retain_every_ms: 7 * 24 * 3_600_000,
             report_every_ms: 2_000,
             clocks: presence::Clocks::default(),
             repair: repair::RepairLimits::default(),
@@ -162,6 +168,7 @@ enum Then {
     Answer(AskId, Answer),
     Deletes,
     Member { conn: ConnId, provider: u32 },
+    Left { conn: ConnId },
     Root,
 }
 
@@ -210,6 +217,8 @@ pub struct Engine {
     last_slow_tick_ms: u64,
     repairs: repair::Repairs,
     births: garbage::Births,
+    spread: spread::Spread,
+    retain: Option<retain::Retain>,
     /// Providers that are due and not given up, because many fell silent together.
     braked: usize,
     /// The wall-clock hour whose presence was learnt last, and the slow ticks of the present one.
@@ -311,6 +320,8 @@ impl Engine {
             last_slow_tick_ms: 0,
             repairs: repair::Repairs::new(config.repair),
             births: garbage::Births::default(),
+            spread: spread::Spread::default(),
+            retain: None,
             braked: 0,
             learnt_hour: 0,
             hour_ticks: 0,
@@ -349,6 +360,9 @@ impl Engine {
             }
             if record.dead || record.draining {
                 self.repairs.unwell.insert(number);
+            }
+            if record.draining && self.holds_something(number)? {
+                self.repairs.drains.insert(number);
             }
             let is_dead = record.dead;
             self.members.insert(number, Member::restored(record));
@@ -461,6 +475,7 @@ impl Engine {
             Then::Answer(ask, answer) => self.effects.push(Effect::Answer { ask, answer }),
             Then::Deletes => self.send_deletes()?,
             Then::Member { conn, provider } => self.welcome(conn, provider)?,
+            Then::Left { conn } => self.say_left(conn),
             Then::Root => self.send_root()?,
         }
         Ok(())

@@ -238,8 +238,7 @@ impl Run {
                 end = this.borrow_mut().wrong_records(volume, &std::mem::take(&mut wrong));
                 end.is_ok()
             };
-            let mut progress =
-                |done: u64| this.borrow().progress("maps", name, done).is_ok();
+            let mut progress = |done: u64| this.borrow().progress("maps", name, done).is_ok();
             let mut maps = Maps { view: &*view, volume, has_files, seen: &mut seen };
             maps.check(&mut sink, &mut progress)?;
         }
@@ -323,10 +322,7 @@ impl Run {
         Ok(self.progress("providers", &sides.name, seen)?)
     }
 
-    fn dial(
-        &self,
-        entry: &ProviderEntry,
-    ) -> Result<tonic::Streaming<InventoryPage>, AskError> {
+    fn dial(&self, entry: &ProviderEntry) -> Result<tonic::Streaming<InventoryPage>, AskError> {
         let bytes: Option<[u8; 32]> = entry.key_hash.as_ref().try_into().ok();
         let Some(key) = bytes.map(KeyHash::from_bytes) else {
             return Err(AskError::Provider("its key is not known".to_owned()));
@@ -350,10 +346,7 @@ impl Run {
         self.within(async { pages.message().await.map_err(|status| status.message().to_owned()) })
     }
 
-    fn within<T>(
-        &self,
-        call: impl Future<Output = Result<T, String>>,
-    ) -> Result<T, AskError> {
+    fn within<T>(&self, call: impl Future<Output = Result<T, String>>) -> Result<T, AskError> {
         let limited = async { tokio::time::timeout(PROVIDER_TIMEOUT, call).await };
         match self.runtime.block_on(limited) {
             Ok(answered) => answered.map_err(AskError::Provider),

@@ -129,6 +129,10 @@ struct Flags {
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     garbage_age_ms: Option<u64>,
+    /// How often each provider is told what to keep; 0: never
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    retain_every_ms: Option<u64>,
     /// How often providers report
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]

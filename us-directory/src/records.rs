@@ -375,6 +375,12 @@ pub struct ProviderRecord {
     /// Hours the profile was learnt from.
     #[prost(uint32, tag = "15")]
     pub profile_hours: u32,
+    /// The cluster's clock when it last had a retain list, or joined.
+    #[prost(uint64, tag = "16")]
+    pub retained_ms: u64,
+    /// Its owner wants it to leave: it is let go when nothing is left there.
+    #[prost(bool, tag = "17")]
+    pub leaving: bool,
 }
 
 /// `e`: something that happened.

@@ -57,6 +57,8 @@ pub struct Config {
     /// How long ago a block's place must have been leased for fragments that nothing names to be
     /// garbage.
     pub garbage_age_ms: u64,
+    /// How often each provider is told what to keep, so that what nothing names is found; 0: never.
+    pub retain_every_ms: u64,
     /// How often providers report.
     pub report_every_ms: u64,
     /// How long a silent provider is absent before it counts as asleep.
@@ -103,6 +105,7 @@ impl Default for Config {
             fence_ms: engine.fence_ms,
             settle_ms: engine.settle_ms,
             garbage_age_ms: engine.garbage_age_ms,
+            retain_every_ms: engine.retain_every_ms,
             report_every_ms: engine.report_every_ms,
             absent_ms: engine.clocks.absent_ms,
             dead_ms: engine.clocks.dead_ms,
@@ -130,6 +133,7 @@ impl Config {
             fence_ms: self.fence_ms,
             settle_ms: self.settle_ms,
             garbage_age_ms: self.garbage_age_ms,
+            retain_every_ms: self.retain_every_ms,
             report_every_ms: self.report_every_ms,
             fetch_wait_ms: self.fence_ms + self.lease_ms / 2,
             clocks: Clocks {

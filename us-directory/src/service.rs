@@ -19,9 +19,10 @@ use us_proto::v1::sessions_server::{Sessions, SessionsServer};
 use us_proto::v1::{
     BackupChunk, BackupRequest, BlockRequest, CreateVolumeRequest, DeleteVolumeReply,
     DeleteVolumeRequest, DrainReply, DrainRequest, EventsReply, EventsRequest, FsckReply,
-    FsckRequest, GiveUpReply, GiveUpRequest, ListVolumesReply, ListVolumesRequest, ProviderDown, ProviderUp, RepairRequest,
-    RepairStatus, ScrubReply, ScrubRequest, SessionDown, SessionUp, StatusReply, StatusRequest,
-    VolumeInfo, WhatIfReply, WhatIfRequest, WhereBlock, WhereRequest,
+    FsckRequest, GiveUpReply, GiveUpRequest, ListVolumesReply, ListVolumesRequest, ProviderDown,
+    ProviderUp, RepairRequest, RepairStatus, ScrubReply, ScrubRequest, SessionDown, SessionUp,
+    SetVolumeRequest, StatusReply, StatusRequest, VolumeInfo, WhatIfReply, WhatIfRequest,
+    WhereBlock, WhereRequest,
 };
 
 use crate::engine::{Answer, Event, Peer, Question, RefusalKind};
@@ -198,8 +199,21 @@ impl Admin for Service {
         request: Request<CreateVolumeRequest>,
     ) -> Result<Response<VolumeInfo>, Status> {
         allowed(&request, &[Role::Client, Role::Admin])?;
-        let CreateVolumeRequest { name, s, r, quota_bytes } = request.into_inner();
-        match self.ask(Question::CreateVolume { name, s, r, quota_bytes }).await? {
+        let CreateVolumeRequest { name, s, r, quota_bytes, repair_at } = request.into_inner();
+        let question = Question::CreateVolume { name, s, r, quota_bytes, repair_at };
+        match self.ask(question).await? {
+            Answer::Volume(info) => Ok(Response::new(info)),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    async fn set_volume(
+        &self,
+        request: Request<SetVolumeRequest>,
+    ) -> Result<Response<VolumeInfo>, Status> {
+        allowed(&request, &[Role::Admin])?;
+        let SetVolumeRequest { name, repair_at, quota_bytes } = request.into_inner();
+        match self.ask(Question::SetVolume { name, repair_at, quota_bytes }).await? {
             Answer::Volume(info) => Ok(Response::new(info)),
             other => Err(unexpected(&other)),
         }

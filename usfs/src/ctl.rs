@@ -128,6 +128,23 @@ enum VolumeCommand {
         /// The most it may hold
         #[arg(long, value_name = "SIZE")]
         quota: Option<Size>,
+        /// Repair a block when no more than this many of its fragments can be lost; the default is
+        /// as soon as one is
+        #[arg(long, value_name = "R0")]
+        repair_at: Option<u32>,
+        #[command(flatten)]
+        json: JsonArgs,
+    },
+    /// Change a volume's settings; its code stays for ever
+    Set {
+        /// Its name
+        name: String,
+        /// Repair a block when no more than this many of its fragments can be lost
+        #[arg(long, value_name = "R0", required_unless_present = "quota")]
+        repair_at: Option<u32>,
+        /// The most it may hold; 0: no limit
+        #[arg(long, value_name = "SIZE")]
+        quota: Option<Size>,
         #[command(flatten)]
         json: JsonArgs,
     },
@@ -179,9 +196,22 @@ async fn act(args: CtlArgs) -> anyhow::Result<ExitCode> {
                 table::providers(&reply.providers, &pids)
             })?;
         }
-        Command::Volume(VolumeCommand::Create { name, code, quota, json }) => {
-            let info = connect(&target).await?.create_volume(&name, code, quota).await?;
+        Command::Volume(VolumeCommand::Create { name, code, quota, repair_at, json }) => {
+            volume::check_repair_at(repair_at, code.r() as u32)?;
+            let mut admin = connect(&target).await?;
+            let info = admin.create_volume(&name, code, quota, repair_at).await?;
             print(json, &json::volume(&info), || volume::created(&info))?;
+        }
+        Command::Volume(VolumeCommand::Set { name, repair_at, quota, json }) => {
+            let mut admin = connect(&target).await?;
+            let known = admin.list_volumes().await?;
+            if let Some(known) = known.iter().find(|known| known.name == name) {
+                volume::check_repair_at(repair_at, known.r)?;
+            }
+            let quota_bytes = quota.map(Size::bytes);
+            let request = us_proto::v1::SetVolumeRequest { name, repair_at, quota_bytes };
+            let info = admin.set_volume(request).await?;
+            print(json, &json::volume(&info), || volume::changed(&info))?;
         }
         Command::Volume(VolumeCommand::List(json)) => {
             let volumes = connect(&target).await?.list_volumes().await?;

@@ -58,6 +58,9 @@ impl Engine {
         self.check_unsettled()?;
         self.expand_graves()?;
         self.raise_floor()?;
+        self.retain_chore()?;
+        self.leave_chore()?;
+        self.tell_spread()?;
         if std::mem::take(&mut self.deletes_wait) {
             self.send_deletes()?;
         }

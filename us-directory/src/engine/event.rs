@@ -114,6 +114,17 @@ pub enum Question {
         r: u32,
         /// 0: no limit.
         quota_bytes: u64,
+        /// Repair begins when no more than so many can be lost; `None`: as soon as one is.
+        repair_at: Option<u32>,
+    },
+    /// Changes a volume's settings.
+    SetVolume {
+        /// Its name.
+        name: String,
+        /// As for [`Question::CreateVolume`]; `None`: as it is.
+        repair_at: Option<u32>,
+        /// 0: no limit; `None`: as it is.
+        quota_bytes: Option<u64>,
     },
     /// All volumes.
     ListVolumes,

@@ -107,7 +107,8 @@ impl Authority for EngineAuthority<'_> {
         Vec::new()
     }
     fn provider_exists(&self, provider: u32) -> bool {
-        self.0.members.contains_key(&provider)
+        // One that has left may still be named by a place leased before: its fragment is made again.
+        provider > 0 && provider < self.0.cluster.next_provider
     }
     fn birth_given(&self, birth: u64) -> bool {
         birth > 0 && birth < self.0.cluster.births_end

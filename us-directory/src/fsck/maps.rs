@@ -52,7 +52,10 @@ impl<'a> Walk<'a> {
     }
 }
 
-fn read<T: prost::Message + Default>(view: &dyn View, key: &Bytes) -> Result<Option<T>, StoreError> {
+fn read<T: prost::Message + Default>(
+    view: &dyn View,
+    key: &Bytes,
+) -> Result<Option<T>, StoreError> {
     view.get(key)?.map(|value| decode(key, &value)).transpose()
 }
 
@@ -212,8 +215,7 @@ impl Maps<'_> {
                 return Ok(false);
             }
         }
-        let usage: UsageRecord =
-            read(self.view, &keys::usage(&self.volume))?.unwrap_or_default();
+        let usage: UsageRecord = read(self.view, &keys::usage(&self.volume))?.unwrap_or_default();
         let sums = (seen, stored_bytes, live_bytes);
         let known = (usage.blocks, usage.stored_bytes, usage.live_bytes);
         if sums == known {

@@ -90,14 +90,27 @@ impl Admin {
         name: &str,
         code: Code,
         quota: Option<Size>,
+        repair_at: Option<u32>,
     ) -> anyhow::Result<v1::VolumeInfo> {
         let request = v1::CreateVolumeRequest {
             name: name.to_owned(),
             s: code.s() as u32,
             r: code.r() as u32,
             quota_bytes: quota.map_or(0, Size::bytes),
+            repair_at,
         };
         answer(self.client.create_volume(request)).await
+    }
+
+    /// Changes a volume's settings.
+    ///
+    /// # Errors
+    /// When the directory refuses, or does not answer.
+    pub async fn set_volume(
+        &mut self,
+        request: v1::SetVolumeRequest,
+    ) -> anyhow::Result<v1::VolumeInfo> {
+        answer(self.client.set_volume(request)).await
     }
 
     /// The volumes.

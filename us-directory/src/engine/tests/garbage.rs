@@ -116,7 +116,8 @@ fn births_that_a_restore_forgot_are_spared() {
     let unknown = Bytes::from_static(&[9; 16]);
     let strays = [stray(&swarm, &unknown, 1, record.birth), stray(&swarm, &unknown, 2, end + 1)];
     assert_eq!(judge(&mut swarm, other, &strays, true), [Verdict::Spared, Verdict::Orphan]);
-    assert_eq!(judge(&mut swarm, other, &[stray(&swarm, &block, 0, 1)], true), [Verdict::Spared]);
+    let known = [stray(&swarm, &block, 0, 1)];
+    assert_eq!(judge(&mut swarm, other, &known, true), [Verdict::Spared]);
 }
 
 #[test]
@@ -198,8 +199,67 @@ fn mending_writes_listings_as_the_records_say() {
     swarm.world.engine.commit(batch, Durability::Applied).unwrap();
     let blocks = vec![(id, record.providers[0]), (id, other)];
     let mended = swarm.world.ask(Question::Mend { volume, blocks: blocks.clone() });
-    assert!(matches!(mended, Answer::Count(1)), "the first look writes both: {mended:?}");
+    assert!(matches!(mended, Answer::Count(2)), "{mended:?}");
     let again = swarm.world.ask(Question::Mend { volume, blocks });
     assert!(matches!(again, Answer::Count(0)), "{again:?}");
+    swarm.check_whole();
+}
+
+#[test]
+fn retain_lists_take_away_what_writes_and_repairs_left_behind() {
+    let mut swarm = Swarm::new(8);
+    swarm.write(30);
+    grow_old(&mut swarm);
+    // Garbage of every kind: of blocks that never were, and second copies of what is well.
+    let never = Bytes::from_static(&[9; 16]);
+    swarm.births.insert(never.clone(), 3);
+    let (block, record) = swarm.records().pop().unwrap();
+    let other = outsider(&swarm, &record.providers);
+    swarm.disks.get_mut(&other).unwrap().has.insert((block, 1));
+    for key in 1..=4 {
+        swarm.disks.get_mut(&key).unwrap().has.insert((never.clone(), u32::from(key)));
+    }
+    // Too young to be judged: it stays.
+    let young = Bytes::from_static(&[8; 16]);
+    swarm.births.insert(young.clone(), 1 << 40);
+    swarm.disks.get_mut(&5).unwrap().has.insert((young.clone(), 0));
+    swarm.world.now_ms += 8 * DAY_MS;
+    swarm.run(5 * MINUTE_MS);
+    assert_eq!((swarm.lists, swarm.deletes), (8, 5), "each had its turn once");
+    assert!(swarm.disks.get_mut(&5).unwrap().has.remove(&(young, 0)));
+    swarm.check_whole();
+    let Answer::Events(events) = swarm.world.ask(Question::Events { after: 0, last: 0 }) else {
+        panic!()
+    };
+    assert!(events.iter().any(|event| event.kind == "garbage"));
+    swarm.world.now_ms += 8 * DAY_MS;
+    swarm.run(5 * MINUTE_MS);
+    assert_eq!((swarm.lists, swarm.deletes), (16, 5), "and nothing is left to take");
+}
+
+#[test]
+fn a_refused_list_takes_nothing_and_waits_for_its_next_turn() {
+    let mut swarm = Swarm::new(6);
+    swarm.write(2);
+    grow_old(&mut swarm);
+    swarm.world.now_ms += 8 * DAY_MS;
+    let mut refused = 0;
+    for _ in 0..200 {
+        swarm.world.pass(500);
+        swarm.world.says(swarm.mount.conn, Up::Renew(Renew {}));
+        let conns: Vec<u64> = swarm.disks.values().filter_map(|disk| disk.conn).collect();
+        for conn in conns {
+            let queue = swarm.world.to_providers.entry(conn).or_default();
+            for down in std::mem::take(queue) {
+                let PDown::Retain(page) = down else { continue };
+                refused += 1;
+                let (list, page) = (page.list, page.page);
+                let why = "it is empty".to_owned();
+                let reply = RetainReply { list, page, refused: why, ..Default::default() };
+                swarm.world.provider_says(conn, PUp::Retain(reply));
+            }
+        }
+    }
+    assert_eq!((refused, swarm.deletes), (6, 0));
     swarm.check_whole();
 }

@@ -25,8 +25,42 @@ pub(super) struct Disk {
     cookie: Bytes,
     pub has: BTreeSet<Fragment>,
     spoilt: BTreeSet<Fragment>,
+    /// The pages of a retain list so far.
+    keeps: BTreeSet<Fragment>,
     /// Orders it was given and has not answered.
     pub orders: BTreeMap<u64, RebuildFragments>,
+}
+
+impl Disk {
+    /// As a real provider compares a page with its index.
+    fn compare(
+        &mut self,
+        page: &RetainPage,
+        volume: VolumeId,
+        births: &BTreeMap<Bytes, u64>,
+    ) -> RetainReply {
+        let reply = RetainReply { list: page.list, page: page.page, ..Default::default() };
+        if page.page == 0 {
+            self.keeps.clear();
+        }
+        for entry in &page.entries {
+            let here = (0..6u32).filter(|index| bit(&entry.fragments, *index as usize));
+            self.keeps.extend(here.map(|index| (entry.block.clone(), index)));
+        }
+        if !page.last {
+            return reply;
+        }
+        let beyond = self.has.iter().filter(|fragment| {
+            births[&fragment.0] < page.births_below && !self.keeps.contains(fragment)
+        });
+        let unlisted = beyond.map(|(block, index)| InventoryItem {
+            fragment: Some(FragmentId { block: block.clone(), index: *index }),
+            volume: Bytes::copy_from_slice(volume.as_bytes()),
+            birth: births[block],
+            ..Default::default()
+        });
+        RetainReply { unlisted: unlisted.collect(), done: true, ..reply }
+    }
 }
 
 pub(super) struct Swarm {
@@ -39,6 +73,10 @@ pub(super) struct Swarm {
     pub deletes: u64,
     /// What the next block is committed with, whatever was leased.
     pub late_birth: Option<u64>,
+    /// Of blocks, committed or not.
+    pub births: BTreeMap<Bytes, u64>,
+    /// Retain lists that came whole.
+    pub lists: u64,
 }
 
 impl Swarm {
@@ -50,8 +88,18 @@ impl Swarm {
         let disks = BTreeMap::new();
         let (blocks, rebuilds, copies, deletes) = (0, 0, 0, 0);
         let late_birth = None;
-        let mut swarm =
-            Self { world, mount, disks, blocks, rebuilds, copies, deletes, late_birth };
+        let mut swarm = Self {
+            world,
+            mount,
+            disks,
+            blocks,
+            rebuilds,
+            copies,
+            deletes,
+            late_birth,
+            births: BTreeMap::new(),
+            lists: 0,
+        };
         swarm.mount.inode(&mut swarm.world, 1, Level::Exclusive).unwrap();
         (1..=providers).for_each(|key| swarm.join(key));
         swarm.count();
@@ -111,13 +159,15 @@ impl Swarm {
                 let disk = self.disks.values_mut().find(|disk| disk.id == *provider).unwrap();
                 disk.has.insert((block.clone(), index));
             }
+            let birth = self.late_birth.take().unwrap_or(lease.birth);
+            self.births.insert(block.clone(), birth);
             let commit = BlockCommit {
                 block: block.clone(),
                 s: 4,
                 r: 2,
                 page_bytes: 4096,
                 plaintext_bytes: 8192,
-                birth: self.late_birth.take().unwrap_or(lease.birth),
+                birth,
                 providers: lease.providers.clone(),
                 durable: vec![0b11_1111].into(),
                 fingerprint_hash: vec![1; 32].into(),
@@ -151,6 +201,7 @@ impl Swarm {
 
     /// Providers read what they were sent; orders wait until [`Swarm::obey`].
     pub fn read(&mut self) {
+        let volume = *self.world.engine.volumes.keys().next().unwrap();
         for disk in self.disks.values_mut() {
             let Some(conn) = disk.conn else { continue };
             let queue = self.world.to_providers.entry(conn).or_default();
@@ -173,6 +224,11 @@ impl Swarm {
                         let statuses = check.fragments.iter().map(status).collect();
                         let reply = CheckReply { query: check.query, statuses };
                         self.world.provider_says(conn, PUp::Checked(reply));
+                    }
+                    PDown::Retain(page) => {
+                        let reply = disk.compare(&page, volume, &self.births);
+                        self.lists += u64::from(reply.done);
+                        self.world.provider_says(conn, PUp::Retain(reply));
                     }
                     PDown::Delete(delete) => {
                         for id in &delete.fragments {
@@ -524,4 +580,58 @@ fn seeded_histories_end_whole() {
         println!("seed {seed}");
         simulate(seed);
     }
+}
+
+#[test]
+fn an_urgent_block_jumps_the_queue_while_the_brake_is_on() {
+    use crate::engine::repair::{Jobs, RepairLimits};
+    let mut swarm = Swarm::new(20);
+    // One block at a time; with 4 of 6 fragments left a block lives 15 h, with 5 of them 27 h.
+    swarm.world.engine.config.clocks.mttf_ms = 60 * 3_600_000;
+    swarm.world.engine.repairs.jobs =
+        Jobs::new(RepairLimits { jobs_max: 1, ..RepairLimits::default() });
+    swarm.write(60);
+    (1..=5).for_each(|key| swarm.leave(key));
+    swarm.run(MINUTE_MS);
+    swarm.world.now_ms += DAY_MS + 3_600_000;
+    swarm.run(MINUTE_MS);
+    assert_eq!((swarm.world.status().braked, swarm.rebuilds), (5, 0));
+    let here: BTreeSet<u32> =
+        swarm.disks.values().filter(|disk| disk.conn.is_some()).map(|disk| disk.id).collect();
+    let whole = |record: &BlockRecord| record.providers.iter().all(|id| here.contains(id));
+    let mut blocks: Vec<_> = swarm.records();
+    blocks.retain(|(_, record)| whole(record));
+    assert!(blocks.len() >= 6, "{} blocks are all here", blocks.len());
+    let urgent = blocks.pop().unwrap();
+    let spoil = |swarm: &mut Swarm, (block, record): &(Bytes, BlockRecord), index: usize| {
+        let holder = record.providers[index];
+        let disk = swarm.disks.values_mut().find(|disk| disk.id == holder).unwrap();
+        disk.spoilt.insert((block.clone(), index as u32));
+        let fragment = FragmentId { block: block.clone(), index: index as u32 };
+        let damage = DamageReport { fragments: vec![fragment], ..Default::default() };
+        let conn = disk.conn.unwrap();
+        swarm.world.provider_says(conn, PUp::Damage(damage));
+    };
+    for block in &blocks {
+        spoil(&mut swarm, block, 0);
+    }
+    swarm.world.pass(500);
+    swarm.read();
+    let [(key, ticket)] = swarm.orders()[..] else { panic!("{:?}", swarm.orders()) };
+    assert_eq!(swarm.world.status().repair.unwrap().urgent, 0);
+    spoil(&mut swarm, &urgent, 1);
+    spoil(&mut swarm, &urgent, 4);
+    let repair = swarm.world.status().repair.unwrap();
+    assert_eq!((repair.urgent, repair.running), (1, 1), "{repair:?}");
+    swarm.obey(key, ticket);
+    swarm.read();
+    let [(key, ticket)] = swarm.orders()[..] else { panic!("{:?}", swarm.orders()) };
+    let order = &swarm.disks[&key].orders[&ticket];
+    assert_eq!(order.block, urgent.0, "before all that waited longer");
+    assert_eq!(swarm.world.status().braked, 5);
+    swarm.run(MINUTE_MS);
+    assert_eq!(swarm.rebuilds, blocks.len() as u64 + 2, "what is lost, and nothing of the evening");
+    (1..=5).for_each(|key| swarm.join(key));
+    swarm.run(MINUTE_MS);
+    swarm.check_whole();
 }
