@@ -489,6 +489,17 @@ impl Cluster {
         String::from_utf8(output.stdout).expect("text")
     }
 
+    /// Runs `usctl`: its exit code, and what it printed.
+    ///
+    /// # Panics
+    /// When it does not end by itself.
+    pub fn usctl_code(&self, arguments: &[&str]) -> (i32, String) {
+        let output = self.usctl_command(arguments).output().expect("usctl starts");
+        let code = output.status.code().expect("it ended by itself");
+        eprint!("{}", String::from_utf8_lossy(&output.stderr));
+        (code, String::from_utf8(output.stdout).expect("text"))
+    }
+
     /// `usctl status --exit-code`.
     pub fn status_code(&self) -> i32 {
         let output = self.usctl_command(&["status", "--exit-code"]).output().expect("usctl starts");

@@ -60,7 +60,8 @@ impl Authority for SessionAuthority<'_> {
     }
 
     fn provider_exists(&self, provider: u32) -> bool {
-        self.engine.members.contains_key(&provider)
+        // One that has left may still be named by a place leased before: its fragment is made again.
+        provider > 0 && provider < self.engine.cluster.next_provider
     }
 
     fn birth_given(&self, birth: u64) -> bool {

@@ -61,6 +61,10 @@ pub(super) struct Member {
     pub away_ms: u64,
     /// Slow ticks of this hour in which it was online.
     pub online_ticks: u64,
+    /// It leaves, and since then nothing is left there.
+    pub empty_since_ms: Option<u64>,
+    /// When it was last told how far its leaving is.
+    pub told_left_ms: u64,
 }
 
 impl Member {
@@ -81,6 +85,8 @@ impl Member {
             braked: false,
             away_ms: 0,
             online_ticks: 0,
+            empty_since_ms: None,
+            told_left_ms: 0,
         }
     }
 
@@ -128,7 +134,7 @@ impl Member {
 /// Fragments a provider was asked about.
 #[derive(Debug)]
 pub(super) struct Query {
-    provider: u32,
+    pub provider: u32,
     pieces: Vec<Piece>,
     /// Of a sweep of a suspect provider: where it goes on.
     sweep: Option<(VolumeId, Bytes)>,
@@ -187,6 +193,7 @@ impl Engine {
             Up::RootStored(root) => self.root_stored(provider, root.sequence),
             Up::RecordsStored(stored) => self.records_stored(provider, &stored),
             Up::Rebuilt(reply) => self.rebuilt(provider, &reply)?,
+            Up::Retain(reply) => self.retain_reply(provider, &reply)?,
         }
         Ok(())
     }
@@ -209,7 +216,8 @@ impl Engine {
                 self.cluster.next_provider += 1;
                 let key_hash = peer.key_hash.clone().into();
                 let store = hello.store.clone();
-                (provider, ProviderRecord { key_hash, store, ..Default::default() })
+                let retained_ms = self.clock_ms();
+                (provider, ProviderRecord { key_hash, store, retained_ms, ..Default::default() })
             }
         };
         let same_cookie = hello.cookie == record.cookie || hello.cookie == record.cookie_sent;
@@ -321,6 +329,7 @@ impl Engine {
 
     fn report(&mut self, provider: u32, report: ProviderReport) -> Result<(), StoreError> {
         let Some(member) = self.members.get_mut(&provider) else { return Ok(()) };
+        let leaving = report.leaving;
         member.promised_bytes /= 2;
         member.report = ProviderReport { note: text(report.note.clone()), ..report };
         if member.online && member.record.cookie != member.record.cookie_sent {
@@ -330,7 +339,7 @@ impl Engine {
             self.commit(batch, Durability::Applied)?;
         }
         self.note_provider(provider);
-        Ok(())
+        self.leave(provider, leaving)
     }
 
     pub(super) fn provider_gone(&mut self, conn: ConnId, provider: u32) -> Result<(), StoreError> {
@@ -409,13 +418,24 @@ impl Engine {
         pieces: Vec<Piece>,
         sweep: Option<(VolumeId, Bytes)>,
     ) {
+        // What a restored directory still knows may have been deleted since its backup.
+        let bring_back = sweep.is_some();
+        self.query_with(provider, pieces, sweep, bring_back);
+    }
+
+    /// As [`Engine::query`]; with `bring_back` what lies in the provider's trash comes out of it.
+    pub(super) fn query_with(
+        &mut self,
+        provider: u32,
+        pieces: Vec<Piece>,
+        sweep: Option<(VolumeId, Bytes)>,
+        bring_back: bool,
+    ) {
         let member = self.members.get(&provider).filter(|member| member.online);
         let Some(conn) = member.and_then(|member| member.conn) else { return };
         let query = self.next_query;
         self.next_query += 1;
         let fragments = pieces.iter().map(piece_message).collect();
-        // What a restored directory still knows may have been deleted since its backup.
-        let bring_back = sweep.is_some();
         self.queries.insert(query, Query { provider, pieces, sweep });
         self.tell(conn, Down::Check(CheckFragments { query, fragments, bring_back }));
     }

@@ -108,6 +108,8 @@ pub(super) struct Repairs {
     failing: HashMap<u32, Failing>,
     /// Providers that are dead or being emptied: new blocks there need a look.
     pub unwell: HashSet<u32>,
+    /// Of the providers being emptied those of which the log has not said that they are.
+    pub drains: BTreeSet<u32>,
     /// Blocks and fragment bytes made since the start.
     done: (u64, u64),
     /// Of the blocks: those the log has told of.

@@ -117,6 +117,11 @@ impl Jobs {
         self.tickets.contains_key(key)
     }
 
+    /// Who is rebuilding fragments of the block.
+    pub fn target_of(&self, key: &BlockKey) -> Option<u32> {
+        Some(self.jobs.get(self.tickets.get(key)?)?.target)
+    }
+
     /// Whether a provider may rebuild one block more.
     pub fn may_rebuild(&self, provider: u32) -> bool {
         self.loads.get(&provider).is_none_or(|load| load.rebuilds < self.limits.target_jobs_max)
