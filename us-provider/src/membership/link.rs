@@ -325,7 +325,9 @@ impl Link {
     }
 
     fn report(&self) -> ProviderReport {
-        report(&self.hands.store, &self.hands.pause)
+        let (uplink_bytes_per_s, downlink_bytes_per_s) = self.member.about.line;
+        let report = report(&self.hands.store, &self.hands.pause);
+        ProviderReport { uplink_bytes_per_s, downlink_bytes_per_s, ..report }
     }
 }
 
@@ -349,6 +351,7 @@ pub(crate) fn report(store: &Store, pause: &Pause) -> ProviderReport {
         damaged: state.damaged,
         accepts_puts: note.is_empty(),
         note,
+        ..ProviderReport::default()
     }
 }
 
