@@ -211,12 +211,15 @@ impl Task<'_> {
         let worth = |holder: &usize| self.link(line(holder), &self.rebuilder);
         let mut quick = all.clone();
         quick.sort_by(|one, other| worth(other).total_cmp(&worth(one)));
-        let passes = |holder: &usize| line(holder).up.min(line(holder).down);
+        let passes = |holder: &usize| {
+            let (line, trunk) = (line(holder), self.trunk(line(holder).site));
+            line.up.min(line.down).min(trunk.up).min(trunk.down)
+        };
         let mut passing = all.clone();
         passing.sort_by(|one, other| passes(other).total_cmp(&passes(one)));
         // The far end of a chain receives nothing: who can only send belongs there.
         let far = self.s.saturating_sub(1).min(passing.len());
-        passing[far..].sort_by(|one, other| line(other).up.total_cmp(&line(one).up));
+        passing[far..].sort_by(|one, other| worth(other).total_cmp(&worth(one)));
         let mut held: HashMap<u32, usize> = HashMap::new();
         for site in self.holders.iter().filter_map(|holder| holder.site) {
             *held.entry(site).or_default() += 1;
