@@ -89,6 +89,12 @@ struct Settings {
     /// Where this machine stands, for example campus/building/room
     #[arg(long, value_name = "PATH", help_heading = "Space")]
     site: Option<String>,
+    /// What the line can send, in KiB a second; repairs take a share of it [default: not said]
+    #[arg(long, value_name = "KIB", help_heading = "Network")]
+    uplink_kib_per_s: Option<u64>,
+    /// What the line can receive, in KiB a second [default: not said]
+    #[arg(long, value_name = "KIB", help_heading = "Network")]
+    downlink_kib_per_s: Option<u64>,
 }
 
 #[derive(Args, Debug)]

@@ -400,7 +400,9 @@ impl Link {
     }
 
     fn report(&self) -> ProviderReport {
-        report(&self.hands.store, &self.hands.pause, &self.hands.leave)
+        let (uplink_bytes_per_s, downlink_bytes_per_s) = self.member.about.line;
+        let report = report(&self.hands.store, &self.hands.pause, &self.hands.leave);
+        ProviderReport { uplink_bytes_per_s, downlink_bytes_per_s, ..report }
     }
 }
 
@@ -425,6 +427,7 @@ pub(crate) fn report(store: &Store, pause: &Pause, leave: &Leave) -> ProviderRep
         accepts_puts: note.is_empty(),
         note,
         leaving: leave.is_on(),
+        ..ProviderReport::default()
     }
 }
 
