@@ -4,7 +4,7 @@ use std::collections::{HashSet, VecDeque};
 
 use bytes::Bytes;
 use us_core::ids::VolumeId;
-use us_core::limits::LEASES_MESSAGE_MAX;
+use us_core::limits::{LEASES_MESSAGE_MAX, SESSION_LEASES_MAX};
 use us_proto::v1::session_down::Event as Down;
 use us_proto::v1::session_up::Event as Up;
 use us_proto::v1::{
@@ -13,7 +13,7 @@ use us_proto::v1::{
 };
 
 use super::leases::{InodeKey, Level, Returned};
-use super::{ConnId, Effect, Engine, SESSION_LEASES_MAX, SESSIONS_MAX, Then};
+use super::{ConnId, Effect, Engine, SESSIONS_MAX, Then};
 use crate::keys;
 use crate::records::{SessionRecord, encode, volume_id};
 use crate::store::{Durability, KeyRange, Seq, StoreError};

@@ -69,7 +69,7 @@ pub(super) struct Swarm {
     pub disks: BTreeMap<u8, Disk>,
     blocks: u64,
     pub rebuilds: u64,
-    copies: u64,
+    pub copies: u64,
     pub deletes: u64,
     /// What the next block is committed with, whatever was leased.
     pub late_birth: Option<u64>,
