@@ -69,7 +69,7 @@ pub(super) struct Swarm {
     pub disks: BTreeMap<u8, Disk>,
     blocks: u64,
     pub rebuilds: u64,
-    copies: u64,
+    pub copies: u64,
     pub deletes: u64,
     /// What the next block is committed with, whatever was leased.
     pub late_birth: Option<u64>,
@@ -77,6 +77,8 @@ pub(super) struct Swarm {
     pub births: BTreeMap<Bytes, u64>,
     /// Retain lists that came whole.
     pub lists: u64,
+    /// What leaving providers were told.
+    pub heard: Vec<LeaveProgress>,
 }
 
 impl Swarm {
@@ -99,6 +101,7 @@ impl Swarm {
             late_birth,
             births: BTreeMap::new(),
             lists: 0,
+            heard: Vec::new(),
         };
         swarm.mount.inode(&mut swarm.world, 1, Level::Exclusive).unwrap();
         (1..=providers).for_each(|key| swarm.join(key));
@@ -135,7 +138,7 @@ impl Swarm {
     }
 
     /// The disk is replaced by an empty one.
-    fn wipe(&mut self, key: u8) {
+    pub fn wipe(&mut self, key: u8) {
         let disk = self.disks.get_mut(&key).unwrap();
         (disk.has, disk.spoilt) = Default::default();
         disk.cookie = Bytes::new();
@@ -225,6 +228,7 @@ impl Swarm {
                         let reply = CheckReply { query: check.query, statuses };
                         self.world.provider_says(conn, PUp::Checked(reply));
                     }
+                    PDown::Leaving(said) => self.heard.push(said),
                     PDown::Retain(page) => {
                         let reply = disk.compare(&page, volume, &self.births);
                         self.lists += u64::from(reply.done);
