@@ -177,9 +177,8 @@ fn leave(args: &LeaveArgs) -> anyhow::Result<()> {
     let data = args.data.data.clone().unwrap_or_else(default_data);
     if Leave::load(&data).has_left() {
         if args.undo {
-            bail!("this provider has left already: to join again, remove {}", {
-                data.join("leaving").display()
-            });
+            let marker = data.join("leaving");
+            bail!("this provider has left already: to join again, remove {}", marker.display());
         }
         println!("this provider has left");
         return Ok(());
