@@ -19,6 +19,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 
+use bytes::Bytes;
 use us_core::geometry::Code;
 use us_core::ids::{BlockId, VolumeId};
 use us_core::placement::{Chooser, Placer};
@@ -69,8 +70,6 @@ use members::{Member, Query};
 
 /// Requests of all sessions that may wait for a lease at once.
 pub const PARKED_MAX: usize = 65_536;
-/// Leases one session may hold.
-pub const SESSION_LEASES_MAX: usize = 1 << 20;
 /// Sessions, fenced ones among them.
 pub const SESSIONS_MAX: usize = 16_384;
 /// Volumes.
@@ -205,6 +204,7 @@ pub struct Engine {
     keeping: Option<keeping::Keeping>,
     after: BTreeMap<Seq, Vec<Then>>,
     members: BTreeMap<u32, Member>,
+    provider_of_key: HashMap<Bytes, u32>,
     queries: HashMap<u64, Query>,
     next_query: u64,
     counts: Counts,
@@ -219,8 +219,6 @@ pub struct Engine {
     births: garbage::Births,
     spread: spread::Spread,
     retain: Option<retain::Retain>,
-    /// Providers that are due and not given up, because many fell silent together.
-    braked: usize,
     /// The wall-clock hour whose presence was learnt last, and the slow ticks of the present one.
     learnt_hour: u64,
     hour_ticks: u64,
@@ -309,6 +307,7 @@ impl Engine {
             keeping: None,
             after: BTreeMap::new(),
             members: BTreeMap::new(),
+            provider_of_key: HashMap::new(),
             queries: HashMap::new(),
             next_query: 1,
             counts: Counts::default(),
@@ -322,7 +321,6 @@ impl Engine {
             births: garbage::Births::default(),
             spread: spread::Spread::default(),
             retain: None,
-            braked: 0,
             learnt_hour: 0,
             hour_ticks: 0,
             next_event: 1,
@@ -365,6 +363,7 @@ impl Engine {
                 self.repairs.drains.insert(number);
             }
             let is_dead = record.dead;
+            self.provider_of_key.insert(record.key_hash.clone(), number);
             self.members.insert(number, Member::restored(record));
             self.note_provider(number);
             if is_dead {
@@ -397,6 +396,17 @@ impl Engine {
         &self.cluster.cluster
     }
 
+    /// The owner of what placement knows.
+    pub fn placer(&self) -> &Placer {
+        &self.placer
+    }
+
+    /// Whether blocks are being looked for, wait for, or are under repair: until then time may pass
+    /// in long steps.
+    pub fn is_repairing(&self) -> bool {
+        self.is_scanning() || self.repairs.is_busy()
+    }
+
     /// Takes one event.
     ///
     /// # Errors
@@ -423,6 +433,17 @@ impl Engine {
         self.keep_up()?;
         self.run_awake()?;
         Ok(std::mem::take(&mut self.effects))
+    }
+
+    /// This directory stood still for `gap_ms` up to `now_ms`: its thread was busy, the machine slept.
+    /// What peers sent meanwhile waits behind the next event, so the time is not charged to them.
+    pub fn stood_still(&mut self, gap_ms: u64, now_ms: u64) {
+        let shift = |at_ms: &mut u64| *at_ms = at_ms.saturating_add(gap_ms).min(now_ms);
+        self.sessions.values_mut().for_each(|known| shift(&mut known.heard_ms));
+        self.members.values_mut().for_each(|member| shift(&mut member.heard_ms));
+        self.parked_longer(gap_ms);
+        self.lock_waiters.iter_mut().for_each(|waiter| waiter.wait_longer(gap_ms));
+        self.repairs.jobs.wait_longer(gap_ms);
     }
 
     fn now_ms(&self) -> u64 {

@@ -173,6 +173,10 @@ struct Flags {
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     repair_kib_per_s: Option<u64>,
+    /// Percent of the uplink that a provider's owner states which repairs may take
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    repair_uplink_percent: Option<u64>,
     /// Memory for pages of the checkpoint, in MiB
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]

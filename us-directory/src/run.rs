@@ -80,6 +80,8 @@ pub struct Config {
     pub repair_sends: usize,
     /// KiB a second one provider is asked to send for repairs; 0: no limit.
     pub repair_kib_per_s: u64,
+    /// Percent of the uplink that a provider's owner states which repairs may take.
+    pub repair_uplink_percent: u64,
     /// Memory for pages of the checkpoint, in MiB.
     pub cache_mib: usize,
     /// A journal of this many MiB is written into the checkpoint.
@@ -116,6 +118,7 @@ impl Default for Config {
             repair_target_jobs: engine.repair.target_jobs_max,
             repair_sends: engine.repair.sends_max,
             repair_kib_per_s: engine.repair.send_bytes_per_s_max >> 10,
+            repair_uplink_percent: engine.repair.uplink_percent_max,
             cache_mib: 64,
             journal_mib: 64,
             copies: engine.copies,
@@ -149,6 +152,7 @@ impl Config {
                 target_jobs_max: self.repair_target_jobs,
                 sends_max: self.repair_sends,
                 send_bytes_per_s_max: self.repair_kib_per_s << 10,
+                uplink_percent_max: self.repair_uplink_percent,
                 ..RepairLimits::default()
             },
             copies: self.copies,

@@ -194,6 +194,10 @@ impl Daemon {
             address: address.clone(),
             site: self.config.site.clone(),
             store: self.store.id(),
+            line: (
+                self.config.uplink_kib_per_s.saturating_mul(1024),
+                self.config.downlink_kib_per_s.saturating_mul(1024),
+            ),
         };
         let link = LinkConfig {
             directory: self.directory.clone(),

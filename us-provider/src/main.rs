@@ -89,6 +89,12 @@ struct Settings {
     /// Where this machine stands, for example campus/building/room
     #[arg(long, value_name = "PATH", help_heading = "Space")]
     site: Option<String>,
+    /// What the line can send, in KiB a second; repairs take a share of it [default: not said]
+    #[arg(long, value_name = "KIB", help_heading = "Network")]
+    uplink_kib_per_s: Option<u64>,
+    /// What the line can receive, in KiB a second [default: not said]
+    #[arg(long, value_name = "KIB", help_heading = "Network")]
+    downlink_kib_per_s: Option<u64>,
 }
 
 #[derive(Args, Debug)]
@@ -177,8 +183,8 @@ fn leave(args: &LeaveArgs) -> anyhow::Result<()> {
     let data = args.data.data.clone().unwrap_or_else(default_data);
     if Leave::load(&data).has_left() {
         if args.undo {
-            let marker = data.join("leaving");
-            bail!("this provider has left already: to join again, remove {}", marker.display());
+            let mark = data.join("leaving");
+            bail!("this provider has left already: to join again, remove {}", mark.display());
         }
         println!("this provider has left");
         return Ok(());

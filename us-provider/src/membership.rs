@@ -60,6 +60,8 @@ pub struct About {
     pub site: String,
     /// The id of its store.
     pub store: [u8; 16],
+    /// What its owner says of the line, up and down, in bytes a second; 0: nothing.
+    pub line: (u64, u64),
 }
 
 /// What the shell is to do, in this order.
@@ -348,7 +350,7 @@ mod tests {
     };
 
     fn member() -> Member {
-        let about = About { address: "here:1".into(), site: "campus/b".into(), store: [5; 16] };
+        let about = About { address: "here:1".into(), site: "campus/b".into(), store: [5; 16], line: (0, 0) };
         Member::new(about, None)
     }
 

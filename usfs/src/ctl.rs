@@ -114,6 +114,8 @@ pub struct JsonArgs {
 enum PlanCommand {
     /// The code and the laziness of repair that reach a target, the least space first
     Code(plan::CodeArgs),
+    /// The pseudo-affine lines over so many peers, their number, and the most there can be
+    Lines(plan::LinesArgs),
 }
 
 #[derive(Debug, Subcommand)]
@@ -241,6 +243,7 @@ async fn act(args: CtlArgs) -> anyhow::Result<ExitCode> {
         Command::WhatIf(args) => act::what_if(&target, &args).await?,
         Command::Events(args) => act::events(&target, &args).await?,
         Command::Plan(PlanCommand::Code(args)) => plan::code(&args)?,
+        Command::Plan(PlanCommand::Lines(args)) => plan::lines(&args)?,
         Command::Cli(_) => {}
     }
     Ok(ExitCode::SUCCESS)
@@ -284,6 +287,9 @@ mod tests {
         assert!(parse(&["volume", "create", "disk", "--code", "4"]).is_err());
         assert!(parse(&["block", "xyz"]).is_err());
         assert!(parse(&["what-if", "--without", "1", "provider2"]).is_ok());
+        assert!(parse(&["plan", "lines", "--peers", "25", "--fragments", "5"]).is_ok());
+        assert!(parse(&["plan", "lines", "--peers", "0", "--fragments", "5"]).is_err());
+        assert!(parse(&["plan", "lines", "--peers", "9", "--fragments", "256"]).is_err());
         assert!(parse(&["what-if"]).is_err() && parse(&["drain"]).is_err());
         assert!(parse(&["snapshot"]).is_err(), "what is not built is not there");
         assert!(parse(&["completions", "bash"]).is_ok() && parse(&["man"]).is_ok());

@@ -125,7 +125,9 @@ impl Engine {
         };
         let mut key = vec![0; 32];
         self.entropy.fill(&mut key);
-        let id = VolumeId::generate();
+        let mut id = [0; 16];
+        self.entropy.fill(&mut id);
+        let id = VolumeId::from_bytes(id);
         let record = VolumeRecord {
             name,
             s,
@@ -273,7 +275,7 @@ impl Engine {
             pending_deletes: self.pending_deletes.max(0) as u64,
             journal: Some(copies),
             repair: Some(self.repair_status()),
-            braked: self.braked as u32,
+            braked: self.braked() as u32,
             placement: Some(self.placement_status()),
             uptime_s: self.at.now_ms / 1000,
             cluster: self.cluster.cluster.iter().map(|byte| format!("{byte:02x}")).collect(),
@@ -370,7 +372,7 @@ impl Engine {
             ("us_directory_repairs_waiting", self.repairs.queue.aside() as f64),
             ("us_directory_repairs_running", self.repairs.jobs.len() as f64),
             ("us_directory_repair_bytes_per_s", self.repair_status().bytes_per_s as f64),
-            ("us_directory_providers_braked", self.braked as f64),
+            ("us_directory_providers_braked", self.braked() as f64),
             ("us_directory_deletes_pending", self.pending_deletes.max(0) as f64),
             ("us_directory_journal_copies", self.live_copies().len() as f64),
             ("us_directory_journal_bytes", self.store.facts().journal_bytes as f64),

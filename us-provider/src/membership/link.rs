@@ -31,6 +31,8 @@ const JOIN_TIMEOUT: Duration = Duration::from_secs(10);
 const SEND_TIMEOUT: Duration = Duration::from_secs(20);
 /// The last words get this long.
 const GOODBYE_TIMEOUT: Duration = Duration::from_secs(1);
+/// How often a deletion is tried again that failed for want of space.
+const DELETE_RETRIES: usize = 3;
 /// Damaged fragments named after a welcome, at most; the rest come as scrub finds them again.
 const DAMAGE_MAX: usize = 65_536;
 /// With less than this free, puts are not accepted: a fragment and its segment may not fit.
@@ -115,7 +117,15 @@ impl<E: Into<Lost>> From<E> for StreamEnd {
 /// [`LinkEnd`] when trying again makes no sense.
 pub async fn run(config: LinkConfig, hands: Hands, stop: CancellationToken) -> Result<(), LinkEnd> {
     let files = MembershipFiles::new(hands.store.dir());
-    let member = Member::new(config.about.clone(), files.load_joined()?);
+    let joined = match files.load_joined() {
+        // Its key says who it is; without a cookie its fragments are checked before they are believed.
+        Err(error @ FileError::Damaged { .. }) => {
+            tracing::error!(%error, "joining as if for the first time");
+            None
+        }
+        joined => joined?,
+    };
+    let member = Member::new(config.about.clone(), joined);
     let retaining = Retaining::default();
     let mut link = Link { config, hands, files, member, retaining };
     loop {
@@ -253,12 +263,13 @@ impl Link {
                 }
                 Ok(())
             }
-            Effect::Delete { ticket, ids } => match self.hands.store.delete(ids).await {
+            Effect::Delete { ticket, ids } => match self.delete(ids).await {
                 Ok(deleted) => {
                     metrics::counter!("us_provider_deleted_total").increment(deleted as u64);
                     send(outbox, Member::deleted(ticket)).await
                 }
                 Err(error) => {
+                    // It hears nothing and asks again after a minute.
                     tracing::error!(%error, ticket, "deletion failed; the directory asks again");
                     Ok(())
                 }
@@ -312,6 +323,18 @@ impl Link {
                 Ok(())
             }
         }
+    }
+
+    /// Deletes; on a full disk once more, alone: then no put is in the batch that does not fit.
+    async fn delete(&self, ids: Vec<FragmentId>) -> Result<usize, StoreError> {
+        let mut result = self.hands.store.delete(ids.clone()).await;
+        for _ in 0..DELETE_RETRIES {
+            if !matches!(result, Err(StoreError::NoSpace { .. })) {
+                break;
+            }
+            result = self.hands.store.delete(ids.clone()).await;
+        }
+        result
     }
 
     /// What is here beyond a list, when its last page has come.
@@ -377,7 +400,9 @@ impl Link {
     }
 
     fn report(&self) -> ProviderReport {
-        report(&self.hands.store, &self.hands.pause, &self.hands.leave)
+        let (uplink_bytes_per_s, downlink_bytes_per_s) = self.member.about.line;
+        let report = report(&self.hands.store, &self.hands.pause, &self.hands.leave);
+        ProviderReport { uplink_bytes_per_s, downlink_bytes_per_s, ..report }
     }
 }
 
@@ -402,6 +427,7 @@ pub(crate) fn report(store: &Store, pause: &Pause, leave: &Leave) -> ProviderRep
         accepts_puts: note.is_empty(),
         note,
         leaving: leave.is_on(),
+        ..ProviderReport::default()
     }
 }
 
