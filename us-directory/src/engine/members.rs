@@ -142,6 +142,14 @@ pub(super) struct Query {
     sweep: Option<(VolumeId, Bytes)>,
 }
 
+#[cfg(test)]
+impl Query {
+    /// How many fragments were asked after.
+    pub fn fragments(&self) -> usize {
+        self.pieces.len()
+    }
+}
+
 fn text(mut text: String) -> String {
     let end = (0..=TEXT_BYTES_MAX.min(text.len())).rev().find(|at| text.is_char_boundary(*at));
     text.truncate(end.unwrap_or(0));

@@ -77,6 +77,8 @@ pub(super) struct Swarm {
     pub births: BTreeMap<Bytes, u64>,
     /// Retain lists that came whole.
     pub lists: u64,
+    /// What leaving providers were told.
+    pub heard: Vec<LeaveProgress>,
     /// They report well, take puts, and fail every order.
     broken: BTreeSet<u8>,
     failed_orders: u64,
@@ -102,6 +104,7 @@ impl Swarm {
             late_birth,
             births: BTreeMap::new(),
             lists: 0,
+            heard: Vec::new(),
             broken: BTreeSet::new(),
             failed_orders: 0,
         };
@@ -140,7 +143,7 @@ impl Swarm {
     }
 
     /// The disk is replaced by an empty one.
-    fn wipe(&mut self, key: u8) {
+    pub fn wipe(&mut self, key: u8) {
         let disk = self.disks.get_mut(&key).unwrap();
         (disk.has, disk.spoilt) = Default::default();
         disk.cookie = Bytes::new();
@@ -230,6 +233,7 @@ impl Swarm {
                         let reply = CheckReply { query: check.query, statuses };
                         self.world.provider_says(conn, PUp::Checked(reply));
                     }
+                    PDown::Leaving(said) => self.heard.push(said),
                     PDown::Retain(page) => {
                         let reply = disk.compare(&page, volume, &self.births);
                         self.lists += u64::from(reply.done);
