@@ -4,6 +4,8 @@
 //! changed inode and its directories get the same time; the directory service sets the same ones
 //! from the mutation.
 
+use std::time::Duration;
+
 use bytes::Bytes;
 use us_core::ids::Ino;
 use us_core::limits::DEPTH_MAX;
@@ -43,11 +45,21 @@ impl Core {
             b".." => dir_node.parent,
             _ => match self.need_name(dir, name, Level::Shared)? {
                 Dentry::Present { ino, .. } => ino,
-                Dentry::Absent => return Ok(Lookup::Absent(self.valid(now, &[dir]))),
+                Dentry::Absent => return Ok(Lookup::Absent(self.tell_absent(now, dir, name))),
             },
         };
         self.need(ino, Level::Shared)?;
         self.answer_entry(now, ino, dir).map(Lookup::Found)
+    }
+
+    /// The kernel is told that there is no `name` in `dir`: how long it may remember that.
+    fn tell_absent(&mut self, now: Now, dir: Ino, name: &[u8]) -> Duration {
+        let valid = self.valid(now, &[dir]);
+        if valid > Duration::ZERO && self.names_mut(dir).tell_absent(name) {
+            valid
+        } else {
+            Duration::ZERO
+        }
     }
 
     /// The entry of `ino` in `dir`, counted as a lookup.

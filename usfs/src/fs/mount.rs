@@ -29,6 +29,8 @@ const GOODBYE_TIMEOUT: Duration = Duration::from_secs(3);
 /// How long an unmount waits for fragments beyond the write margin.
 const SETTLING_TIMEOUT: Duration = Duration::from_secs(5);
 /// How often inodes nobody uses are looked for.
+/// Names the kernel is asked to forget at once.
+const FORGET_AT_ONCE: usize = 16 << 10;
 const EVICT_EVERY: Duration = Duration::from_secs(5);
 /// Inodes cached without being used.
 const NODES_MAX: usize = 256 << 10;
@@ -301,7 +303,29 @@ async fn evict(shared: Arc<Shared>) {
             () = tokio::time::sleep(EVICT_EVERY) => {}
             () = shared.stop.cancelled() => return,
         }
-        if shared.lock().core.evict() {
+        relieve(&shared).await;
+    }
+}
+
+/// Has the kernel forget what nobody uses, while it holds so much that leases run short.
+async fn relieve(shared: &Shared) {
+    loop {
+        let names = shared.lock().core.names_to_forget(FORGET_AT_ONCE);
+        if names.is_empty() {
+            return;
+        }
+        for (dir, name) in names {
+            shared.kernel.forget_name(dir, name);
+        }
+        shared.kernel.settled().await;
+        let now = shared.now();
+        let evicted = shared.lock().core.evict(now);
+        shared.outgoing.notify_one();
+        if !evicted {
+            return;
+        }
+        let now = shared.now();
+        if shared.lock().core.evict(now) {
             shared.outgoing.notify_one();
         }
     }

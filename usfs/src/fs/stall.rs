@@ -3,7 +3,6 @@
 use std::time::Duration;
 
 use tokio::time::Instant;
-use us_core::ids::Ino;
 
 use super::compact::compact;
 use super::shared::{Answer, State};
@@ -63,7 +62,7 @@ impl Fs {
         &self,
         operation: &mut impl FnMut(&mut State, Now) -> Result<T, Stop>,
         deadline: Instant,
-        pinned: &mut Vec<Ino>,
+        pinned: &mut Vec<Want>,
     ) -> Result<T, FsError> {
         let mut progress = self.shared.progress.subscribe();
         loop {
@@ -74,7 +73,7 @@ impl Fs {
                 Err(Stop::Stall(stall)) => stall,
             };
             if let Stall::Fetch(want) = &stall {
-                pinned.push(want.ino());
+                pinned.push(want.clone());
             }
             let what = describe(&stall);
             let resolved = tokio::time::timeout_at(deadline, self.resolve(stall, &mut progress));
