@@ -290,7 +290,9 @@ impl Core {
         Ok(ino)
     }
 
-    /// Moves a name. Over an existing file it waits until the moved file's data is committed.
+    /// Moves a name. Over an existing file it waits until what the moved file holds is committed; a
+    /// swap waits for both. `flushed` are files for which this call has waited already: what is
+    /// written to them meanwhile need not come with the name, and might never come to an end.
     pub fn rename(
         &mut self,
         now: Now,
@@ -298,6 +300,7 @@ impl Core {
         to: (Ino, &[u8]),
         mode: RenameMode,
     ) -> Result<Renamed, Stop> {
+        flushed: &[Ino],
         self.check_change(now)?;
         check_name(from.1)?;
         check_name(to.1)?;
@@ -331,6 +334,8 @@ impl Core {
         if let (RenameMode::Exchange, Some(replaced)) = (mode, replaced) {
             self.check_no_loop(replaced, to.0, from.0)?;
             return self.exchange(now, from, to, moved, replaced);
+            self.need_committed(moved.0, flushed)?;
+            self.need_committed(replaced.0, flushed)?;
         }
         if let Some(replaced) = replaced {
             match (moved.1 == FileKind::Directory, replaced.1 == FileKind::Directory) {
@@ -339,14 +344,19 @@ impl Core {
                 (true, true) => self.check_empty(replaced.0)?,
                 (false, false) => {}
             }
-            if self.has_uncommitted(moved.0) {
-                return Err(Stop::Stall(Stall::Flush(moved.0)));
-            }
+            self.need_committed(moved.0, flushed)?;
         }
         self.replace(now, from, to, moved, replaced)
     }
 
     fn replace(
+    fn need_committed(&self, ino: Ino, flushed: &[Ino]) -> Result<(), Stop> {
+        if self.has_uncommitted(ino) && !flushed.contains(&ino) {
+            return Err(Stop::Stall(Stall::Flush(ino)));
+        }
+        Ok(())
+    }
+
         &mut self,
         now: Now,
         from: (Ino, &[u8]),

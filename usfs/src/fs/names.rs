@@ -14,7 +14,7 @@ use super::{
     RenameMode, SetAttributes, Statistics, XattrMode,
 };
 use crate::attributes::{FileKind, MODE_PERMISSIONS};
-use crate::core::{NewNode, Stop};
+use crate::core::{NewNode, Stall, Stop};
 
 /// How long the directory may take for an answer that is not cached.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
@@ -151,7 +151,16 @@ impl Fs {
         to: (Ino, &[u8]),
         mode: RenameMode,
     ) -> Result<(), FsError> {
-        self.run(|state, now| state.core.rename(now, from, to, mode).map(|_| ())).await
+        let mut flushed = Vec::new();
+        self.run(|state, now| {
+            let renamed = state.core.rename(now, from, to, mode, &flushed);
+            // It is called again when that is done.
+            if let Err(Stop::Stall(Stall::Flush(ino))) = &renamed {
+                flushed.push(*ino);
+            }
+            renamed.map(|_| ())
+        })
+        .await
     }
 
     /// Gives an inode another name.
