@@ -191,6 +191,10 @@ pub const INODES_LEASED: u32 = 16 << 10;
 impl Core {
     /// A mount that caches nothing yet.
     pub fn new(config: CoreConfig) -> Self {
+    /// Recalls nobody answers yet: at most one for each lease and level, for the directory asks once.
+    recalls: VecDeque<Recall>,
+    /// Bytes left in the volume, and when the directory said so.
+    free_space: Option<(Duration, u64)>,
         Self {
             nodes: HashMap::new(),
             handles: HashMap::new(),
@@ -220,6 +224,8 @@ impl Core {
 
     /// Until when leases are believed.
     pub const fn trusted_until(&self) -> Duration {
+            recalls: VecDeque::new(),
+            free_space: None,
         self.trusted_until
     }
 

@@ -30,8 +30,8 @@ pub enum Effect {
     /// The directory had no time for the request (another mount did not give its lease back):
     /// it may be asked again.
     Contended(u64),
-    /// Answer a recall.
-    Recall(Recall),
+    /// A recall waits to be answered.
+    Recalled,
     /// Everything up to here is durable.
     Durable(LogPosition),
     /// New inode numbers are there.
@@ -115,7 +115,9 @@ impl Core {
             Down::Fetched(fetched) => self.on_fetched(now, &fetched),
             Down::Recall(recall) => {
                 let keep = Level::from_proto(recall.level);
-                Some(Effect::Recall(Recall { ino: Ino(recall.ino), keep, grant: recall.grant }))
+                let recall = Recall { ino: Ino(recall.ino), keep, grant: recall.grant };
+                self.recalls.push_back(recall);
+                Some(Effect::Recalled)
             }
             Down::Inodes(leased) => {
                 self.inodes_asked = false;

@@ -50,6 +50,11 @@ pub enum FinishedRecall {
 }
 
 impl Core {
+    /// Takes a recall that nobody answers yet.
+    pub fn take_recall(&mut self) -> Option<Recall> {
+        self.recalls.pop_front()
+    }
+
     /// A recall arrived; new operations get at most what it leaves from now on, unless the lease
     /// is pinned. Then the task that answers recalls calls [`Core::finish_recall`].
     pub fn begin_recall(&mut self, now: Now, recall: Recall) -> FinishedRecall {
