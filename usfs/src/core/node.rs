@@ -231,8 +231,8 @@ pub struct Node {
     pub dirty_since: Option<Duration>,
     /// Why its data could not be stored when last tried, while some of it still is not.
     pub write_failing: Option<FsError>,
-    /// Its last commit waits until a crowded chunk is written anew.
-    pub postponed: bool,
+    /// How often bytes that were stored became dirty again, because a chunk must be written anew first.
+    pub postponed: u64,
     /// The last error of writing.
     pub write_error: Option<WriteError>,
     /// A use mark for eviction.
@@ -259,7 +259,7 @@ impl Node {
             kernel_cache_valid: false,
             dirty_since: None,
             write_failing: None,
-            postponed: false,
+            postponed: 0,
             write_error: None,
             used: true,
         }
