@@ -119,11 +119,6 @@ impl Core {
         }
     }
 
-    /// A lease is given up behind the log as it is now.
-    pub(super) fn note_let_go(&mut self, ino: Ino, lease: Lease) {
-        let durable = self.log.durable_position();
-        while self.let_go.front().is_some_and(|first| first.at <= durable) {
-            self.let_go.pop_front();
     /// What `name` in `dir` is, where that is known.
     fn present(&self, dir: Ino, name: &[u8]) -> Option<Ino> {
         match self.nodes.get(&dir)?.names.as_deref()?.get(name)? {
@@ -132,6 +127,11 @@ impl Core {
         }
     }
 
+    /// A lease is given up behind the log as it is now.
+    pub(super) fn note_let_go(&mut self, ino: Ino, lease: Lease) {
+        let durable = self.log.durable_position();
+        while self.let_go.front().is_some_and(|first| first.at <= durable) {
+            self.let_go.pop_front();
         }
         let at = self.log.end();
         if lease.level > Level::None && at > durable {
@@ -189,8 +189,9 @@ impl Core {
             Event::Fetch(fetch) => !pending.contains_key(&fetch.request),
             _ => true,
         });
-        let again: Vec<_> = self.pending.iter().map(|(n, want)| (*n, want.clone())).collect();
-        for (number, (want, trace)) in again {
+        let again: Vec<_> =
+            self.pending.iter().map(|(n, asked)| (*n, asked.want.clone(), asked.trace)).collect();
+        for (number, want, trace) in again {
             let event = self.fetch_event(number, &want, trace);
             self.send(event);
         }
@@ -200,12 +201,6 @@ impl Core {
         }
     }
 
-    /// Lets go of inodes that nobody used since the last call, while there are too many: answers
-    /// whether any was. Their leases are returned behind the log.
-    pub fn evict(&mut self, now: Now) -> bool {
-        if self.nodes.len() <= self.config.nodes_max {
-            return false;
-        }
     /// Names the kernel should forget so that it lets go of inodes: while it holds nearly as many as
     /// the directory gives leases for. Up to `max` of them, of files in directories whose names were
     /// not looked up since the last call; a directory may be somebody's working one, so directories
@@ -237,6 +232,12 @@ impl Core {
         names
     }
 
+    /// Lets go of inodes that nobody used since the last call, while there are too many: answers
+    /// whether any was. Their leases are returned behind the log.
+    pub fn evict(&mut self, now: Now) -> bool {
+        if self.nodes.len() <= self.config.nodes_max {
+            return false;
+        }
         let excess = self.nodes.len() - self.config.nodes_max;
         let mut idle = Vec::new();
         for (ino, node) in &mut self.nodes {

@@ -187,6 +187,7 @@ impl Core {
         node.xattrs = Some(std::collections::BTreeMap::new());
         node.parent = dir;
         node.logged = self.log.end();
+        node.tail_checked = true;
         match attributes.kind {
             FileKind::Directory => node.names = Some(Box::new(DirNames::new_empty())),
             FileKind::Regular => node.data = Some(Box::new(FileData::new_file())),
@@ -299,8 +300,8 @@ impl Core {
         from: (Ino, &[u8]),
         to: (Ino, &[u8]),
         mode: RenameMode,
-    ) -> Result<Renamed, Stop> {
         flushed: &[Ino],
+    ) -> Result<Renamed, Stop> {
         self.check_change(now)?;
         check_name(from.1)?;
         check_name(to.1)?;
@@ -333,9 +334,9 @@ impl Core {
         self.check_no_loop(moved, from.0, to.0)?;
         if let (RenameMode::Exchange, Some(replaced)) = (mode, replaced) {
             self.check_no_loop(replaced, to.0, from.0)?;
-            return self.exchange(now, from, to, moved, replaced);
             self.need_committed(moved.0, flushed)?;
             self.need_committed(replaced.0, flushed)?;
+            return self.exchange(now, from, to, moved, replaced);
         }
         if let Some(replaced) = replaced {
             match (moved.1 == FileKind::Directory, replaced.1 == FileKind::Directory) {
@@ -349,7 +350,6 @@ impl Core {
         self.replace(now, from, to, moved, replaced)
     }
 
-    fn replace(
     fn need_committed(&self, ino: Ino, flushed: &[Ino]) -> Result<(), Stop> {
         if self.has_uncommitted(ino) && !flushed.contains(&ino) {
             return Err(Stop::Stall(Stall::Flush(ino)));
@@ -357,6 +357,7 @@ impl Core {
         Ok(())
     }
 
+    fn replace(
         &mut self,
         now: Now,
         from: (Ino, &[u8]),

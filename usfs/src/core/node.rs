@@ -216,6 +216,10 @@ pub struct Node {
     pub data: Option<Box<FileData>>,
     /// The size the directory knows when it has applied the log.
     pub logged_size: u64,
+    /// Nothing lies behind the end of the file but what this mount put there under this lease.
+    pub tail_checked: bool,
+    /// `allocated_bytes` is a guess: something was cut off whose map was not here.
+    pub allocated_guessed: bool,
     /// The last mutation in the log that concerns the inode.
     pub logged: LogPosition,
     /// Lookups the kernel has not given back.
@@ -252,6 +256,8 @@ impl Node {
             parent: Ino(0),
             data: None,
             logged_size: 0,
+            tail_checked: false,
+            allocated_guessed: false,
             logged: LogPosition(0),
             lookups: 0,
             handles: 0,
@@ -274,6 +280,8 @@ impl Node {
         self.names = None;
         self.parent = Ino(0);
         self.data = None;
+        self.tail_checked = false;
+        self.allocated_guessed = false;
         self.kernel_cache_valid = false;
     }
 

@@ -273,12 +273,16 @@ impl Fs {
     pub async fn statfs(&self) -> Result<Statistics, FsError> {
         let ask = |request| Up::Statfs(v1::StatfsRequest { request });
         match self.shared.ask(ask, ANSWER_TIMEOUT).await? {
-            Down::Statfs(reply) => Ok(Statistics {
-                total_bytes: reply.total_bytes,
-                free_bytes: reply.free_bytes,
-                available_bytes: reply.available_bytes,
-                inodes: reply.inodes,
-            }),
+            Down::Statfs(reply) => {
+                let now = self.shared.now();
+                self.shared.lock().core.note_free_space(now, reply.available_bytes);
+                Ok(Statistics {
+                    total_bytes: reply.total_bytes,
+                    free_bytes: reply.free_bytes,
+                    available_bytes: reply.available_bytes,
+                    inodes: reply.inodes,
+                })
+            }
             _ => Err(FsError::Io("the directory answered something else".to_owned())),
         }
     }

@@ -95,6 +95,7 @@ impl Fs {
                 compact(shared, ino, chunk).await?;
                 return flush_file(shared, ino, FlushReason::Commit).await;
             }
+            Stall::FreeSpace => return self.statfs().await.map(|_| ()),
             Stall::Space => shared.dirty.notify_one(),
             Stall::Log => {
                 shared.lock().core.want_sync();
@@ -158,6 +159,7 @@ fn describe(stall: &Stall) -> String {
         Stall::Space => "for memory: data is written faster than it can be stored".to_owned(),
         Stall::Log => "for the directory to make changes durable".to_owned(),
         Stall::Inodes => "for new inode numbers".to_owned(),
+        Stall::FreeSpace => "for the directory to say how much space is left".to_owned(),
         Stall::Session => "for the directory: it does not answer".to_owned(),
     }
 }
