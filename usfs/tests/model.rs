@@ -490,8 +490,14 @@ fn rounds() -> (u64, usize) {
 }
 
 async fn run(seed: u64, mounts: usize, restarts: bool) {
+    let world = World::new(seed, mounts).await;
+    run_world(world, restarts, 0).await;
+}
+
+/// Of what was not durable a restart loses up to `lost_max` commits.
+async fn run_world(mut world: World, restarts: bool, lost_max: usize) {
     let (_, steps) = rounds();
-    let mut world = World::new(seed, mounts).await;
+    let mounts = world.mounts.len();
     for step in 0..steps {
         world.step().await;
         if step % 97 == 96 {
@@ -506,7 +512,10 @@ async fn run(seed: u64, mounts: usize, restarts: bool) {
         if restarts && step % 71 == 70 {
             match world.rng.random_range(0..2) {
                 0 => world.directory.disconnect_all(),
-                _ => world.directory.restart(0),
+                _ => {
+                    let lost = world.rng.random_range(0..=lost_max);
+                    world.directory.restart(lost);
+                }
             }
         }
     }
@@ -534,6 +543,17 @@ async fn two_mounts_are_like_one_model() {
 async fn restarts_and_broken_connections_change_nothing() {
     for seed in 0..rounds().0 {
         run(seed + 200, 1, true).await;
+    }
+}
+
+/// What a live mount did and the directory had not written down is sent again, and nothing is lost or
+/// done twice.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn commits_that_a_restart_lost_are_replayed() {
+    for seed in 0..rounds().0 {
+        let world = World::new(seed + 300, 1 + seed as usize % 2).await;
+        world.directory.be_lazy();
+        run_world(world, true, 60).await;
     }
 }
 
