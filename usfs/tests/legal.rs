@@ -17,13 +17,14 @@ use std::path::Path;
 use bytes::Bytes;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
+use us_core::disk::memory::Fault;
 use us_core::ids::Ino;
 use usfs::fs::{
     AllocateMode, Caller, Entry, FileKind, Fs, FsError, Handle, Lookup, MountOptions, OpenFlags,
     RenameMode, SetAttributes, XattrMode,
 };
 
-use crate::directory::TestDirectory;
+use crate::directory::{PROVIDERS, TestDirectory};
 
 const CHUNK_BYTES: u64 = us_core::limits::CHUNK_BYTES;
 const NAMES: [&[u8]; 6] = [b"a", b"b", b"c", b"d", b"e", b"f"];
@@ -321,8 +322,8 @@ async fn mounts(directory: &TestDirectory, rescue: &Path) -> Vec<Fs> {
     mounts
 }
 
-/// Runs two processes on each of `mounts`, all at once, while connections break, and then looks
-/// whether all live.
+/// Runs two processes on each of `mounts`, all at once, while connections break and a provider is
+/// away, and then looks whether all live.
 async fn run(directory: &TestDirectory, mounts: &[Fs], seed: u64) {
     let mut running = tokio::task::JoinSet::new();
     for (number, fs) in mounts.iter().chain(mounts).enumerate() {
@@ -339,7 +340,10 @@ async fn run(directory: &TestDirectory, mounts: &[Fs], seed: u64) {
         }
         ended.unwrap();
         directory.disconnect_all();
+        directory.heal_providers();
+        directory.fail_provider(1 + seed % PROVIDERS, Fault::Dead, true);
     }
+    directory.heal_providers();
     for fs in mounts {
         fs.getattr(Ino::ROOT).await.unwrap();
     }

@@ -563,6 +563,11 @@ impl Engine {
         self.lock_waiters.retain(|waiter| waiter.conn != conn);
     }
 
+    /// Requests that wait may wait so much longer.
+    pub(super) fn parked_longer(&mut self, by_ms: u64) {
+        self.parked.values_mut().for_each(|parked| parked.deadline_ms += by_ms);
+    }
+
     /// Ends requests that waited too long, and shuts out those in the way that are silent.
     pub(super) fn check_parked(&mut self) -> Result<(), StoreError> {
         let now_ms = self.now_ms();

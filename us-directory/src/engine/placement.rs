@@ -81,6 +81,7 @@ impl Engine {
             let request = PlacementRequest { code, fragment_bytes, seed };
             match self.placer.choose(&request) {
                 Ok(placement) => {
+                    self.note_spread(placement.degraded);
                     self.promise(&placement.providers, fragment_bytes);
                     let providers = placement.providers.iter().map(|provider| provider.0).collect();
                     reply.leases.push(PlacementLease { birth: self.next_birth, providers });
