@@ -80,6 +80,18 @@ impl MembershipFiles {
         self.write("membership", &encode_joined(joined))
     }
 
+    /// Something that was acknowledged may be gone from the store: without its cookie the provider
+    /// is one whose fragments are checked before they are believed. Blocks.
+    ///
+    /// # Errors
+    /// [`FileError`].
+    pub fn forget_cookie(&self) -> Result<(), FileError> {
+        match self.load_joined()? {
+            Some(joined) => self.keep_joined(&Joined { cookie: Bytes::new(), ..joined }),
+            None => Ok(()),
+        }
+    }
+
     /// The latest root of the directory and its number. Blocks.
     ///
     /// # Errors

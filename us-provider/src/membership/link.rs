@@ -372,6 +372,7 @@ pub(crate) fn report(store: &Store, pause: &Pause) -> ProviderReport {
         damaged: state.damaged,
         accepts_puts: note.is_empty(),
         note,
+        next_record: state.next_record,
     }
 }
 
