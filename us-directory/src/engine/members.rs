@@ -268,6 +268,8 @@ impl Engine {
         if let Some(connection) = self.connections.get_mut(&conn) {
             connection.provider = Some(provider);
         }
+        // What the old stream's orders were is begun again: nobody answers them any more.
+        self.rebuilder_gone(provider)?;
         let seq = self.commit(batch, Durability::Durable)?;
         if was_dead {
             self.repairs.unwell.remove(&provider);
