@@ -81,6 +81,7 @@ pub(super) fn open(dir: &Path, options: StoreOptions) -> Result<Handle, OpenErro
         segments,
         accounts: Mutex::new(accounts),
         trouble: Mutex::new(None),
+        unmarked: Mutex::default(),
         stuck: Mutex::default(),
         fresh_damage: Mutex::new(Vec::new()),
     });
