@@ -3,20 +3,16 @@
 use bytes::Bytes;
 use us_core::daemon::logging::RequestId;
 use us_core::ids::VolumeId;
+use us_core::limits::{BATCH_MUTATIONS_MAX, BATCH_TRACES_MAX};
 use us_proto::v1::mutation::Op;
 use us_proto::v1::session_down::Event as Down;
-use us_proto::v1::{Applied, Batch, Durable};
+use us_proto::v1::{Applied, Batch, Durable, Mutation};
 
 use super::leases::Level;
 use super::{Durability, Engine};
 use crate::keys;
 use crate::namespace::{ApplyError, Authority, FILE_BYTES_MAX, Outcome, Rule};
 use crate::store::{StoreError, WriteBatch};
-
-/// The most mutations a batch may have.
-pub const BATCH_MUTATIONS_MAX: usize = 4096;
-/// The most requests a batch may name for the logs.
-const TRACES_MAX: usize = 64;
 
 /// The most bytes of keys and values one batch may change: far below a record of the journal.
 const RECORD_BYTES_MAX: usize = 256 << 20;
@@ -64,7 +60,8 @@ impl Authority for SessionAuthority<'_> {
     }
 
     fn provider_exists(&self, provider: u32) -> bool {
-        self.engine.members.contains_key(&provider)
+        // One that has left may still be named by a place leased before: its fragment is made again.
+        provider > 0 && provider < self.engine.cluster.next_provider
     }
 
     fn birth_given(&self, birth: u64) -> bool {
@@ -87,7 +84,7 @@ impl Engine {
             let detail = format!("batch {} came where {} is next", batch.number, applied + 1);
             return self.refuse(session, detail);
         }
-        if batch.traces.len() > TRACES_MAX {
+        if batch.traces.len() > BATCH_TRACES_MAX {
             let detail = format!("{} requests named in one batch", batch.traces.len());
             return self.refuse(session, detail);
         }
@@ -95,7 +92,9 @@ impl Engine {
             let detail = format!("{} mutations in one batch", batch.mutations.len());
             return self.refuse(session, detail);
         }
-        if known.record.read_only && !batch.mutations.is_empty() {
+        // Letting go of an inode that another mount removed changes nothing of the volume.
+        let releases = |mutation: &Mutation| matches!(mutation.op, Some(Op::Release(_)));
+        if known.record.read_only && !batch.mutations.iter().all(releases) {
             return self.refuse(session, "a read-only session changes nothing".to_owned());
         }
         self.free_ahead(session, batch)?;

@@ -9,6 +9,7 @@ use us_core::ids::{BlockId, VolumeId};
 use us_proto::v1::provider_down::Event as Down;
 use us_proto::v1::{DeleteFragments, FragmentId};
 
+use super::garbage::SecondLook;
 use super::health::CountedSlice;
 use super::members::{FRAGMENTS_A_MESSAGE, Piece};
 use super::{Durability, Engine, Then};
@@ -59,6 +60,13 @@ impl Engine {
         self.check_unsettled()?;
         self.expand_graves()?;
         self.ask_deletes_again()?;
+        self.raise_floor()?;
+        self.retain_chore()?;
+        self.leave_chore()?;
+        self.tell_spread()?;
+        if std::mem::take(&mut self.deletes_wait) {
+            self.send_deletes()?;
+        }
         if self.pending_deletes > 0 && self.clock_ms() > self.clock_stored_ms + CLOCK_LAG_MS {
             self.commit_cluster(Durability::Applied)?;
         }
@@ -171,7 +179,8 @@ impl Engine {
                 let fragments = (0..8 * asked.fragments.len())
                     .filter(|index| bit(&asked.fragments, *index))
                     .fold(fragments, |both, index| with_bit(&both, index, true));
-                batch.put(key, encode(&HoldingRecord { fragments }));
+                let volume = grave.volume.clone();
+                batch.put(key, encode(&HoldingRecord { fragments, volume }));
             }
             batch.delete(key);
         }
@@ -193,13 +202,31 @@ impl Engine {
         Ok(())
     }
 
-    fn send_deletes_to(&mut self, provider: u32) -> Result<(), StoreError> {
+    /// Sends a provider its next page of deletions.
+    pub(super) fn send_deletes_to(&mut self, provider: u32) -> Result<(), StoreError> {
         let range = KeyRange::prefix(&keys::deletes(provider));
         let pairs = self.store.scan(&range, FRAGMENTS_A_MESSAGE)?;
         let (mut sent, mut fragments) = (Vec::new(), Vec::new());
+        let mut spared = WriteBatch::new();
         for (key, value) in pairs {
-            let held: HoldingRecord = decode(&key, &value)?;
+            let mut held: HoldingRecord = decode(&key, &value)?;
             let Some(block) = keys::last_block(&key) else { continue };
+            match self.look_again(provider, &block, &held)? {
+                SecondLook::Go => {}
+                SecondLook::Wait => {
+                    self.deletes_wait = true;
+                    continue;
+                }
+                SecondLook::Spare { left } if left.is_empty() => {
+                    self.pending_deletes -= 1;
+                    spared.delete(key);
+                    continue;
+                }
+                SecondLook::Spare { left } => {
+                    held.fragments = left;
+                    spared.put(key.clone(), encode(&held));
+                }
+            }
             let indexes = (0..=u8::MAX).filter(|index| bit(&held.fragments, *index as usize));
             let indexes: Vec<u8> = indexes.collect();
             if fragments.len() + indexes.len() > FRAGMENTS_A_MESSAGE {
@@ -209,6 +236,9 @@ impl Engine {
             let named = indexes.iter().map(|index| u32::from(*index));
             fragments.extend(named.map(|index| FragmentId { block: block.clone(), index }));
             sent.push(key);
+        }
+        if !spared.is_empty() {
+            self.commit(spared, Durability::Applied)?;
         }
         if sent.is_empty() {
             return Ok(());

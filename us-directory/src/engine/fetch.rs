@@ -8,6 +8,7 @@ use std::collections::{BTreeSet, HashSet};
 
 use bytes::Bytes;
 use us_core::daemon::logging::RequestId;
+use us_core::limits::SESSION_LEASES_MAX;
 use us_proto::v1::fetch::Want;
 use us_proto::v1::session_down::Event as Down;
 use us_proto::v1::{
@@ -16,7 +17,7 @@ use us_proto::v1::{
 };
 
 use super::leases::{InodeKey, Level};
-use super::{ConnId, Engine, PARKED_MAX, SESSION_LEASES_MAX};
+use super::{ConnId, Engine, PARKED_MAX};
 use crate::keys;
 use crate::namespace::{CHUNK_BYTES, S_IFDIR, S_IFMT};
 use crate::records::{

@@ -21,12 +21,11 @@
 use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 
 use bytes::Bytes;
-use us_core::geometry::{BlockGeometry, Code};
+use us_core::geometry::{BlockGeometry, Code, FRAGMENTS_MAX};
 use us_core::ids::VolumeId;
 use us_proto::v1::provider_down::Event as Down;
 use us_proto::v1::{
-    CancelRebuild, FragmentStatus, RebuildFragments, RebuildPath, RebuildSource, RebuildStatus,
-    Rebuilt, RepairStatus,
+    CancelRebuild, FragmentStatus, ProviderReport, RebuildStatus, Rebuilt, RepairStatus,
 };
 
 use super::members::FRAGMENTS_A_MESSAGE;
@@ -37,18 +36,20 @@ use crate::store::{KeyRange, StoreError};
 
 mod asked;
 mod assess;
+mod begin;
 mod jobs;
 mod queue;
+mod rates;
+mod route;
 mod target;
 
 pub use assess::{Assessment, Holder, URGENT_S};
 pub use jobs::{Disturbance, Job, Jobs, RepairLimits};
 pub use queue::{BlockKey, Queue};
+pub use rates::{Pulled, Rates, Stated};
 
 /// Blocks a scan looks at in one tick.
 const SCAN_SLICE: usize = 1024;
-/// Blocks at the head of the queue that may be blocked before the others have to wait too.
-const BLOCKED_MAX: usize = 16;
 /// How long a block waits after its first failed repair; doubles up to the last.
 const RETRY_FIRST_MS: u64 = 1_000;
 const RETRY_LAST_MS: u64 = 5 * 60_000;
@@ -59,9 +60,6 @@ const FAILING_PAUSE_MS: u64 = 60_000;
 const PATIENCE_FAILURES: u32 = 4;
 /// The rate shown is a mean over about this time.
 const RATE_MS: f64 = 10_000.0;
-
-/// A fragment and its holder.
-type Place = (u8, u32);
 
 /// A walk over blocks that may need repair.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -112,6 +110,8 @@ pub(super) struct Repairs {
     strays: Vec<(BlockKey, Place)>,
     /// Providers that are dead or being emptied: new blocks there need a look.
     pub unwell: HashSet<u32>,
+    /// Of the providers being emptied those of which the log has not said that they are.
+    pub drains: BTreeSet<u32>,
     /// Blocks and fragment bytes made since the start.
     done: (u64, u64),
     /// Of the blocks: those the log has told of.
@@ -119,11 +119,18 @@ pub(super) struct Repairs {
     failed: u64,
     rate: f64,
     rate_ms: u64,
+    /// What the lines give.
+    pub rates: Rates,
 }
 
 impl Repairs {
     pub fn new(limits: RepairLimits) -> Self {
         Self { jobs: Jobs::new(limits), ..Self::default() }
+    }
+
+    /// Whether blocks wait that can be repaired, or are under way, or will be tried again.
+    pub fn is_busy(&self) -> bool {
+        !self.queue.is_empty() || !self.jobs.is_empty() || !self.later.is_empty()
     }
 
     fn forget(&mut self, key: &BlockKey) {
@@ -396,148 +403,6 @@ impl Engine {
         self.begin_repairs()
     }
 
-    fn begin_repairs(&mut self) -> Result<(), StoreError> {
-        if !self.counts.complete || self.repairs.queue.is_empty() {
-            // What is settled and what is late is not known before everything was counted once.
-            return Ok(());
-        }
-        let jobs_max = self.repairs.jobs.limits().jobs_max;
-        let first: Vec<BlockKey> =
-            self.repairs.queue.first(jobs_max + BLOCKED_MAX).map(|(_, key)| key).collect();
-        let mut blocked = 0;
-        for key in first {
-            if !self.repairs.jobs.has_room() || blocked >= BLOCKED_MAX {
-                break;
-            }
-            blocked += usize::from(!self.begin_repair(key)?);
-        }
-        Ok(())
-    }
-
-    /// Begins the repair of a block; false where it has to wait for others to end.
-    fn begin_repair(&mut self, key: BlockKey) -> Result<bool, StoreError> {
-        let Some(block) = self.stored_block(&key)?.filter(|block| !block.is_inline()) else {
-            self.repairs.forget(&key);
-            return Ok(true);
-        };
-        let found = self.assess(&key, &block);
-        let Some(index) = self.wanted(&key, &block, &found).first().copied() else {
-            self.repairs.forget(&key);
-            return Ok(true);
-        };
-        let now_ms = self.now_ms();
-        // What is only moved is copied: its own holder is the one source.
-        let is_move = found.sources.contains(&index);
-        if !is_move && found.sources.len() < block.s as usize {
-            self.repairs.queue.set_aside(key, found.rank_s());
-            return Ok(true);
-        }
-        let Some(geometry) = geometry_of(&block) else {
-            tracing::error!(block = %key.1, "its record has an impossible shape");
-            self.repairs.forget(&key);
-            return Ok(true);
-        };
-        let (senders, standby) = self.senders(&block, &found, index, now_ms);
-        if !is_move && senders.len() < block.s as usize {
-            return Ok(false);
-        }
-        let fragment_bytes = geometry.fragment_bytes() as u64;
-        let target = match self.choose_target(&key, &block, usize::from(index), fragment_bytes)? {
-            target::Target::Provider(target) => target,
-            target::Target::Later => return Ok(false),
-            target::Target::None => {
-                self.repairs.set_back(key, now_ms);
-                return Ok(true);
-            }
-        };
-        let ticket = self.next_query;
-        self.next_query += 1;
-        let job = Job {
-            key,
-            wanted: vec![(index, block.providers[usize::from(index)])],
-            target,
-            senders: senders.clone(),
-            fragment_bytes,
-            deadline_ms: now_ms + self.repairs.jobs.limits().deadline_ms,
-        };
-        let order = self.order(ticket, &job, &block, senders.into_iter().chain(standby).collect());
-        let Some(conn) = self.members.get(&target).and_then(|member| member.conn) else {
-            return Ok(false);
-        };
-        self.repairs.queue.remove(&key);
-        self.repairs.jobs.begin(ticket, job, now_ms);
-        self.tell(conn, Down::Rebuild(order));
-        Ok(true)
-    }
-
-    /// Whom to ask for which fragments, the least loaded first, and who stands by.
-    fn senders(
-        &self,
-        block: &BlockRecord,
-        found: &Assessment,
-        wanted: u8,
-        now_ms: u64,
-    ) -> (Vec<Place>, Vec<Place>) {
-        let place = |index: &u8| (*index, block.providers[usize::from(*index)]);
-        let jobs = &self.repairs.jobs;
-        let (mut free, mut busy): (Vec<_>, Vec<_>) = found
-            .sources
-            .iter()
-            .map(place)
-            .partition(|(_, provider)| jobs.may_send(*provider, now_ms));
-        free.sort_by_key(|(index, provider)| (jobs.load(*provider), *index));
-        if let Some(at) = free.iter().position(|(index, _)| *index == wanted) {
-            // A whole copy of what is wanted: nothing else is asked, the others stand by.
-            let copy = free.remove(at);
-            free.append(&mut busy);
-            return (vec![copy], free);
-        }
-        free.retain(|(index, _)| *index != wanted);
-        let mut standby = free.split_off(free.len().min(block.s as usize));
-        standby.append(&mut busy);
-        (free, standby)
-    }
-
-    fn order(
-        &self,
-        ticket: u64,
-        job: &Job,
-        block: &BlockRecord,
-        places: Vec<Place>,
-    ) -> RebuildFragments {
-        let wanted = |index: u8| job.wanted.iter().any(|(wanted, _)| *wanted == index);
-        let (holders, sources): (Vec<Place>, Vec<Place>) =
-            places.into_iter().partition(|(index, _)| wanted(*index));
-        let source = |(index, provider): (u8, u32)| {
-            let record = &self.members.get(&provider)?.record;
-            Some(RebuildSource {
-                index: u32::from(index),
-                provider,
-                address: record.address.clone(),
-                key_hash: record.key_hash.clone(),
-                site: record.site.clone(),
-            })
-        };
-        RebuildFragments {
-            ticket,
-            block: Bytes::copy_from_slice(job.key.1.as_bytes()),
-            volume: Bytes::copy_from_slice(job.key.0.as_bytes()),
-            birth: block.birth,
-            s: block.s,
-            r: block.r,
-            page_bytes: block.page_bytes,
-            plaintext_bytes: block.plaintext_bytes,
-            fingerprint_kind: block.fingerprint_kind,
-            fingerprint_hash: block.fingerprint_hash.clone(),
-            wanted: job.wanted.iter().map(|(index, _)| u32::from(*index)).collect(),
-            sources: sources.into_iter().filter_map(source).collect(),
-            holders: holders.into_iter().filter_map(source).collect(),
-            path: RebuildPath::Star as i32,
-            deadline_ms: self.repairs.jobs.limits().deadline_ms,
-            bytes_per_s_max: 0,
-        }
-    }
-
     /// A rebuilder says how an order ended.
     pub(super) fn rebuilt(&mut self, provider: u32, reply: &Rebuilt) -> Result<(), StoreError> {
         let ours = self.repairs.jobs.get(reply.ticket).is_some_and(|job| job.target == provider);
@@ -546,6 +411,7 @@ impl Engine {
         };
         self.note_faults(&job, reply)?;
         let now_ms = self.now_ms();
+        self.note_rates(provider, reply);
         let label = RebuildStatus::try_from(reply.status).unwrap_or_default();
         metrics::counter!("us_directory_repairs_total", "status" => label.as_str_name())
             .increment(1);
@@ -595,6 +461,30 @@ impl Engine {
             }
         }
         Ok(())
+    }
+
+    /// How fast its sources were.
+    fn note_rates(&mut self, rebuilder: u32, reply: &Rebuilt) {
+        let pulled: Vec<Pulled> = reply
+            .pulled
+            .iter()
+            .take(FRAGMENTS_MAX)
+            .map(|from| Pulled {
+                from: from.provider,
+                bytes: from.bytes,
+                took_ms: from.took_us as f64 / 1000.0,
+            })
+            .collect();
+        let (now_ms, members) = (self.now_ms(), &self.members);
+        let site = |id| members.get(&id).map_or("", |member| member.record.site.as_str());
+        self.repairs.rates.note(rebuilder, &pulled, now_ms, site);
+    }
+
+    /// What the owner of a provider says of its line: new limits for repair.
+    pub(super) fn note_line(&mut self, provider: u32, report: &ProviderReport) {
+        let (up, down) = (report.uplink_bytes_per_s, report.downlink_bytes_per_s);
+        self.repairs.rates.state(provider, Stated { up, down });
+        self.repairs.jobs.set_uplink(provider, up);
     }
 
     /// The fragments are durable at the rebuilder: the record names it, if all is as it was.

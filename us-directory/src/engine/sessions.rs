@@ -4,6 +4,7 @@ use std::collections::{HashSet, VecDeque};
 
 use bytes::Bytes;
 use us_core::ids::VolumeId;
+use us_core::limits::{LEASES_MESSAGE_MAX, SESSION_LEASES_MAX};
 use us_proto::v1::session_down::Event as Down;
 use us_proto::v1::session_up::Event as Up;
 use us_proto::v1::{
@@ -12,13 +13,11 @@ use us_proto::v1::{
 };
 
 use super::leases::{InodeKey, Level, Returned};
-use super::{ConnId, Effect, Engine, SESSION_LEASES_MAX, SESSIONS_MAX, Then};
+use super::{ConnId, Effect, Engine, SESSIONS_MAX, Then};
 use crate::keys;
 use crate::records::{SessionRecord, encode, volume_id};
 use crate::store::{Durability, KeyRange, Seq, StoreError};
 
-/// The most leases one message may reclaim or return.
-const LEASES_A_MESSAGE_MAX: usize = 65_536;
 /// The most sessions one open may replace.
 const REPLACES_MAX: usize = 64;
 /// Fenced sessions that are remembered.
@@ -284,7 +283,7 @@ impl Engine {
             let detail = "leases are claimed once, when a session is resumed".to_owned();
             return self.refuse(session, detail);
         }
-        if reclaim.leases.len() > LEASES_A_MESSAGE_MAX {
+        if reclaim.leases.len() > LEASES_MESSAGE_MAX {
             return self.refuse(session, "too many leases in one message".to_owned());
         }
         for lease in &reclaim.leases {
@@ -367,7 +366,7 @@ impl Engine {
     fn lease_return(&mut self, session: u64, returned: &LeaseReturn) -> Result<(), StoreError> {
         let Some(known) = self.sessions.get_mut(&session) else { return Ok(()) };
         let volume = known.volume;
-        if returned.leases.len() > LEASES_A_MESSAGE_MAX {
+        if returned.leases.len() > LEASES_MESSAGE_MAX {
             return self.refuse(session, "too many leases in one message".to_owned());
         }
         for lease in &returned.leases {

@@ -10,13 +10,15 @@ use us_core::tls::{ExpectedPeer, Identity, Role};
 use us_core::wire::{ConnectError, connect_grpc};
 use us_proto::v1::membership_client::MembershipClient;
 use us_proto::v1::provider_up::Event as Up;
-use us_proto::v1::{FragmentStatus, ProviderReport, ProviderUp};
+use us_proto::v1::{FragmentStatus, InventoryItem, ProviderReport, ProviderUp, RetainPage};
 
+use super::retain::Retaining;
 use super::{About, Effect, FileError, MESSAGE_BYTES_MAX, Member, MembershipFiles};
 use crate::copies::Copies;
 use crate::guest::{Pause, ScrubRequests};
+use crate::leave::Leave;
 use crate::rebuild::{Ended, Rebuilder};
-use crate::service::status_of;
+use crate::service::{inventory_item, status_of};
 use crate::store::{Store, StoreError};
 
 /// Messages waiting to be sent. Who sends waits when there are more.
@@ -54,6 +56,8 @@ pub struct Hands {
     pub store: Store,
     /// The owner's pause, which the directory is told.
     pub pause: Pause,
+    /// The owner's word that it leaves.
+    pub leave: Leave,
     /// Rebuilds.
     pub rebuilder: Rebuilder,
     /// How orders to rebuild ended.
@@ -73,6 +77,9 @@ pub enum LinkEnd {
         /// In its words.
         reason: String,
     },
+    /// It has let go of this provider, as its owner wished.
+    #[error("this provider has left")]
+    Left,
     /// What it gave us cannot be kept.
     #[error(transparent)]
     Files(#[from] FileError),
@@ -119,7 +126,8 @@ pub async fn run(config: LinkConfig, hands: Hands, stop: CancellationToken) -> R
         joined => joined?,
     };
     let member = Member::new(config.about.clone(), joined);
-    let mut link = Link { config, hands, files, member };
+    let retaining = Retaining::default();
+    let mut link = Link { config, hands, files, member, retaining };
     loop {
         // Not cancelled inside: `stream` watches `stop` itself and says goodbye.
         match link.stream(&stop).await {
@@ -147,6 +155,7 @@ struct Link {
     hands: Hands,
     files: MembershipFiles,
     member: Member,
+    retaining: Retaining,
 }
 
 impl Link {
@@ -277,6 +286,26 @@ impl Link {
                     None => Ok(()),
                 }
             }
+            Effect::Leaving(said) => {
+                let leave = self.hands.leave.clone();
+                let heard = tokio::task::spawn_blocking(move || leave.heard(said)).await;
+                // A task that does not end well was stopped with the runtime.
+                match heard.map_err(|_stopped| StreamEnd::Stopped)? {
+                    Ok(false) => Ok(()),
+                    Ok(true) => Err(StreamEnd::Final(LinkEnd::Left)),
+                    Err(error) => {
+                        tracing::error!(%error, "cannot keep that this provider has left");
+                        Err(StreamEnd::Final(LinkEnd::Left))
+                    }
+                }
+            }
+            Effect::Retain(page) => {
+                let found = self.retain(&page).await?;
+                for message in Member::retain(&page, &found) {
+                    send(outbox, message).await?;
+                }
+                Ok(())
+            }
             Effect::CancelRebuild(ticket) => {
                 self.hands.rebuilder.cancel(ticket);
                 Ok(())
@@ -306,6 +335,29 @@ impl Link {
             result = self.hands.store.delete(ids.clone()).await;
         }
         result
+    }
+
+    /// What is here beyond a list, when its last page has come.
+    async fn retain(
+        &mut self,
+        page: &RetainPage,
+    ) -> Result<Result<Option<Vec<InventoryItem>>, String>, StreamEnd> {
+        let held = self.hands.copies.held().await.records;
+        let (page, mut retaining) = (page.clone(), std::mem::take(&mut self.retaining));
+        let (retaining, found) = self
+            .blocking(move |store| {
+                let found = retaining.page(store, held.as_ref(), &page);
+                (retaining, found)
+            })
+            .await?;
+        self.retaining = retaining;
+        Ok(match found {
+            Ok(unlisted) => Ok(unlisted.map(|all| all.iter().map(inventory_item).collect())),
+            Err(error) => {
+                tracing::warn!(%error, "a retain list is not followed");
+                Err(error.to_string())
+            }
+        })
     }
 
     /// How fragments are; what is wanted and lies in the trash comes back.
@@ -348,12 +400,14 @@ impl Link {
     }
 
     fn report(&self) -> ProviderReport {
-        report(&self.hands.store, &self.hands.pause)
+        let (uplink_bytes_per_s, downlink_bytes_per_s) = self.member.about.line;
+        let report = report(&self.hands.store, &self.hands.pause, &self.hands.leave);
+        ProviderReport { uplink_bytes_per_s, downlink_bytes_per_s, ..report }
     }
 }
 
 /// What the provider says of itself now.
-pub(crate) fn report(store: &Store, pause: &Pause) -> ProviderReport {
+pub(crate) fn report(store: &Store, pause: &Pause, leave: &Leave) -> ProviderReport {
     let state = store.state();
     let note = if pause.is_on() {
         "paused by its owner".to_owned()
@@ -373,6 +427,8 @@ pub(crate) fn report(store: &Store, pause: &Pause) -> ProviderReport {
         accepts_puts: note.is_empty(),
         note,
         next_record: state.next_record,
+        leaving: leave.is_on(),
+        ..ProviderReport::default()
     }
 }
 

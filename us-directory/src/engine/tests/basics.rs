@@ -600,3 +600,39 @@ fn a_mount_claims_only_what_it_can_have_held() {
     let ino = good.ino();
     good.change(&mut world, vec![create(1, "c", ino, FILE)]);
 }
+
+/// A mount that reads only has a file open that another mount removes. Its `Release`, once refused as
+/// a change, ended its session.
+#[test]
+fn a_read_only_session_may_let_go() {
+    let mut world = world();
+    let open = OpenSession { volume: "v".to_owned(), read_only: true, ..Default::default() };
+    let conn = world.dial(5, open);
+    let mut batch = |number, op| {
+        let mutations = vec![Mutation { op: Some(op) }];
+        world.says(conn, Up::Batch(Batch { number, mutations, traces: vec![] }));
+        world.hear_some(conn, |down| match down {
+            Down::Applied(applied) => Some(Ok(applied.number)),
+            Down::Ended(ended) => Some(Err(ended.reason)),
+            _ => None,
+        })
+    };
+    assert_eq!(batch(1, Op::Release(Release { ino: 77 })), Some(Ok(1)));
+    let change = SetAttributes { ino: 1, mode: Some(0), ..Default::default() };
+    assert_eq!(batch(2, Op::SetAttributes(change)), Some(Err(EndReason::Refused as i32)));
+}
+
+/// Two mounts that create by turns get ranges that do not join. After 1,024 of them (sixteen million
+/// files) the next request once ended the session.
+#[test]
+fn a_session_never_runs_out_of_ranges_of_inode_numbers() {
+    let mut world = world();
+    let (mut one, mut two) = (world.open(1, "v"), world.open(2, "v"));
+    for _ in 0..1100 {
+        one.lease_inodes(&mut world, 1);
+        two.lease_inodes(&mut world, 1);
+    }
+    one.inode(&mut world, 1, Level::Exclusive).unwrap();
+    let ino = one.ino();
+    one.change(&mut world, vec![create(1, "a", ino, FILE)]);
+}
