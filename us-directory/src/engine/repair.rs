@@ -87,7 +87,7 @@ struct Setback {
     /// Who was to make the fragment and could not.
     tried: Vec<u32>,
     /// Fragments that may lie where an order was given up.
-    strays: Vec<Place>,
+    strays: Vec<route::Place>,
 }
 
 /// A rebuilder whose orders fail one after the other.
@@ -107,7 +107,7 @@ pub(super) struct Repairs {
     later: BTreeSet<(u64, BlockKey)>,
     failing: HashMap<u32, Failing>,
     /// Fragments that may lie where an order was given up, of blocks that are well now.
-    strays: Vec<(BlockKey, Place)>,
+    strays: Vec<(BlockKey, route::Place)>,
     /// Providers that are dead or being emptied: new blocks there need a look.
     pub unwell: HashSet<u32>,
     /// Of the providers being emptied those of which the log has not said that they are.
