@@ -519,6 +519,40 @@ fn fenced_sessions_are_forgotten_in_the_end() {
     assert_eq!(ended.reason, EndReason::Unknown as i32);
 }
 
+/// A snapshot of a provider's disk was taken and brought back within one connection: the same store, the
+/// same cookie, and everything put since was gone and believed to be there.
+#[test]
+fn a_provider_whose_records_went_back_counts_as_absent_until_checked() {
+    let mut world = world();
+    let (conn, provider, cookie) = world.provider(1, Bytes::new());
+    let back = |world: &mut World, next_record: u64| {
+        let (conn, peer) = (world.conn(), Peer { key_hash: vec![1; 32], name: "one".into() });
+        world.event(Event::ProviderConnected { conn: ConnId(conn), peer });
+        let report = ProviderReport { next_record, ..report() };
+        let cookie = world.engine.members[&provider].record.cookie.clone();
+        let hello = ProviderHello {
+            address: "10.0.0.1:1".into(),
+            store: vec![1; 16].into(),
+            cookie,
+            report: Some(report),
+            ..Default::default()
+        };
+        world.auto = false;
+        world.provider_says(conn, PUp::Hello(hello));
+        let suspect = world.engine.members[&provider].record.suspect;
+        world.auto = true;
+        world.make_durable();
+        suspect
+    };
+    assert!(!cookie.is_empty());
+    world.provider_says(conn, PUp::Report(ProviderReport { next_record: 70, ..report() }));
+    assert!(!back(&mut world, 70));
+    assert!(!back(&mut world, 75));
+    assert!(!back(&mut world, 0), "one that cannot say");
+    assert!(!back(&mut world, 90));
+    assert!(back(&mut world, 89));
+}
+
 fn claims(leases: Vec<InodeLease>) -> Up {
     Up::Reclaim(Reclaim { leases, last: true })
 }
