@@ -292,9 +292,11 @@ impl Swarm<'_> {
     }
 
     /// A provider was given up although it lives.
-    pub(super) fn given_up_alive(&self, machine: usize) -> anyhow::Result<()> {
+    pub(super) fn given_up_alive(&mut self, machine: usize) -> anyhow::Result<()> {
+        // At random a machine is away for longer than any clock waits, now and then.
         let regular = !matches!(self.scenario.presence, Presence::Homes { .. });
         ensure!(!regular, "machine {machine} was given up; it was only switched off");
+        self.checks.fault();
         Ok(())
     }
 

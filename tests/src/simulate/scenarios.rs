@@ -58,6 +58,7 @@ fn churn(seed: u64, scale: Scale) -> anyhow::Result<Scenario> {
     scenario.mttf_ms = YEAR_MS / if scale == Scale::Small { 4 } else { 1 };
     scenario.newcomer_ms = 2 * DAY_MS;
     scenario.rot_ms = if scale == Scale::Small { 12 * HOUR_MS } else { HOUR_MS };
+    scenario.engine.repair.send_bytes_per_s_max = 1 << 20;
     scenario.length_ms = length_ms;
     Ok(scenario)
 }
