@@ -131,7 +131,7 @@ impl Directory {
         };
         directory.count_blocks()?;
         let (name, s, r) = (VOLUME.to_owned(), code.s() as u32, code.r() as u32);
-        directory.ask(Question::CreateVolume { name, s, r, quota_bytes: 0 })?;
+        directory.ask(Question::CreateVolume { name, s, r, quota_bytes: 0, repair_at: None })?;
         Ok(directory)
     }
 

@@ -464,7 +464,7 @@ impl<'s> Swarm<'s> {
             fragments: held,
             damaged: self.machines[machine].spoilt.len() as u64,
             accepts_puts: true,
-            note: String::new(),
+            ..ProviderReport::default()
         }
     }
 
