@@ -116,6 +116,7 @@ fn adsl(seed: u64, scale: Scale) -> anyhow::Result<Scenario> {
     };
     let mut scenario = Scenario::new("adsl", seed, peers, Code::new(16, 15)?, blocks);
     scenario.line = Line::ADSL;
+    scenario.states_line = true;
     scenario.mttf_ms = 20 * peers as u64 * HOUR_MS;
     scenario.newcomer_ms = DAY_MS;
     scenario.length_ms = 20 * DAY_MS;
