@@ -389,8 +389,12 @@ fn deleted_files_are_freed_in_the_background() {
     one.inode(&mut world, 1, Level::Exclusive).unwrap();
     let (ino, dir) = (one.ino(), one.ino());
     one.change(&mut world, vec![create(1, "a", ino, FILE), create(1, "d", dir, DIR)]);
-    let zeros = ExtentWrite { ino, offset: 0, length: 4 << 30, zero: true, ..Default::default() };
-    one.change(&mut world, vec![commit(vec![], vec![zeros]), unlink(1, "a", ino, false)]);
+    let zeros = |offset: u64| {
+        let length = 1 << 30;
+        ExtentWrite { ino, offset, length, zero: true, ..Default::default() }
+    };
+    let all = (0..4).map(|part| zeros(part << 30)).collect();
+    one.change(&mut world, vec![commit(vec![], all), unlink(1, "a", ino, false)]);
     let volume = world.engine.sessions[&one.session].volume;
     let map = KeyRange::prefix(&keys::tag(&volume, b'm'));
     assert!(!world.engine.store.scan(&map, 1).unwrap().is_empty());
@@ -468,13 +472,16 @@ fn a_huge_file_is_cut_in_bounded_commits() {
     one.inode(&mut world, 1, Level::Exclusive).unwrap();
     let ino = one.ino();
     one.change(&mut world, vec![create(1, "a", ino, FILE)]);
-    let zeros =
-        |chunks: u64| ExtentWrite { ino, length: chunks << 22, zero: true, ..Default::default() };
+    let zeros = |from: u64, chunks: u64| {
+        let (offset, length) = (from << 22, chunks << 22);
+        ExtentWrite { ino, offset, length, zero: true, ..Default::default() }
+    };
     let hole = |from: u64, to: u64| {
         let (offset, length) = (from << 22, (to - from) << 22);
         ExtentWrite { ino, offset, length, ..Default::default() }
     };
-    one.change(&mut world, vec![commit(vec![], vec![zeros(2000)])]);
+    let all = (0..8).map(|part| zeros(part * 250, 250)).collect();
+    one.change(&mut world, vec![commit(vec![], all)]);
     let chunks = |world: &World| {
         let volume = world.engine.sessions[&one.session].volume;
         let range = KeyRange::prefix(&keys::tag(&volume, b'm'));
