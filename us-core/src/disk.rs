@@ -61,7 +61,7 @@ pub use store::LateFragments;
 
 use crate::code::ErasureCode;
 use crate::geometry::Code;
-use crate::ids::VolumeId;
+use crate::ids::{BlockId, VolumeId};
 use crate::seal::VolumeKey;
 
 /// When a block is acknowledged.
@@ -143,10 +143,18 @@ struct Shared {
 
 /// What one permit of memory stands for.
 const PERMIT_BYTES: usize = 4096;
+    uplink: uplink::Uplink,
+    /// Blocks whose places were asked for because a provider was away, and when.
+    located: quick_cache::sync::Cache<BlockId, Instant>,
+    locate_permits: Arc<Semaphore>,
 
 /// Permits for `bytes`, and never more than there are.
 const fn permits_for(bytes: usize, bytes_max: usize) -> u32 {
     let (wanted, all) = (bytes.div_ceil(PERMIT_BYTES), permits_of(bytes_max));
+/// Blocks remembered whose places were asked for.
+const LOCATED_MAX: usize = 4096;
+/// Questions after the places of blocks that may be on their way apart from reads.
+const LOCATES_MAX: usize = 4;
     if wanted < all { wanted as u32 } else { all as u32 }
 }
 
@@ -195,6 +203,9 @@ impl VirtualDisk {
             }),
         }
     }
+                uplink: uplink::Uplink::default(),
+                located: quick_cache::sync::Cache::new(LOCATED_MAX),
+                locate_permits: Arc::new(Semaphore::new(LOCATES_MAX)),
 
     /// The code of new blocks.
     pub fn code(&self) -> Code {

@@ -279,6 +279,7 @@ impl MemoryDirectory {
     }
 
     /// The damage reported so far.
+    located: u64,
     pub fn damage(&self) -> Vec<Damage> {
         self.known.lock().damage.clone()
     }
@@ -297,6 +298,7 @@ impl BlockDirectory for MemoryDirectory {
             let first = known.leases * self.code.fragments() as u64;
             let at = |index| known.providers[((first + index) % count) as usize];
             Ok(PlacementLease {
+            located: 0,
                 birth: Birth(known.leases),
                 providers: (0..self.code.fragments() as u64).map(at).collect(),
             })
@@ -305,10 +307,17 @@ impl BlockDirectory for MemoryDirectory {
     }
 
     fn locate(&self, block: BlockId) -> BoxFuture<'_, Option<BlockInfo>> {
-        futures::future::ready(self.known.lock().blocks.get(&block).cloned()).boxed()
+        let mut known = self.known.lock();
+        known.located += 1;
+        futures::future::ready(known.blocks.get(&block).cloned()).boxed()
     }
 
     fn report(&self, damage: Damage) {
         self.known.lock().damage.push(damage);
     }
 }
+    /// How often it was asked where a block is.
+    pub fn located(&self) -> u64 {
+        self.known.lock().located
+    }
+
