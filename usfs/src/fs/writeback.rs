@@ -20,8 +20,9 @@ use crate::errno::whole;
 
 /// Blocks of the background that may be on their way at once.
 const BLOCKS_IN_FLIGHT_MAX: usize = 6;
-/// How long storing one block may take before its bytes are dirty again.
-const STORE_TIMEOUT: Duration = Duration::from_secs(45);
+/// How long storing one block may take before its bytes are dirty again, as long as something of it
+/// gets through: what stands still ends much sooner (`DiskConfig::put_stall`).
+const STORE_TIMEOUT: Duration = Duration::from_secs(3600);
 /// How often a flush tries to get by a crowded chunk, and the pause while the background is at it.
 const REWRITES_MAX: usize = 200;
 const REWRITE_POLL: Duration = Duration::from_millis(5);
