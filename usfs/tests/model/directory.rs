@@ -259,13 +259,23 @@ impl TestDirectory {
 
     /// Mounts the volume.
     pub async fn mount(&self, rescue_dir: &std::path::Path) -> Fs {
-        let options = MountOptions {
+        self.mount_with(rescue_dir, |_| {}).await
+    }
+
+    /// [`TestDirectory::mount`] with other options.
+    pub async fn mount_with(
+        &self,
+        rescue_dir: &std::path::Path,
+        change: impl FnOnce(&mut MountOptions),
+    ) -> Fs {
+        let mut options = MountOptions {
             volume: "v".to_owned(),
             host: "test".to_owned(),
             memory_bytes: 96 << 20,
             rescue_dir: rescue_dir.to_owned(),
             ..MountOptions::default()
         };
+        change(&mut options);
         let (link, news) = (Arc::new(self.clone()), Arc::new(NoNews));
         let transport = Arc::clone(&self.swarm);
         Fs::mount(options, link, transport, news).await.unwrap()
