@@ -45,8 +45,8 @@ fn a_mount_that_is_frozen_too_long_loses_to_the_other_and_keeps_a_rescue_file() 
     File::open(left.path().join("dir/shared")).unwrap().sync_all().unwrap();
 
     // Seen, cached, changed, and not durable when it falls silent.
-    let shared = File::options().read(true).write(true);
-    let shared = shared.open(left.path().join("dir/shared")).unwrap();
+    let path = left.path().join("dir/shared");
+    let shared = File::options().read(true).write(true).open(path).unwrap();
     let mut bytes = [0; 18];
     shared.read_exact_at(&mut bytes, 0).unwrap();
     let mut fresh = File::create(left.path().join("dir/fresh")).unwrap();
