@@ -5,13 +5,15 @@
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use rustix::mount::UnmountFlags;
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
+use crate::admin::Admin;
+use crate::netns::Net;
 use crate::poll;
 
 /// How long a process may take to be ready or to end; generous, for a busy machine.
@@ -79,11 +81,25 @@ pub struct Shape {
     pub capacity: String,
     /// More arguments of the directory.
     pub directory: &'static [&'static str],
+    /// More arguments of every provider.
+    pub provider: &'static [&'static str],
+    /// Sites: provider n is in site n modulo so many, or in none.
+    pub sites: usize,
+    /// Where the providers run, each on the node of its number; else on loopback.
+    pub net: Option<Arc<Net>>,
 }
 
 impl Default for Shape {
     fn default() -> Self {
-        Self { providers: 6, code: "4+2", capacity: "8G".into(), directory: &[] }
+        Self {
+            providers: 6,
+            code: "4+2",
+            capacity: "8G".into(),
+            directory: &[],
+            provider: &[],
+            sites: 0,
+            net: None,
+        }
     }
 }
 
@@ -151,10 +167,10 @@ impl Mount {
         assert!(!is_mounted(&self.path), "{} is still mounted", self.path.display());
     }
 
-    /// Pulls the plug: kill -9, then the dead mount is taken away.
-    pub fn kill(mut self) {
+    /// Pulls the plug: kill -9. The dead mount stays over its folder until it is dropped: a load
+    /// that goes on meets errors, not the folder below.
+    pub fn kill(&mut self) {
         self.running.take().expect("mounted").kill();
-        detach(&self.path);
     }
 
     /// Holds the program still (SIGSTOP): what asks the mount waits.
@@ -175,9 +191,14 @@ impl Mount {
 
 impl Drop for Mount {
     fn drop(&mut self) {
+        detach(&self.path);
         if let Some(running) = self.running.take() {
-            detach(&self.path);
             running.kill();
+        }
+        if !std::thread::panicking() {
+            // Else what was written there was not written to the disk, and proves nothing.
+            let below = fs::read_dir(&self.path).expect("the folder of a mount").count();
+            assert_eq!(below, 0, "a load wrote into {} below the mount", self.path.display());
         }
     }
 }
@@ -264,6 +285,18 @@ impl Cluster {
         command
     }
 
+    /// `us-provider` where provider `number` runs.
+    fn program_at(&self, number: usize) -> Command {
+        let Some(net) = &self.shape.net else { return self.program("us-provider") };
+        let mut command = net.command(number, &programs().join("us-provider"));
+        command.env("US_LOG", &self.log_filter);
+        command
+    }
+
+    fn host_of(&self, number: usize) -> String {
+        self.shape.net.as_ref().map_or("127.0.0.1".to_owned(), |net| net.address(number))
+    }
+
     fn run_to_end(&self, name: &str, arguments: &[&str]) -> String {
         let output = self.program(name).args(arguments).output().expect("it starts");
         assert!(
@@ -293,7 +326,8 @@ impl Cluster {
     pub fn start_directory(&mut self) {
         assert!(self.directory.is_none(), "it runs");
         let address_file = self.at("directory/address");
-        let listen = self.listen.clone().unwrap_or_else(|| "127.0.0.1:0".to_string());
+        let own = || self.shape.net.as_ref().map_or("127.0.0.1".to_owned(), |net| net.host());
+        let listen = self.listen.clone().unwrap_or_else(|| format!("{}:0", own()));
         let mut command = self.program("us-directory");
         command.args(["run", "--data", &self.at("directory"), "--listen", &listen]);
         command.args(["--lease-ms", LEASE_MS, "--fence-ms", FENCE_MS, "--settle-ms", SETTLE_MS]);
@@ -377,13 +411,17 @@ impl Cluster {
         assert!(self.providers[number].is_none(), "it runs");
         let data = self.provider_data(number);
         let listen = fs::read_to_string(data.join("address"))
-            .map_or_else(|_| "127.0.0.1:0".to_string(), |text| text.trim().to_string());
-        let mut command = self.program("us-provider");
+            .map_or_else(|_| format!("{}:0", self.host_of(number)), |text| text.trim().to_string());
+        let mut command = self.program_at(number);
         command.arg("run").arg("--data").arg(&data);
         let directory = self.listen.clone().expect("a directory was there");
         command.args(["--directory", &directory, "--listen", &listen]);
         command.args(["--identity", &self.at(&format!("identity-provider{number}"))]);
         command.args(["--capacity", &self.shape.capacity, "--reserve", "0"]);
+        command.args(self.shape.provider);
+        if self.shape.sites > 0 {
+            command.args(["--site", &format!("site{}", number % self.shape.sites)]);
+        }
         // The machine that runs all of this is busy; its owner does not mind.
         command.env("US_PROVIDER_GUEST__REPAIR_CPU_PRESSURE_PERCENT_MAX", "1000.0");
         command.env("US_PROVIDER_GUEST__REPAIR_IO_PRESSURE_PERCENT_MAX", "1000.0");
@@ -472,6 +510,11 @@ impl Cluster {
         Mount { running: Some(running), path: path.to_path_buf() }
     }
 
+    /// The directory's Admin service.
+    pub fn admin(&self) -> Admin {
+        Admin::new(self.directory_address(), Path::new(&self.at("identity-admin")))
+    }
+
     fn usctl_command(&self, arguments: &[&str]) -> Command {
         let mut command = self.program("usctl");
         command.args(["--directory", &self.directory_address()]);
@@ -492,6 +535,17 @@ impl Cluster {
             String::from_utf8_lossy(&output.stderr)
         );
         String::from_utf8(output.stdout).expect("text")
+    }
+
+    /// Runs `usctl`: its exit code, and what it printed.
+    ///
+    /// # Panics
+    /// When it does not end by itself.
+    pub fn usctl_code(&self, arguments: &[&str]) -> (i32, String) {
+        let output = self.usctl_command(arguments).output().expect("usctl starts");
+        let code = output.status.code().expect("it ended by itself");
+        eprint!("{}", String::from_utf8_lossy(&output.stderr));
+        (code, String::from_utf8(output.stdout).expect("text"))
     }
 
     /// `usctl status --exit-code`.

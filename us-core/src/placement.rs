@@ -10,7 +10,7 @@
 //! pairs      λ: blocks two providers share     sites      q, and what each site gets
 //! lines      the pseudo-affine family          lineup     lines over metapeers and slots
 //! choosers   random | lines | greedy | hybrid (the default) | spread (small swarms, crowding)
-//! helpers    who sends what when a block is rebuilt
+//! helpers    who sends what when a block is rebuilt         paths  star, chain or sums of sites
 //! ```
 //! The algorithm is that of Randriamaro, Soyez, Utard and Wlazinski (GP2PC 2005, ISPDC 2005, GPC
 //! 2007), completed; docs/placement.md explains it and shows what it does.
@@ -35,6 +35,7 @@ pub mod lines;
 mod lineup;
 pub mod metapeers;
 pub mod pairs;
+pub mod paths;
 mod picks;
 mod placer;
 mod promises;

@@ -31,6 +31,10 @@ const EVENTS_MAX: usize = 4096;
 const SESSION_QUEUE_MAX: usize = 8192;
 /// Messages that wait for a provider to read them.
 const PROVIDER_QUEUE_MAX: usize = 1024;
+/// How often the figures of /metrics are brought up to date, and how much longer than that takes is
+/// waited at least.
+const GAUGES_EVERY_MS: u64 = 1000;
+const GAUGES_SHARE: u64 = 50;
 /// How often the engine hears that time passes.
 const TICK: Duration = Duration::from_millis(50);
 
@@ -132,11 +136,16 @@ struct Owner {
     registry: Arc<Mutex<Registry>>,
     mark: Arc<DurableMark>,
     told: Progress,
+    /// When the last event was taken up.
+    stepped_ms: u64,
 }
+
+/// Ticks come far more often: after this long without an event the engine has stood still.
+const STOOD_STILL_MS: u64 = 1000;
 
 impl Owner {
     fn run(&mut self, mut inputs: mpsc::Receiver<Input>) -> Result<(), StoreError> {
-        let mut gauges_ms = 0;
+        let mut gauges_due_ms = 0;
         while let Some(input) = inputs.blocking_recv() {
             match input {
                 Input::Event(event) => self.step(event)?,
@@ -145,11 +154,13 @@ impl Owner {
             }
             self.check_mark()?;
             let now_ms = boottime_ms();
-            if now_ms > gauges_ms + 1000 {
-                gauges_ms = now_ms;
+            if now_ms >= gauges_due_ms {
                 for (name, value) in self.engine.gauges() {
                     metrics::gauge!(name).set(value);
                 }
+                // Where many blocks make them slow they come less often.
+                let took_ms = boottime_ms().saturating_sub(now_ms);
+                gauges_due_ms = now_ms + GAUGES_EVERY_MS.max(GAUGES_SHARE * took_ms);
             }
         }
         self.engine.shut_down()
@@ -174,6 +185,12 @@ impl Owner {
 
     fn step(&mut self, event: Event) -> Result<(), StoreError> {
         let now_ms = boottime_ms().saturating_sub(self.started_ms);
+        let gap_ms = now_ms.saturating_sub(std::mem::replace(&mut self.stepped_ms, now_ms));
+        if gap_ms > STOOD_STILL_MS {
+            tracing::warn!(gap_ms, "the directory stood still: nobody is blamed for that time");
+            metrics::counter!("us_directory_stood_still_total").increment(1);
+            self.engine.stood_still(gap_ms, now_ms);
+        }
         let effects = self.engine.step(Moment { now_ms, unix_ms: unix_ms() }, event)?;
         if effects.is_empty() {
             return Ok(());
@@ -251,6 +268,7 @@ impl Directory {
             registry: registry.clone(),
             mark,
             told: Progress::default(),
+            stepped_ms: 0,
         };
         let thread = std::thread::Builder::new().name("engine".into()).spawn(move || {
             if let Err(error) = owner.run(queue) {

@@ -47,6 +47,10 @@ pub struct ProviderConfig {
     pub trash_keep_hours: u32,
     /// The most bytes that copies of the directory's journal may take, beside the capacity.
     pub directory_copies: Size,
+    /// What the machine's line can send, in KiB a second; 0: not said.
+    pub uplink_kib_per_s: u64,
+    /// What it can receive.
+    pub downlink_kib_per_s: u64,
     /// How the daemon gives way to the machine's owner.
     pub guest: GuestConfig,
 }
@@ -66,6 +70,8 @@ impl Default for ProviderConfig {
             index_cache: Size(32 << 20),
             trash_keep_hours: 7 * 24,
             directory_copies: Size(1 << 30),
+            uplink_kib_per_s: 0,
+            downlink_kib_per_s: 0,
             guest: GuestConfig::default(),
         }
     }

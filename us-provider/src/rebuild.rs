@@ -133,11 +133,13 @@ struct Outcome {
     detail: String,
     faults: Vec<us_proto::v1::SourceFault>,
     received_bytes: u64,
+    pulled: Vec<us_proto::v1::Pulled>,
 }
 
 impl Outcome {
     fn new(status: RebuildStatus, detail: impl Into<String>) -> Self {
-        Self { status, detail: detail.into(), faults: Vec::new(), received_bytes: 0 }
+        let (faults, pulled) = (Vec::new(), Vec::new());
+        Self { status, detail: detail.into(), faults, received_bytes: 0, pulled }
     }
 
     fn failed(error: &StoreError) -> Self {
@@ -239,6 +241,7 @@ fn told(ticket: Ticket, outcome: Outcome, begun: Instant) -> Rebuilt {
         detail: outcome.detail,
         faults: outcome.faults,
         received_bytes: outcome.received_bytes,
+        pulled: outcome.pulled,
         elapsed_ms: begun.elapsed().as_millis() as u64,
     }
 }
@@ -358,7 +361,12 @@ impl Inner {
             Ok(records) => self.keep(records).await,
             Err(short) => Outcome::new(RebuildStatus::Sources, short.to_string()),
         };
-        Outcome { faults: work.wire_faults(), received_bytes: work.received_bytes, ..outcome }
+        Outcome {
+            faults: work.wire_faults(),
+            received_bytes: work.received_bytes,
+            pulled: work.wire_pulled(),
+            ..outcome
+        }
     }
 
     async fn keep(&self, records: Vec<FragmentRecord>) -> Outcome {

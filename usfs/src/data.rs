@@ -29,7 +29,7 @@ mod tests;
 pub use dirty::DirtyBuffer;
 pub use file::{ClonePlan, FileData, ReadPiece, ReadPlan, Seek};
 pub use in_flight::{InFlight, SealedPiece, Ticket};
-pub use map::{CHUNK_BYTES, Extent, FileMap, MapPiece, MapSource, Place};
+pub use map::{Extent, FileMap, MapPiece, MapSource, Place, Tail};
 /// Places by ranges of a file, where nothing is known of the rest.
 pub(crate) type Places = intervals::IntervalMap<Place>;
 pub use packer::{DirtyFacts, PackItem, Packer, PackerLimits};

@@ -13,7 +13,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use us_core::disk::memory::Fault;
 use us_core::ids::{Ino, ProviderId};
-use usfs::fs::{Caller, Fs, FsError, Handle, Lock, LockType, OpenFlags, WriteFlags};
+use usfs::fs::{Caller, Fs, FsError, Handle, Lock, LockType, MountOptions, OpenFlags, WriteFlags};
 
 use crate::directory::TestDirectory;
 
@@ -33,6 +33,17 @@ async fn create(fs: &Fs, dir: Ino, name: &str, flags: OpenFlags) -> (Ino, Handle
     (entry.attributes.ino, opened.handle)
 }
 
+async fn mount_with(
+    directory: &TestDirectory,
+    folder: &tempfile::TempDir,
+    change: impl FnOnce(&mut MountOptions),
+) -> Fs {
+    let rescue_dir = folder.path().to_owned();
+    let mut options = MountOptions { rescue_dir, ..MountOptions::default() };
+    change(&mut options);
+    directory.mount_with(options).await
+}
+
 fn rescue_of(folder: &tempfile::TempDir) -> Option<PathBuf> {
     std::fs::read_dir(folder.path()).unwrap().flatten().map(|entry| entry.path()).next()
 }
@@ -44,7 +55,7 @@ fn rescue_of(folder: &tempfile::TempDir) -> Option<PathBuf> {
 async fn an_unmount_that_cannot_flush_leaves_a_rescue_file_with_paths() {
     let (directory, folder) = (TestDirectory::start(), tempfile::tempdir().unwrap());
     let patience = Duration::from_millis(500);
-    let fs = directory.mount_with(folder.path(), |options| options.flush_patience = patience).await;
+    let fs = mount_with(&directory, &folder, |options| options.flush_patience = patience).await;
     let dir = fs.mkdir(Caller::default(), Ino::ROOT, b"dir", 0o755).await.unwrap();
     (1..=6).for_each(|id| directory.swarm.set_fault(ProviderId(id), Fault::Dead));
     let (_, file) = create(&fs, dir.attributes.ino, "lost & found", RW).await;
@@ -68,7 +79,7 @@ async fn an_unmount_that_cannot_flush_leaves_a_rescue_file_with_paths() {
 async fn nothing_is_accepted_once_the_session_is_over() {
     let (directory, folder) = (TestDirectory::start(), tempfile::tempdir().unwrap());
     let patience = Duration::from_millis(500);
-    let fs = directory.mount_with(folder.path(), |options| options.flush_patience = patience).await;
+    let fs = mount_with(&directory, &folder, |options| options.flush_patience = patience).await;
     (1..=6).for_each(|id| directory.swarm.set_fault(ProviderId(id), Fault::Dead));
     let (_, file) = create(&fs, Ino::ROOT, "file", RW).await;
     fs.write(file, 0, Bytes::from(vec![1; 100_000]), false).await.unwrap();
@@ -120,7 +131,7 @@ async fn access_times_stay_where_nobody_wants_them() {
     let quiet = OpenFlags { no_atime: true, ..RW };
     for (no_atime, flags, changes) in [(false, RW, true), (true, RW, false), (false, quiet, false)]
     {
-        let fs = directory.mount_with(folder.path(), |options| options.no_atime = no_atime).await;
+        let fs = mount_with(&directory, &folder, |options| options.no_atime = no_atime).await;
         let (ino, file) = create(&fs, Ino::ROOT, &format!("{no_atime}{changes}"), flags).await;
         fs.write(file, 0, Bytes::from_static(b"text"), false).await.unwrap();
         let before = fs.getattr(ino).await.unwrap().attributes.atime;

@@ -24,6 +24,8 @@ use crate::store::{KeyRange, StoreError, WriteBatch};
 
 /// Fragments in one message to a provider.
 pub(super) const FRAGMENTS_A_MESSAGE: usize = 4096;
+/// Blocks a suspect provider is asked about at once: what it answers is one commit.
+const SWEEP_BLOCKS: usize = 256;
 /// Providers.
 const PROVIDERS_MAX: usize = 1 << 17;
 /// The longest address, site or note.
@@ -51,12 +53,20 @@ pub(super) struct Member {
     pub records_held: Option<RecordsHeld>,
     /// Deletions it was sent and has not confirmed: the ticket and the keys.
     pub deleting: Option<(u64, Vec<Bytes>)>,
+    /// When it was sent them.
+    pub deleting_since_ms: u64,
     /// The log says that it is silent.
     pub told_silent: bool,
+    /// It was due, and fell silent together with many.
+    pub braked: bool,
     /// How long it said it would be away; 0: it did not.
     pub away_ms: u64,
     /// Slow ticks of this hour in which it was online.
     pub online_ticks: u64,
+    /// It leaves, and since then nothing is left there.
+    pub empty_since_ms: Option<u64>,
+    /// When it was last told how far its leaving is.
+    pub told_left_ms: u64,
 }
 
 impl Member {
@@ -72,9 +82,13 @@ impl Member {
             root_stored: 0,
             records_held: None,
             deleting: None,
+            deleting_since_ms: 0,
             told_silent: false,
+            braked: false,
             away_ms: 0,
             online_ticks: 0,
+            empty_since_ms: None,
+            told_left_ms: 0,
         }
     }
 
@@ -122,10 +136,18 @@ impl Member {
 /// Fragments a provider was asked about.
 #[derive(Debug)]
 pub(super) struct Query {
-    provider: u32,
+    pub provider: u32,
     pieces: Vec<Piece>,
     /// Of a sweep of a suspect provider: where it goes on.
     sweep: Option<(VolumeId, Bytes)>,
+}
+
+#[cfg(test)]
+impl Query {
+    /// How many fragments were asked after.
+    pub fn fragments(&self) -> usize {
+        self.pieces.len()
+    }
 }
 
 fn text(mut text: String) -> String {
@@ -181,6 +203,7 @@ impl Engine {
             Up::RootStored(root) => self.root_stored(provider, root.sequence),
             Up::RecordsStored(stored) => self.records_stored(provider, &stored),
             Up::Rebuilt(reply) => self.rebuilt(provider, &reply)?,
+            Up::Retain(reply) => self.retain_reply(provider, &reply)?,
         }
         Ok(())
     }
@@ -191,9 +214,10 @@ impl Engine {
         if hello.store.len() != 16 || hello.address.is_empty() {
             return self.refuse_provider(conn, "a hello without store or address");
         }
-        let found = self.members.iter().find(|(_, m)| m.record.key_hash == peer.key_hash);
+        let known = self.provider_of_key.get(&peer.key_hash[..]).copied();
+        let found = known.and_then(|known| Some((known, self.members.get(&known)?)));
         let (provider, mut record) = match found {
-            Some((provider, member)) => (*provider, member.record.clone()),
+            Some((provider, member)) => (provider, member.record.clone()),
             None if self.members.len() >= PROVIDERS_MAX => {
                 return self.refuse_provider(conn, "too many providers");
             }
@@ -202,11 +226,16 @@ impl Engine {
                 self.cluster.next_provider += 1;
                 let key_hash = peer.key_hash.clone().into();
                 let store = hello.store.clone();
-                (provider, ProviderRecord { key_hash, store, ..Default::default() })
+                let retained_ms = self.clock_ms();
+                (provider, ProviderRecord { key_hash, store, retained_ms, ..Default::default() })
             }
         };
         let same_cookie = hello.cookie == record.cookie || hello.cookie == record.cookie_sent;
-        if hello.store != record.store || !same_cookie {
+        // Within one connection the cookie stays; the number of its next record does not.
+        let known = self.members.get(&provider).map_or(0, |member| member.report.next_record);
+        let now = hello.report.as_ref().map_or(0, |report| report.next_record);
+        let went_back = hello.store == record.store && now > 0 && now < known;
+        if hello.store != record.store || !same_cookie || went_back {
             tracing::warn!(provider, "its store was rolled back, cloned or replaced");
             record.suspect = true;
         }
@@ -236,10 +265,12 @@ impl Engine {
         let mut batch = member_batch(provider, &record);
         batch.put(keys::cluster(), encode(&self.cluster));
         let now_ms = self.now_ms();
+        self.provider_of_key.insert(record.key_hash.clone(), provider);
         let member =
             self.members.entry(provider).or_insert_with(|| Member::restored(record.clone()));
         member.record = record;
         member.report = hello.report.unwrap_or_default();
+        let report = member.report.clone();
         member.heard_ms = now_ms;
         member.promised_bytes = 0;
         member.root_stored = 0;
@@ -247,6 +278,7 @@ impl Engine {
         member.deleting = None;
         member.online = false;
         member.told_silent = false;
+        member.braked = false;
         let old = member.conn.replace(conn);
         if let Some(old) = old {
             self.connections.remove(&old);
@@ -257,10 +289,13 @@ impl Engine {
             keeping.members_changed = true;
         }
         self.queries.retain(|_, query| query.provider != provider);
+        self.note_line(provider, &report);
         self.note_provider(provider);
         if let Some(connection) = self.connections.get_mut(&conn) {
             connection.provider = Some(provider);
         }
+        // What the old stream's orders were is begun again: nobody answers them any more.
+        self.rebuilder_gone(provider)?;
         let seq = self.commit(batch, Durability::Durable)?;
         if was_dead {
             self.repairs.unwell.remove(&provider);
@@ -307,13 +342,17 @@ impl Engine {
         if self.totals_have_crowds() {
             self.scan_blocks();
         }
-        self.send_deletes()
+        self.send_deletes_to(provider)
     }
 
     fn report(&mut self, provider: u32, report: ProviderReport) -> Result<(), StoreError> {
         let Some(member) = self.members.get_mut(&provider) else { return Ok(()) };
+        let leaving = report.leaving;
         member.promised_bytes /= 2;
         member.report = ProviderReport { note: text(report.note.clone()), ..report };
+        let report = member.report.clone();
+        self.note_line(provider, &report);
+        let Some(member) = self.members.get_mut(&provider) else { return Ok(()) };
         if member.online && member.record.cookie != member.record.cookie_sent {
             // It has stored the cookie before it said anything.
             member.record.cookie = member.record.cookie_sent.clone();
@@ -321,7 +360,7 @@ impl Engine {
             self.commit(batch, Durability::Applied)?;
         }
         self.note_provider(provider);
-        Ok(())
+        self.leave(provider, leaving)
     }
 
     pub(super) fn provider_gone(&mut self, conn: ConnId, provider: u32) -> Result<(), StoreError> {
@@ -400,13 +439,24 @@ impl Engine {
         pieces: Vec<Piece>,
         sweep: Option<(VolumeId, Bytes)>,
     ) {
+        // What a restored directory still knows may have been deleted since its backup.
+        let bring_back = sweep.is_some();
+        self.query_with(provider, pieces, sweep, bring_back);
+    }
+
+    /// As [`Engine::query`]; with `bring_back` what lies in the provider's trash comes out of it.
+    pub(super) fn query_with(
+        &mut self,
+        provider: u32,
+        pieces: Vec<Piece>,
+        sweep: Option<(VolumeId, Bytes)>,
+        bring_back: bool,
+    ) {
         let member = self.members.get(&provider).filter(|member| member.online);
         let Some(conn) = member.and_then(|member| member.conn) else { return };
         let query = self.next_query;
         self.next_query += 1;
         let fragments = pieces.iter().map(piece_message).collect();
-        // What a restored directory still knows may have been deleted since its backup.
-        let bring_back = sweep.is_some();
         self.queries.insert(query, Query { provider, pieces, sweep });
         self.tell(conn, Down::Check(CheckFragments { query, fragments, bring_back }));
     }
@@ -434,17 +484,20 @@ impl Engine {
             if let Some((_, key)) = after.as_ref().filter(|(at, _)| *at == volume) {
                 range = range.after(key);
             }
-            // A page of blocks can name more fragments than a message takes: 255 a block at most.
-            let pairs = self.store.scan(&range, FRAGMENTS_A_MESSAGE / 256)?;
-            let Some((last, _)) = pairs.last() else { continue };
-            let last = last.clone();
-            let mut pieces = Vec::new();
-            for (key, value) in pairs {
+            let (mut pieces, mut last) = (Vec::new(), None);
+            for (key, value) in self.store.scan(&range, SWEEP_BLOCKS)? {
                 let held: HoldingRecord = decode(&key, &value)?;
-                let Some(block) = keys::last_block(&key) else { continue };
-                let indexes = (0..=u8::MAX).filter(|index| bit(&held.fragments, *index as usize));
-                pieces.extend(indexes.map(|index| (volume, block, index)));
+                let named = (0..=u8::MAX).filter(|index| bit(&held.fragments, *index as usize));
+                let named: Vec<u8> = named.collect();
+                if pieces.len() + named.len() > FRAGMENTS_A_MESSAGE {
+                    break;
+                }
+                let block = keys::last_block(&key);
+                let named = block.map(|block| named.into_iter().map(move |at| (volume, block, at)));
+                pieces.extend(named.into_iter().flatten());
+                last = Some(key);
             }
+            let Some(last) = last else { continue };
             self.query(provider, pieces, Some((volume, last)));
             return Ok(());
         }
@@ -459,7 +512,7 @@ impl Engine {
         self.note_provider(provider);
         self.push_provider(provider);
         self.sources_are_back();
-        Ok(())
+        self.begin_repairs()
     }
 
     /// Notes what a provider (or a reader) says of fragments that lie there. Returns how many were

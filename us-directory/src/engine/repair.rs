@@ -21,12 +21,11 @@
 use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 
 use bytes::Bytes;
-use us_core::geometry::{BlockGeometry, Code};
+use us_core::geometry::{BlockGeometry, Code, FRAGMENTS_MAX};
 use us_core::ids::VolumeId;
 use us_proto::v1::provider_down::Event as Down;
 use us_proto::v1::{
-    CancelRebuild, FragmentStatus, RebuildFragments, RebuildPath, RebuildSource, RebuildStatus,
-    Rebuilt, RepairStatus,
+    CancelRebuild, FragmentStatus, ProviderReport, RebuildStatus, Rebuilt, RepairStatus,
 };
 
 use super::members::FRAGMENTS_A_MESSAGE;
@@ -37,26 +36,30 @@ use crate::store::{KeyRange, StoreError};
 
 mod asked;
 mod assess;
+mod begin;
 mod jobs;
 mod queue;
+mod rates;
+mod route;
 mod target;
 
 pub use assess::{Assessment, Holder, URGENT_S};
 pub use jobs::{Disturbance, Job, Jobs, RepairLimits};
 pub use queue::{BlockKey, Queue};
+pub use rates::{Pulled, Rates, Stated};
 
 /// Blocks a scan looks at in one tick.
 const SCAN_SLICE: usize = 1024;
-/// Blocks at the head of the queue that may be blocked before the others have to wait too.
-const BLOCKED_MAX: usize = 16;
 /// How long a block waits after its first failed repair; doubles up to the last.
 const RETRY_FIRST_MS: u64 = 1_000;
 const RETRY_LAST_MS: u64 = 5 * 60_000;
+/// Orders that fail one after the other before a provider gets none for a while.
+const FAILING_ORDERS: u32 = 3;
+const FAILING_PAUSE_MS: u64 = 60_000;
+/// Failures of one block's repair before it takes a worse place than the best.
+const PATIENCE_FAILURES: u32 = 4;
 /// The rate shown is a mean over about this time.
 const RATE_MS: f64 = 10_000.0;
-
-/// A fragment and its holder.
-type Place = (u8, u32);
 
 /// A walk over blocks that may need repair.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -72,12 +75,25 @@ struct Scanning {
     scan: Scan,
     volumes: VecDeque<VolumeId>,
     after: Option<Bytes>,
+    /// It was asked for again meanwhile: when it has seen everything it begins anew.
+    again: bool,
 }
 
 /// A repair that failed, and when it is tried again.
 #[derive(Debug, Default)]
 struct Setback {
     failures: u32,
+    until_ms: u64,
+    /// Who was to make the fragment and could not.
+    tried: Vec<u32>,
+    /// Fragments that may lie where an order was given up.
+    strays: Vec<route::Place>,
+}
+
+/// A rebuilder whose orders fail one after the other.
+#[derive(Debug, Default)]
+struct Failing {
+    orders: u32,
     until_ms: u64,
 }
 
@@ -89,8 +105,13 @@ pub(super) struct Repairs {
     scans: VecDeque<Scanning>,
     setbacks: HashMap<BlockKey, Setback>,
     later: BTreeSet<(u64, BlockKey)>,
+    failing: HashMap<u32, Failing>,
+    /// Fragments that may lie where an order was given up, of blocks that are well now.
+    strays: Vec<(BlockKey, route::Place)>,
     /// Providers that are dead or being emptied: new blocks there need a look.
     pub unwell: HashSet<u32>,
+    /// Of the providers being emptied those of which the log has not said that they are.
+    pub drains: BTreeSet<u32>,
     /// Blocks and fragment bytes made since the start.
     done: (u64, u64),
     /// Of the blocks: those the log has told of.
@@ -98,6 +119,8 @@ pub(super) struct Repairs {
     failed: u64,
     rate: f64,
     rate_ms: u64,
+    /// What the lines give.
+    pub rates: Rates,
 }
 
 impl Repairs {
@@ -105,10 +128,20 @@ impl Repairs {
         Self { jobs: Jobs::new(limits), ..Self::default() }
     }
 
+    /// Whether blocks wait that can be repaired, or are under way, or will be tried again.
+    pub fn is_busy(&self) -> bool {
+        !self.queue.is_empty() || !self.jobs.is_empty() || !self.later.is_empty()
+    }
+
     fn forget(&mut self, key: &BlockKey) {
         self.queue.remove(key);
+        self.succeeded(key);
+    }
+
+    fn succeeded(&mut self, key: &BlockKey) {
         if let Some(setback) = self.setbacks.remove(key) {
             self.later.remove(&(setback.until_ms, *key));
+            self.strays.extend(setback.strays.into_iter().map(|place| (*key, place)));
         }
     }
 
@@ -120,6 +153,42 @@ impl Repairs {
         setback.failures += 1;
         setback.until_ms = now_ms + wait_ms.min(RETRY_LAST_MS);
         self.later.insert((setback.until_ms, key));
+    }
+
+    /// An order failed for a reason that may lie with its rebuilder: another is tried next.
+    fn blame(&mut self, key: BlockKey, target: u32, now_ms: u64) {
+        let tried = &mut self.setbacks.entry(key).or_default().tried;
+        if !tried.contains(&target) {
+            tried.push(target);
+        }
+        let failing = self.failing.entry(target).or_default();
+        failing.orders = failing.orders.saturating_add(1);
+        if failing.orders >= FAILING_ORDERS {
+            failing.until_ms = now_ms + FAILING_PAUSE_MS;
+        }
+    }
+
+    /// The order was given up: its fragments may have been made all the same.
+    fn note_strays(&mut self, job: &Job) {
+        let strays = &mut self.setbacks.entry(job.key).or_default().strays;
+        let made = job.wanted.iter().map(|(index, _)| (*index, job.target));
+        strays.extend(made);
+        strays.sort_unstable();
+        strays.dedup();
+    }
+
+    /// Whether a block's repair has failed often enough to take a worse place for it.
+    fn has_waited_long(&self, key: &BlockKey) -> bool {
+        self.setbacks.get(key).is_some_and(|setback| setback.failures >= PATIENCE_FAILURES)
+    }
+
+    /// Who is not asked to make a fragment of the block while anybody else can be.
+    fn to_avoid(&self, key: &BlockKey, now_ms: u64) -> Vec<u32> {
+        let mut avoid: Vec<u32> =
+            self.setbacks.get(key).map_or_else(Vec::new, |setback| setback.tried.clone());
+        let failing = self.failing.iter().filter(|(_, failing)| failing.until_ms > now_ms);
+        avoid.extend(failing.map(|(provider, _)| *provider));
+        avoid
     }
 
     /// What had failed and has waited long enough.
@@ -224,9 +293,13 @@ impl Engine {
     }
 
     fn begin_scan(&mut self, scan: Scan) {
-        self.repairs.scans.retain(|scanning| scanning.scan != scan);
+        // Not from the start: what lies at the end would never be seen where this is asked for often.
+        if let Some(running) = self.repairs.scans.iter_mut().find(|found| found.scan == scan) {
+            running.again = true;
+            return;
+        }
         let volumes = self.volumes.keys().copied().collect();
-        self.repairs.scans.push_back(Scanning { scan, volumes, after: None });
+        self.repairs.scans.push_back(Scanning { scan, volumes, after: None, again: false });
     }
 
     /// Whether blocks that need repair may still be found.
@@ -236,7 +309,12 @@ impl Engine {
 
     fn scan_slice(&mut self) -> Result<(), StoreError> {
         let Some(mut scanning) = self.repairs.scans.pop_front() else { return Ok(()) };
-        let Some(volume) = scanning.volumes.front().copied() else { return Ok(()) };
+        let Some(volume) = scanning.volumes.front().copied() else {
+            if scanning.again {
+                self.begin_scan(scanning.scan);
+            }
+            return Ok(());
+        };
         let prefix = match scanning.scan {
             Scan::Holdings(provider) => keys::holdings(&volume, provider),
             Scan::Blocks => keys::tag(&volume, b'b'),
@@ -261,6 +339,8 @@ impl Engine {
         }
         if !scanning.volumes.is_empty() {
             self.repairs.scans.push_front(scanning);
+        } else if scanning.again {
+            self.begin_scan(scanning.scan);
         }
         Ok(())
     }
@@ -282,9 +362,24 @@ impl Engine {
         self.repairs.queue.try_again();
     }
 
+    /// What orders that were given up may have left behind goes.
+    fn bury_strays(&mut self) -> Result<(), StoreError> {
+        for ((volume, block), (index, provider)) in std::mem::take(&mut self.repairs.strays) {
+            let Some(mut tx) = self.tx(volume) else { continue };
+            tx.bury_stray(&block, usize::from(index), provider)?;
+            let outcome = tx.finish()?;
+            if !outcome.batch.is_empty() {
+                self.commit(outcome.batch, Durability::Applied)?;
+                self.pending_deletes += outcome.graves as i64;
+            }
+        }
+        Ok(())
+    }
+
     /// One step of reconstruction: every tick.
     pub(super) fn run_repairs(&mut self) -> Result<(), StoreError> {
         let now_ms = self.now_ms();
+        self.bury_strays()?;
         self.scan_slice()?;
         for key in self.repairs.recovered(now_ms) {
             let block = self.stored_block(&key)?;
@@ -293,6 +388,8 @@ impl Engine {
         for ticket in self.repairs.jobs.overdue(now_ms) {
             if let Some(job) = self.repairs.jobs.end(ticket) {
                 self.repairs.failed += 1;
+                self.repairs.blame(job.key, job.target, now_ms);
+                self.repairs.note_strays(&job);
                 self.repairs.set_back(job.key, now_ms);
                 let conn = self.members.get(&job.target).and_then(|member| member.conn);
                 if let Some(conn) = conn {
@@ -306,148 +403,6 @@ impl Engine {
         self.begin_repairs()
     }
 
-    fn begin_repairs(&mut self) -> Result<(), StoreError> {
-        if !self.counts.complete || self.repairs.queue.is_empty() {
-            // What is settled and what is late is not known before everything was counted once.
-            return Ok(());
-        }
-        let jobs_max = self.repairs.jobs.limits().jobs_max;
-        let first: Vec<BlockKey> =
-            self.repairs.queue.first(jobs_max + BLOCKED_MAX).map(|(_, key)| key).collect();
-        let mut blocked = 0;
-        for key in first {
-            if !self.repairs.jobs.has_room() || blocked >= BLOCKED_MAX {
-                break;
-            }
-            blocked += usize::from(!self.begin_repair(key)?);
-        }
-        Ok(())
-    }
-
-    /// Begins the repair of a block; false where it has to wait for others to end.
-    fn begin_repair(&mut self, key: BlockKey) -> Result<bool, StoreError> {
-        let Some(block) = self.stored_block(&key)?.filter(|block| !block.is_inline()) else {
-            self.repairs.forget(&key);
-            return Ok(true);
-        };
-        let found = self.assess(&key, &block);
-        let Some(index) = self.wanted(&key, &block, &found).first().copied() else {
-            self.repairs.forget(&key);
-            return Ok(true);
-        };
-        let now_ms = self.now_ms();
-        // What is only moved is copied: its own holder is the one source.
-        let is_move = found.sources.contains(&index);
-        if !is_move && found.sources.len() < block.s as usize {
-            self.repairs.queue.set_aside(key, found.rank_s());
-            return Ok(true);
-        }
-        let Some(geometry) = geometry_of(&block) else {
-            tracing::error!(block = %key.1, "its record has an impossible shape");
-            self.repairs.forget(&key);
-            return Ok(true);
-        };
-        let (senders, standby) = self.senders(&block, &found, index, now_ms);
-        if !is_move && senders.len() < block.s as usize {
-            return Ok(false);
-        }
-        let fragment_bytes = geometry.fragment_bytes() as u64;
-        let target = match self.choose_target(&key, &block, usize::from(index), fragment_bytes)? {
-            target::Target::Provider(target) => target,
-            target::Target::Later => return Ok(false),
-            target::Target::None => {
-                self.repairs.set_back(key, now_ms);
-                return Ok(true);
-            }
-        };
-        let ticket = self.next_query;
-        self.next_query += 1;
-        let job = Job {
-            key,
-            wanted: vec![(index, block.providers[usize::from(index)])],
-            target,
-            senders: senders.clone(),
-            fragment_bytes,
-            deadline_ms: now_ms + self.repairs.jobs.limits().deadline_ms,
-        };
-        let order = self.order(ticket, &job, &block, senders.into_iter().chain(standby).collect());
-        let Some(conn) = self.members.get(&target).and_then(|member| member.conn) else {
-            return Ok(false);
-        };
-        self.repairs.queue.remove(&key);
-        self.repairs.jobs.begin(ticket, job, now_ms);
-        self.tell(conn, Down::Rebuild(order));
-        Ok(true)
-    }
-
-    /// Whom to ask for which fragments, the least loaded first, and who stands by.
-    fn senders(
-        &self,
-        block: &BlockRecord,
-        found: &Assessment,
-        wanted: u8,
-        now_ms: u64,
-    ) -> (Vec<Place>, Vec<Place>) {
-        let place = |index: &u8| (*index, block.providers[usize::from(*index)]);
-        let jobs = &self.repairs.jobs;
-        let (mut free, mut busy): (Vec<_>, Vec<_>) = found
-            .sources
-            .iter()
-            .map(place)
-            .partition(|(_, provider)| jobs.may_send(*provider, now_ms));
-        free.sort_by_key(|(index, provider)| (jobs.load(*provider), *index));
-        if let Some(at) = free.iter().position(|(index, _)| *index == wanted) {
-            // A whole copy of what is wanted: nothing else is asked, the others stand by.
-            let copy = free.remove(at);
-            free.append(&mut busy);
-            return (vec![copy], free);
-        }
-        free.retain(|(index, _)| *index != wanted);
-        let mut standby = free.split_off(free.len().min(block.s as usize));
-        standby.append(&mut busy);
-        (free, standby)
-    }
-
-    fn order(
-        &self,
-        ticket: u64,
-        job: &Job,
-        block: &BlockRecord,
-        places: Vec<Place>,
-    ) -> RebuildFragments {
-        let wanted = |index: u8| job.wanted.iter().any(|(wanted, _)| *wanted == index);
-        let (holders, sources): (Vec<Place>, Vec<Place>) =
-            places.into_iter().partition(|(index, _)| wanted(*index));
-        let source = |(index, provider): (u8, u32)| {
-            let record = &self.members.get(&provider)?.record;
-            Some(RebuildSource {
-                index: u32::from(index),
-                provider,
-                address: record.address.clone(),
-                key_hash: record.key_hash.clone(),
-                site: record.site.clone(),
-            })
-        };
-        RebuildFragments {
-            ticket,
-            block: Bytes::copy_from_slice(job.key.1.as_bytes()),
-            volume: Bytes::copy_from_slice(job.key.0.as_bytes()),
-            birth: block.birth,
-            s: block.s,
-            r: block.r,
-            page_bytes: block.page_bytes,
-            plaintext_bytes: block.plaintext_bytes,
-            fingerprint_kind: block.fingerprint_kind,
-            fingerprint_hash: block.fingerprint_hash.clone(),
-            wanted: job.wanted.iter().map(|(index, _)| u32::from(*index)).collect(),
-            sources: sources.into_iter().filter_map(source).collect(),
-            holders: holders.into_iter().filter_map(source).collect(),
-            path: RebuildPath::Star as i32,
-            deadline_ms: self.repairs.jobs.limits().deadline_ms,
-            bytes_per_s_max: 0,
-        }
-    }
-
     /// A rebuilder says how an order ended.
     pub(super) fn rebuilt(&mut self, provider: u32, reply: &Rebuilt) -> Result<(), StoreError> {
         let ours = self.repairs.jobs.get(reply.ticket).is_some_and(|job| job.target == provider);
@@ -456,11 +411,12 @@ impl Engine {
         };
         self.note_faults(&job, reply)?;
         let now_ms = self.now_ms();
+        self.note_rates(provider, reply);
         let label = RebuildStatus::try_from(reply.status).unwrap_or_default();
         metrics::counter!("us_directory_repairs_total", "status" => label.as_str_name())
             .increment(1);
         if label == RebuildStatus::Ok {
-            self.repairs.setbacks.remove(&job.key);
+            self.repairs.failing.remove(&provider);
             self.repairs.note_done(now_ms, job.fragment_bytes * job.wanted.len() as u64);
             self.commit_repair(&job)?;
         } else {
@@ -469,6 +425,12 @@ impl Engine {
                 block = %job.key.1, provider, status = label.as_str_name(), detail = %reply.detail,
                 "a repair failed"
             );
+            // Without right sources too: it may be the one who does not reach them. One that is busy is
+            // waited for once.
+            let again = self.repairs.setbacks.contains_key(&job.key);
+            if label != RebuildStatus::Busy || again {
+                self.repairs.blame(job.key, provider, now_ms);
+            }
             self.repairs.set_back(job.key, now_ms);
         }
         // More of the block may be wanting, and there is room for others.
@@ -501,9 +463,34 @@ impl Engine {
         Ok(())
     }
 
+    /// How fast its sources were.
+    fn note_rates(&mut self, rebuilder: u32, reply: &Rebuilt) {
+        let pulled: Vec<Pulled> = reply
+            .pulled
+            .iter()
+            .take(FRAGMENTS_MAX)
+            .map(|from| Pulled {
+                from: from.provider,
+                bytes: from.bytes,
+                took_ms: from.took_us as f64 / 1000.0,
+            })
+            .collect();
+        let (now_ms, members) = (self.now_ms(), &self.members);
+        let site = |id| members.get(&id).map_or("", |member| member.record.site.as_str());
+        self.repairs.rates.note(rebuilder, &pulled, now_ms, site);
+    }
+
+    /// What the owner of a provider says of its line: new limits for repair.
+    pub(super) fn note_line(&mut self, provider: u32, report: &ProviderReport) {
+        let (up, down) = (report.uplink_bytes_per_s, report.downlink_bytes_per_s);
+        self.repairs.rates.state(provider, Stated { up, down });
+        self.repairs.jobs.set_uplink(provider, up);
+    }
+
     /// The fragments are durable at the rebuilder: the record names it, if all is as it was.
     fn commit_repair(&mut self, job: &Job) -> Result<(), StoreError> {
         let (volume, block) = job.key;
+        self.repairs.succeeded(&job.key);
         let Some(mut tx) = self.tx(volume) else { return Ok(()) };
         for (index, from) in &job.wanted {
             tx.relocate(&block, usize::from(*index), *from, job.target)?;
@@ -522,6 +509,7 @@ impl Engine {
     pub(super) fn rebuilder_gone(&mut self, provider: u32) -> Result<(), StoreError> {
         for ticket in self.repairs.jobs.at(provider) {
             if let Some(job) = self.repairs.jobs.end(ticket) {
+                self.repairs.note_strays(&job);
                 let block = self.stored_block(&job.key)?;
                 self.look_at(job.key, block.as_ref());
             }

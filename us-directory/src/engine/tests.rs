@@ -20,8 +20,11 @@ use super::*;
 use crate::store::memory::MemoryStore;
 
 mod basics;
+mod checks;
 mod crash;
+mod garbage;
 mod keeping;
+mod leaving;
 mod repair;
 mod simulation;
 
@@ -141,7 +144,8 @@ impl World {
     }
 
     pub fn volume(&mut self, name: &str, s: u32, r: u32) {
-        let question = Question::CreateVolume { name: name.to_owned(), s, r, quota_bytes: 0 };
+        let question =
+            Question::CreateVolume { name: name.to_owned(), s, r, quota_bytes: 0, repair_at: None };
         assert!(matches!(self.ask(question), Answer::Volume(_)));
     }
 

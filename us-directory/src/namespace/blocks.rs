@@ -65,7 +65,10 @@ impl Tx<'_> {
         providers.sort_unstable();
         providers.dedup();
         for provider in providers {
-            let record = HoldingRecord { fragments: held_by(&commit.providers, provider) };
+            let record = HoldingRecord {
+                fragments: held_by(&commit.providers, provider),
+                ..Default::default()
+            };
             self.put(keys::holding(&self.volume, provider, &block), &record);
         }
         self.set_block(&block, Some(record))?;
@@ -155,12 +158,61 @@ impl Tx<'_> {
                 let key = keys::holding(&self.volume, provider, block);
                 match held_by(&providers, provider) {
                     none if none.is_empty() => self.delete(key),
-                    fragments => self.put(key, &HoldingRecord { fragments }),
+                    fragments => self.put(key, &HoldingRecord { fragments, ..Default::default() }),
                 }
             }
             self.bury_fragment(block, index, from)?;
         }
         Ok(true)
+    }
+
+    /// A fragment may lie at `provider`, where an order to make it was given up: it goes unless the
+    /// record names it there.
+    pub fn bury_stray(
+        &mut self,
+        block: &BlockId,
+        index: usize,
+        provider: u32,
+    ) -> Result<(), StoreError> {
+        let named = self.block(block)?.and_then(|record| record.providers.get(index).copied());
+        if named == Some(provider) { Ok(()) } else { self.bury_fragment(block, index, provider) }
+    }
+
+    /// Writes anew which fragments of a block its providers, and `provider`, hold by its record, and
+    /// ends it where nothing refers to it. Returns whether anything was wrong.
+    ///
+    /// # Errors
+    /// [`ApplyError`] when the store fails.
+    pub fn mend_block(&mut self, block: &BlockId, provider: u32) -> Result<bool, ApplyError> {
+        let record = self.block(block)?.cloned();
+        let mut providers = record.as_ref().map_or_else(Vec::new, |known| known.providers.clone());
+        let named = providers.clone();
+        providers.push(provider);
+        providers.sort_unstable();
+        providers.dedup();
+        let mut mended = false;
+        for provider in providers.into_iter().filter(|provider| *provider != 0) {
+            let key = keys::holding(&self.volume, provider, block);
+            let right = held_by(&named, provider);
+            let listed: Option<HoldingRecord> = self.read(&key)?;
+            if listed.map(|held| held.fragments).unwrap_or_default() == right {
+                continue;
+            }
+            mended = true;
+            match right.is_empty() {
+                true => self.delete(key),
+                false => {
+                    let right = HoldingRecord { fragments: right, ..Default::default() };
+                    self.put(key, &right);
+                }
+            }
+        }
+        if record.is_some_and(|record| record.references == 0) {
+            self.unreferenced.insert(*block);
+            self.bury()?;
+            mended = true;
+        }
+        Ok(mended)
     }
 
     /// One fragment lies where no record names it: it goes when it is due.
@@ -170,8 +222,17 @@ impl Tx<'_> {
         index: usize,
         provider: u32,
     ) -> Result<(), StoreError> {
-        let key = keys::grave(self.due_ms(), block);
-        let known: Option<GraveRecord> = self.read(&key)?;
+        // A grave names one provider for an index; a second one has its grave a millisecond later.
+        let mut due_ms = self.due_ms();
+        let (key, known) = loop {
+            let key = keys::grave(due_ms, block);
+            let known: Option<GraveRecord> = self.read(&key)?;
+            let there = known.as_ref().and_then(|grave| grave.providers.get(index));
+            if there.is_none_or(|there| *there == 0 || *there == provider) {
+                break (key, known);
+            }
+            due_ms += 1;
+        };
         let is_new = known.is_none();
         let volume = bytes::Bytes::copy_from_slice(self.volume.as_bytes());
         let mut grave = known.unwrap_or(GraveRecord { providers: Vec::new(), volume });
@@ -204,7 +265,12 @@ impl Tx<'_> {
             for provider in &providers {
                 self.delete(keys::holding(&self.volume, *provider, &block));
             }
-            let key = keys::grave(self.due_ms(), &block);
+            // Fragments that moved may have their grave in the same millisecond.
+            let mut due_ms = self.due_ms();
+            while self.read::<GraveRecord>(&keys::grave(due_ms, &block))?.is_some() {
+                due_ms += 1;
+            }
+            let key = keys::grave(due_ms, &block);
             self.put(key, &GraveRecord { providers, ..Default::default() });
             self.graves += 1;
         }

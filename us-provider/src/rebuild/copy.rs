@@ -43,7 +43,10 @@ impl Work {
         let slots = 0..self.order.geometry.fragment_slots();
         let at = self.reserve_from(holder, &slots);
         let fetched = self.fetch_from(holder, slots.clone(), at).await?;
-        self.received_bytes += if holder.place.is_some() { fetched.data.len() as u64 } else { 0 };
+        if holder.place.is_some() {
+            self.received_bytes += fetched.data.len() as u64;
+            self.note_sent(holder.provider, fetched.data.len(), at.elapsed());
+        }
         let (order, index) = (Arc::clone(&self.order), holder.index);
         let checked = off_runtime(move || {
             let FetchedSlots { header, trailer, data } = fetched;

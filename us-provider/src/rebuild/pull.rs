@@ -262,7 +262,11 @@ impl Work {
         let remote = self.order.sources[source].place.is_some();
         match result {
             Ok((data, shown)) => {
-                self.received_bytes += if remote { data.len() as u64 } else { 0 };
+                if remote {
+                    self.received_bytes += data.len() as u64;
+                    let provider = self.order.sources[source].provider;
+                    self.note_sent(provider, data.len(), elapsed);
+                }
                 match shown {
                     Shown::List(list) => {
                         self.list.get_or_insert(list);

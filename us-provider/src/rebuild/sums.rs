@@ -16,6 +16,7 @@ use futures::{FutureExt, TryFutureExt};
 use tokio::time::{Instant, sleep_until};
 use us_core::code::combine_into;
 use us_core::fragment::{FingerprintList, FragmentRecord};
+use us_core::placement::paths::slice_slots;
 use us_proto::v1::{CombineReply, CombineRequest, FragmentStatus};
 
 use super::forest::{self, Node};
@@ -23,12 +24,8 @@ use super::order::Path;
 use super::pull::Star;
 use super::work::{Fault, Short, Shown, Work, examine, off_runtime, records};
 
-/// A fragment is summed in about as many slices, so that a chain works at all its links.
-const SLICES: usize = 8;
-/// Slots of a slice at most.
-const SLICE_SLOTS_MAX: usize = 32;
 /// Sums asked for at once, at most.
-const WINDOW_MAX: usize = 16;
+const WINDOW_MAX: usize = 40;
 /// Choices of sources that are tried before a star takes over.
 const TRIES: usize = 3;
 
@@ -215,8 +212,8 @@ impl Work {
         coefficients: &Coefficients,
     ) -> Result<Vec<(usize, Range<usize>, Bytes)>, NoSum> {
         let slots = self.order.geometry.fragment_slots();
-        let slice = slots.div_ceil(SLICES).clamp(1, SLICE_SLOTS_MAX);
         let depth = forest.iter().map(Node::depth).max().unwrap_or(0);
+        let slice = slice_slots(slots, depth);
         let mut asks = Vec::new();
         for first in (0..slots).step_by(slice) {
             let slots = first..(first + slice).min(slots);
@@ -232,11 +229,17 @@ impl Work {
         }
         let window = ((depth + 2) * forest.len().max(1) * coefficients.len()).min(WINDOW_MAX);
         let mut running = stream::iter(asks).buffer_unordered(window);
-        let mut sums = Vec::new();
+        let (mut sums, begun) = (Vec::new(), Instant::now());
         while let Some(sum) = running.next().await {
             let (wanted, slots, sum) = sum?;
             self.received_bytes += sum.len() as u64;
             sums.push((wanted, slots, sum));
+        }
+        // Every node passed on as much as its root.
+        let bytes = self.order.geometry.fragment_bytes() * coefficients.len();
+        for node in forest.iter().flat_map(Node::members) {
+            let provider = self.order.sources[node.source].provider;
+            self.note_sent(provider, bytes, begun.elapsed());
         }
         Ok(sums)
     }

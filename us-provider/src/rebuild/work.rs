@@ -13,13 +13,15 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::time::Instant;
 use us_core::code::{CodeError, ErasureCode};
 use us_core::disk::FragmentFailure;
 use us_core::fragment::{FingerprintList, FragmentRecord, FragmentTrailer};
-use us_proto::v1::{FragmentStatus, SourceFault};
+use us_core::ids::ProviderId;
+use us_proto::v1::{FragmentStatus, Pulled, SourceFault};
 
 use super::order::{Order, Path};
 use super::pace::{Bucket, Patience};
@@ -89,6 +91,15 @@ pub(super) struct Work {
     /// The fingerprints of the block, once somebody has shown them.
     pub list: Option<FingerprintList>,
     pub received_bytes: u64,
+    /// What each provider sent, and from when to when.
+    sent: BTreeMap<ProviderId, Sent>,
+}
+
+#[derive(Clone, Copy)]
+struct Sent {
+    bytes: u64,
+    begun: Instant,
+    ended: Instant,
 }
 
 impl Work {
@@ -113,6 +124,7 @@ impl Work {
             holder_faults: Vec::new(),
             list: None,
             received_bytes: 0,
+            sent: BTreeMap::new(),
         }
     }
 
@@ -142,6 +154,26 @@ impl Work {
         if !known.concerns_bytes() {
             *known = fault;
         }
+    }
+
+    /// Bytes of a provider came, `elapsed` after they were asked for.
+    pub fn note_sent(&mut self, provider: ProviderId, bytes: usize, elapsed: Duration) {
+        let ended = Instant::now();
+        let begun = ended.checked_sub(elapsed).unwrap_or(ended);
+        let sent = self.sent.entry(provider).or_insert(Sent { bytes: 0, begun, ended });
+        sent.bytes += bytes as u64;
+        sent.begun = sent.begun.min(begun);
+        sent.ended = ended;
+    }
+
+    /// What each provider sent, as it is reported.
+    pub fn wire_pulled(&self) -> Vec<Pulled> {
+        let pulled = self.sent.iter().map(|(provider, sent)| Pulled {
+            provider: provider.0,
+            bytes: sent.bytes,
+            took_us: sent.ended.duration_since(sent.begun).as_micros() as u64,
+        });
+        pulled.collect()
     }
 
     /// A source gave right bytes: that it was slow or busy before is forgotten.

@@ -35,8 +35,11 @@ impl RecoveryService {
     fn send_all(&self, pages: &Pages) -> Result<(), Status> {
         let failed = |error: &dyn std::error::Error| Status::unavailable(error.to_string());
         let files = MembershipFiles::new(&self.data);
-        let joined = files.load_joined().map_err(|error| failed(&error))?;
-        // A damaged root must not hide the records.
+        // A damaged membership or root must not hide the records.
+        let joined = files.load_joined().unwrap_or_else(|error| {
+            tracing::error!(%error, "whose provider this is cannot be said");
+            None
+        });
         let root = files.load_root().unwrap_or_else(|error| {
             tracing::error!(%error, "the directory's root cannot be given back");
             None
@@ -76,5 +79,25 @@ impl Recovery for RecoveryService {
             }
         });
         Ok(Response::new(ReceiverStream::new(stream).boxed()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A damaged `membership` ended the answer before the journal's records, the one thing that a
+    /// restore cannot do without.
+    #[test]
+    fn damaged_files_hide_no_records() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["membership", "root"] {
+            std::fs::write(dir.path().join(name), b"garbage").unwrap();
+        }
+        let (pages, mut stream) = tokio::sync::mpsc::channel(PAGES_MAX);
+        RecoveryService::new(dir.path()).send_all(&pages).unwrap();
+        let first = stream.blocking_recv().unwrap().unwrap();
+        let Some(Content::Root(root)) = first.content else { panic!("{first:?}") };
+        assert_eq!((root.sequence, root.cluster.len()), (0, 0));
     }
 }

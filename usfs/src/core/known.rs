@@ -22,6 +22,6 @@ impl Core {
 
     /// The requests that operations wait for now: number, and the inode they are about.
     pub fn unanswered(&self) -> Vec<(u64, Ino)> {
-        self.pending.iter().map(|(number, (want, _))| (*number, want.ino())).collect()
+        self.pending.iter().map(|(number, asked)| (*number, asked.want.ino())).collect()
     }
 }

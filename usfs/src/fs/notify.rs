@@ -21,11 +21,21 @@ const THREADS_MAX: usize = 64;
 /// How long a thread without work stays.
 const IDLE: Duration = Duration::from_secs(10);
 
-/// An inode whose attributes and pages are to be forgotten, and names in it if it is a directory.
+/// What is to be forgotten of an inode.
 #[derive(Debug)]
 pub(crate) struct Forget {
     pub ino: Ino,
+    /// Names in it, if it is a directory.
     pub names: Vec<Box<[u8]>>,
+    /// Attributes and pages too.
+    pub inode: bool,
+}
+
+impl Forget {
+    /// An inode with its attributes and pages, and names in it.
+    pub const fn whole(ino: Ino, names: Vec<Box<[u8]>>) -> Self {
+        Self { ino, names, inode: true }
+    }
 }
 
 struct Job {
@@ -93,9 +103,11 @@ impl KernelCalls {
 impl Inner {
     fn work(&self) {
         while let Some((notifier, job)) = self.next() {
-            for Forget { ino, names } in job.forget {
+            for Forget { ino, names, inode } in job.forget {
                 names.iter().for_each(|name| notifier.invalidate_entry(ino, name));
-                notifier.invalidate_inode(ino, 0, 0);
+                if inode {
+                    notifier.invalidate_inode(ino, 0, 0);
+                }
             }
             // Nobody waits any more: the wait was bounded.
             let _ = job.done.send(());
@@ -153,7 +165,7 @@ mod tests {
         let (let_go, held) = mpsc::channel();
         let told = Arc::new(Mutex::new(Vec::new()));
         let calls = KernelCalls::default();
-        let forget = |ino| vec![Forget { ino: Ino(ino), names: vec![b"ab"[..].into()] }];
+        let forget = |ino| vec![Forget::whole(Ino(ino), vec![b"ab"[..].into()])];
         assert!(calls.forget(forget(9)).await.is_err(), "there is no kernel yet");
         calls.start(Box::new(Kernel { held: Mutex::new(held), told: Arc::clone(&told) }));
         let mut blocked = calls.forget(forget(1));
@@ -178,7 +190,7 @@ mod tests {
         let calls = KernelCalls::default();
         calls.start(Box::new(Kernel { held: Mutex::new(held), told: Arc::clone(&told) }));
         let names = (0..100_000).map(|_| b"name"[..].into()).collect();
-        calls.forget(vec![Forget { ino: Ino(2), names }]).await.unwrap();
+        calls.forget(vec![Forget::whole(Ino(2), names)]).await.unwrap();
         assert_eq!(told.lock().len(), 100_001);
         calls.stop();
     }

@@ -55,7 +55,7 @@ fn forget_all(shared: &Shared) {
     for some in known.chunks(JOB_INODES) {
         let forget = {
             let state = shared.lock();
-            let forget = |ino: &Ino| Forget { ino: *ino, names: state.core.cached_names(*ino) };
+            let forget = |ino: &Ino| Forget::whole(*ino, state.core.cached_names(*ino));
             some.iter().map(forget).collect()
         };
         // Nobody waits for it: operations fail or wait already.

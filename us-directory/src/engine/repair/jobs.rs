@@ -17,6 +17,8 @@ pub struct RepairLimits {
     pub sends_max: usize,
     /// Bytes a second one provider is asked to send, over all repairs; 0: no limit but its own.
     pub send_bytes_per_s_max: u64,
+    /// Of the uplink that a provider's owner has stated: what repairs may take, in percent.
+    pub uplink_percent_max: u64,
     /// After how long an order without answer is given up.
     pub deadline_ms: u64,
 }
@@ -28,6 +30,7 @@ impl Default for RepairLimits {
             target_jobs_max: 8,
             sends_max: 16,
             send_bytes_per_s_max: 0,
+            uplink_percent_max: 50,
             deadline_ms: 120_000,
         }
     }
@@ -44,6 +47,8 @@ pub struct Job {
     pub target: u32,
     /// Fragments it is asked to take, with their holders.
     pub senders: Vec<(u8, u32)>,
+    /// Bytes each of them sends.
+    pub sent_bytes: u64,
     /// Bytes of one fragment.
     pub fragment_bytes: u64,
     /// When it is given up.
@@ -84,7 +89,22 @@ struct Load {
     rebuilds: usize,
     /// Under a limit of bytes a second: it has sent as much as it may until then.
     busy_until_ms: u64,
+    /// What its owner says it can send, in bytes a second; 0: nothing is said.
+    uplink: u64,
     disturbance: Disturbance,
+}
+
+impl Load {
+    /// Bytes a second it may be asked for; 0: no limit.
+    fn budget(&self, limits: &RepairLimits) -> u64 {
+        let share = self.uplink.saturating_mul(limits.uplink_percent_max) / 100;
+        let share = if self.uplink > 0 { share.max(1) } else { 0 };
+        match (limits.send_bytes_per_s_max, share) {
+            (0, share) => share,
+            (all, 0) => all,
+            (all, share) => all.min(share),
+        }
+    }
 }
 
 /// All repairs under way.
@@ -117,6 +137,11 @@ impl Jobs {
         self.tickets.contains_key(key)
     }
 
+    /// Who is rebuilding fragments of the block.
+    pub fn target_of(&self, key: &BlockKey) -> Option<u32> {
+        Some(self.jobs.get(self.tickets.get(key)?)?.target)
+    }
+
     /// Whether a provider may rebuild one block more.
     pub fn may_rebuild(&self, provider: u32) -> bool {
         self.loads.get(&provider).is_none_or(|load| load.rebuilds < self.limits.target_jobs_max)
@@ -134,15 +159,21 @@ impl Jobs {
         self.loads.get(&provider).map_or(0, |load| load.sends + load.rebuilds)
     }
 
+    /// What a provider's owner says of its uplink, in bytes a second; 0: nothing.
+    pub fn set_uplink(&mut self, provider: u32, bytes_per_s: u64) {
+        if bytes_per_s > 0 || self.loads.contains_key(&provider) {
+            self.loads.entry(provider).or_default().uplink = bytes_per_s;
+        }
+    }
+
     /// A job begins.
     pub fn begin(&mut self, ticket: u64, job: Job, now_ms: u64) {
         assert!(!self.is_running(&job.key), "two repairs of one block at once");
         for (_, sender) in job.senders.iter().filter(|(_, sender)| *sender != job.target) {
             let load = self.loads.entry(*sender).or_default();
             load.sends += 1;
-            load.disturbance.add(now_ms, job.fragment_bytes);
-            let takes_ms =
-                (job.fragment_bytes * 1000).checked_div(self.limits.send_bytes_per_s_max);
+            load.disturbance.add(now_ms, job.sent_bytes);
+            let takes_ms = (job.sent_bytes * 1000).checked_div(load.budget(&self.limits));
             if let Some(takes_ms) = takes_ms {
                 load.busy_until_ms = load.busy_until_ms.max(now_ms) + takes_ms;
             }
@@ -184,6 +215,11 @@ impl Jobs {
         late.map(|(ticket, _)| *ticket).collect()
     }
 
+    /// Orders may take so much longer.
+    pub fn wait_longer(&mut self, by_ms: u64) {
+        self.jobs.values_mut().for_each(|job| job.deadline_ms += by_ms);
+    }
+
     /// Whether none is under way.
     pub fn is_empty(&self) -> bool {
         self.jobs.is_empty()
@@ -215,6 +251,7 @@ mod tests {
             wanted: vec![(0, 9)],
             target,
             senders: senders.iter().enumerate().map(|(at, who)| (at as u8, *who)).collect(),
+            sent_bytes: 1000,
             fragment_bytes: 1000,
             deadline_ms: 500,
         }
@@ -244,6 +281,21 @@ mod tests {
         let mut jobs = Jobs::new(limits);
         jobs.begin(1, job(1, 7, &[1]), 0);
         assert!(!jobs.may_send(1, 99) && jobs.may_send(1, 100));
+    }
+
+    #[test]
+    fn repairs_take_their_share_of_a_stated_uplink() {
+        let limits = RepairLimits { uplink_percent_max: 25, ..RepairLimits::default() };
+        let mut jobs = Jobs::new(limits);
+        jobs.set_uplink(1, 16_000);
+        jobs.begin(1, job(1, 7, &[1, 2]), 0);
+        // 1,000 bytes at a quarter of 16,000 a second.
+        assert!(!jobs.may_send(1, 249) && jobs.may_send(1, 250) && jobs.may_send(2, 0));
+        let limits = RepairLimits { send_bytes_per_s_max: 1000, ..limits };
+        let mut jobs = Jobs::new(limits);
+        jobs.set_uplink(1, 16_000);
+        jobs.begin(1, job(1, 7, &[1, 2]), 0);
+        assert!(!jobs.may_send(1, 999) && !jobs.may_send(2, 999) && jobs.may_send(2, 1000));
     }
 
     #[test]

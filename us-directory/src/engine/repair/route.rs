@@ -1,0 +1,170 @@
+//! From whom a repair takes its bytes, and by which way.
+//!
+//! Helpers are chosen for many blocks together, so that no uplink has more to do than it must
+//! ([`helpers::assign`]); then, block by block, the way that the lines make quickest
+//! ([`paths::plan`]).
+
+use std::collections::{BTreeMap, HashMap};
+
+use us_core::placement::helpers::{self, Rebuild, Senders};
+use us_core::placement::paths::{self, Line, Task, Trunk, Way};
+use us_proto::v1::RebuildPath;
+
+use super::begin::Ready;
+use crate::engine::Engine;
+
+/// A fragment and its holder.
+pub(super) type Place = (u8, u32);
+
+/// Whom to ask, and how.
+#[derive(Debug)]
+pub(super) struct Route {
+    pub path: RebuildPath,
+    /// Those that send.
+    pub senders: Vec<Place>,
+    /// Those that stand by.
+    pub standby: Vec<Place>,
+    /// What each of the senders sends.
+    pub sent_bytes: u64,
+}
+
+/// A rate that was seen, without its noise.
+fn rough(rate: f64) -> f64 {
+    rate.max(1.0).log2().round().exp2()
+}
+
+impl Engine {
+    /// For each block those of its holders that may be asked, the helpers chosen for it first.
+    pub(super) fn with_helpers(&self, ready: Vec<Ready>) -> Vec<(Ready, Vec<Place>)> {
+        let now_ms = self.now_ms();
+        let jobs = &self.repairs.jobs;
+        let free: Vec<Vec<Place>> = ready
+            .iter()
+            .map(|ready| {
+                let place = |index: &u8| (*index, ready.block.providers[usize::from(*index)]);
+                let sources = ready.found.sources.iter().filter(|index| **index != ready.index);
+                let sources = sources.map(place);
+                sources.filter(|(_, provider)| jobs.may_send(*provider, now_ms)).collect()
+            })
+            .collect();
+        let mut numbers: BTreeMap<u32, usize> = BTreeMap::new();
+        for (_, provider) in free.iter().flatten() {
+            let next = numbers.len();
+            numbers.entry(*provider).or_insert(next);
+        }
+        let mut senders = Senders::equal(numbers.len());
+        for (provider, number) in &numbers {
+            senders.queued[*number] = jobs.load(*provider) as f64;
+        }
+        // Uplinks count where all are known: an unknown one is neither slow nor fast.
+        let ups = numbers.iter().map(|(provider, number)| (number, self.uplink(*provider)));
+        if ups.clone().all(|(_, up)| up.is_finite()) {
+            ups.for_each(|(number, up)| senders.uplinks[*number] = up);
+        }
+        let rebuilds: Vec<Rebuild> = ready
+            .iter()
+            .zip(&free)
+            .map(|(ready, free)| {
+                let mut holders: Vec<usize> =
+                    free.iter().map(|(_, provider)| numbers[provider]).collect();
+                holders.sort_unstable();
+                holders.dedup();
+                let needed = if ready.is_move() { 0 } else { ready.block.s as usize };
+                Rebuild { needed: needed.min(holders.len()), holders }
+            })
+            .collect();
+        let chosen = helpers::assign(&senders, &rebuilds).helpers;
+        let sorted = free.into_iter().zip(chosen).map(|(mut free, chosen)| {
+            free.sort_by_key(|(index, provider)| {
+                let is_chosen = chosen.contains(&numbers[provider]);
+                (!is_chosen, jobs.load(*provider), *index)
+            });
+            free
+        });
+        let sorted: Vec<Vec<Place>> = sorted.collect();
+        ready.into_iter().zip(sorted).collect()
+    }
+
+    /// What a provider can send in a second, as far as it is known.
+    fn uplink(&self, provider: u32) -> f64 {
+        let now_ms = self.now_ms();
+        let up = self.repairs.rates.up(provider, now_ms);
+        up.map_or(f64::INFINITY, rough)
+    }
+
+    /// What a provider's line gives one repair more.
+    fn line(&self, provider: u32, sites: &mut HashMap<String, u32>) -> Line {
+        let rates = &self.repairs.rates;
+        let among = (1 + self.repairs.jobs.load(provider)) as f64;
+        let rate = |rate: Option<f64>| rate.map_or(f64::INFINITY, |rate| rough(rate) / among);
+        let site = self.members.get(&provider).map_or("", |member| member.record.site.as_str());
+        let next = sites.len() as u32;
+        let site = (!site.is_empty()).then(|| *sites.entry(site.to_owned()).or_insert(next));
+        let now_ms = self.now_ms();
+        Line {
+            up: rate(rates.up(provider, now_ms)),
+            down: rate(rates.down(provider, now_ms)),
+            site,
+        }
+    }
+
+    /// The way for one block, with `helpers` in the order in which they should be asked. `None` where
+    /// they are too few just now.
+    pub(super) fn route(&self, ready: &Ready, helpers: Vec<Place>, target: u32) -> Option<Route> {
+        let (s, fragment_bytes) = (ready.block.s as usize, ready.geometry.fragment_bytes() as u64);
+        let busy: Vec<Place> = ready
+            .found
+            .sources
+            .iter()
+            .map(|index| (*index, ready.block.providers[usize::from(*index)]))
+            .filter(|place| place.0 != ready.index && !helpers.contains(place))
+            .collect();
+        if ready.is_move() {
+            // A whole copy of what is wanted: nothing else is asked, the others stand by.
+            let holder = ready.block.providers[usize::from(ready.index)];
+            if !self.repairs.jobs.may_send(holder, self.now_ms()) {
+                return None;
+            }
+            return Some(Route {
+                path: RebuildPath::Star,
+                senders: vec![(ready.index, holder)],
+                standby: helpers.into_iter().chain(busy).collect(),
+                sent_bytes: fragment_bytes,
+            });
+        }
+        let mut sites: HashMap<String, u32> = HashMap::new();
+        let rebuilder = self.line(target, &mut sites);
+        let holders: Vec<Line> =
+            helpers.iter().map(|(_, provider)| self.line(*provider, &mut sites)).collect();
+        let now_ms = self.now_ms();
+        let trunks: HashMap<u32, Trunk> = sites
+            .iter()
+            .map(|(site, number)| {
+                let (up, down) = self.repairs.rates.trunk(site, now_ms);
+                let rate = |rate: Option<f64>| rate.map_or(f64::INFINITY, rough);
+                (*number, Trunk { up: rate(up), down: rate(down) })
+            })
+            .collect();
+        let plan = paths::plan(&Task {
+            s,
+            fragment_bytes: fragment_bytes as f64,
+            slots: ready.geometry.fragment_slots(),
+            rebuilder,
+            holders: &holders,
+            trunks: &trunks,
+        })?;
+        let mut senders: Vec<Place> = plan.order.iter().map(|at| helpers[*at]).collect();
+        let (path, sending) = match plan.way {
+            Way::Star => (RebuildPath::Star, s),
+            Way::RotatedStar => (RebuildPath::RotatedStar, senders.len()),
+            Way::Sites => (RebuildPath::Sites, s),
+            Way::Chain => (RebuildPath::Chain, s),
+        };
+        let mut standby = senders.split_off(sending);
+        if plan.way != Way::RotatedStar {
+            standby.extend(busy);
+        }
+        let sent_bytes = fragment_bytes * s as u64 / sending as u64;
+        Some(Route { path, senders, standby, sent_bytes })
+    }
+}
