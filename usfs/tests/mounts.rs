@@ -48,9 +48,9 @@ fn rescue_of(folder: &tempfile::TempDir) -> Option<PathBuf> {
     std::fs::read_dir(folder.path()).unwrap().flatten().map(|entry| entry.path()).next()
 }
 
-/// `usfs up` had two clocks of 120 seconds for the last flush, and the outer one began first: with too
-/// few providers it dropped the unmount before the rescue file was written. What was in the rescue
-/// file had no path, and names were ciphertext.
+/// `usfs up` had two clocks of 120 seconds for the last flush, and the outer one began first: with
+/// too few providers it dropped the unmount before the rescue file was written. What was in the
+/// rescue file had no path, and names were ciphertext.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_unmount_that_cannot_flush_leaves_a_rescue_file_with_paths() {
     let (directory, folder) = (TestDirectory::start(), tempfile::tempdir().unwrap());
@@ -104,8 +104,8 @@ async fn nothing_is_accepted_once_the_session_is_over() {
     assert!(index.contains(&format!("/file, size {accepted}")), "{accepted}\n{index}");
 }
 
-/// A program that clears `O_APPEND` with `fcntl` still wrote to the end; pages of a mapping that the
-/// kernel wrote back through a descriptor opened for appending went there too.
+/// A program that clears `O_APPEND` with `fcntl` still wrote to the end; pages of a mapping that
+/// the kernel wrote back through a descriptor opened for appending went there too.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_write_is_done_as_the_file_is_now_and_not_as_it_was_opened() {
     let (directory, folder) = (TestDirectory::start(), tempfile::tempdir().unwrap());
@@ -146,8 +146,8 @@ fn whole(owner: u64) -> Lock {
     Lock { owner, start: 0, end: u64::MAX, kind: LockType::Write, pid: 1 }
 }
 
-/// The owner was forgotten before the directory was asked: a connection that broke meanwhile left the
-/// lock behind for the life of the session. And a lock that was taken by an open file (OFD) was
+/// The owner was forgotten before the directory was asked: a connection that broke meanwhile left
+/// the lock behind for the life of the session. And a lock that was taken by an open file (OFD) was
 /// never released by its close.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn locks_end_with_the_open_file() {

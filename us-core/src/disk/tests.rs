@@ -479,9 +479,9 @@ async fn readers_that_share_one_cpu_job_do_not_wait_for_each_other_for_ever() {
     world.check_permits(&world.disk);
 }
 
-/// A line of 1 Mbit/s used to store nothing for ever: each block had 45 seconds from the moment it was
-/// handed over, waiting for the blocks before it included, and each fragment that took three seconds
-/// was sent to another provider as well, up to five times.
+/// A line of 1 Mbit/s used to store nothing for ever: each block had 45 seconds from the moment it
+/// was handed over, waiting for the blocks before it included, and each fragment that took three
+/// seconds was sent to another provider as well, up to five times.
 #[tokio::test(start_paused = true)]
 async fn a_slow_line_is_waited_for_and_its_bytes_are_sent_once() {
     for (rate, blocks) in [(1 << 17, 4), (1 << 20, 12), (1 << 24, 12)] {
@@ -605,8 +605,8 @@ async fn a_moment_without_providers_is_waited_for_and_a_long_one_only_once() {
     assert!(read_all(&disk, &block).await.unwrap() == content);
 }
 
-/// The block of a dead provider, repaired elsewhere: the mount rebuilt its pages from parity at each
-/// cold read for as long as it lived.
+/// The block of a dead provider, repaired elsewhere: the mount rebuilt its pages from parity at
+/// each cold read for as long as it lived.
 #[tokio::test(start_paused = true)]
 async fn the_new_place_of_a_repaired_fragment_is_asked_for_after_a_read() {
     let world = World::new(4, 2, 6);

@@ -1,9 +1,9 @@
 //! What the own line takes: which puts may go on it, and which of them take too long.
 //!
-//! A put waits for its *turn*. Turns are given in order while the bytes on the line are at most what
-//! it carries in a few seconds, so that on a slow line each fragment gets through soon after it was
-//! begun, and its clock only runs while it is on the line. The rate is learnt from acknowledgements,
-//! over the time in which there was something to acknowledge.
+//! A put waits for its *turn*. Turns are given in order while the bytes on the line are at most
+//! what it carries in a few seconds, so that on a slow line each fragment gets through soon after
+//! it was begun, and its clock only runs while it is on the line. The rate is learnt from
+//! acknowledgements, over the time in which there was something to acknowledge.
 //!
 //! ```text
 //! put -> queue -> turn: on the line -> acknowledged: counts for the rate

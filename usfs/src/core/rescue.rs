@@ -1,5 +1,5 @@
-//! What a person needs to know of a session that ended: which changes are not durable, in words, and
-//! which bytes of which files, by their paths.
+//! What a person needs to know of a session that ended: which changes are not durable, in words,
+//! and which bytes of which files, by their paths.
 
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;

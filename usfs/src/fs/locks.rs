@@ -1,10 +1,10 @@
 //! Byte-range locks: the directory holds them, so that they hold across mounts.
 //!
-//! The kernel says who an owner is: the open files of a process (POSIX locks, dropped when it closes
-//! any descriptor of the file) or one open file (OFD locks, dropped when that is closed for the last
-//! time). It says nothing at the end of the second kind but that the file is closed, so what was
-//! locked through each open file is remembered. An owner is forgotten when the directory has answered
-//! that its locks are gone; until then it is asked again.
+//! The kernel says who an owner is: the open files of a process (POSIX locks, dropped when it
+//! closes any descriptor of the file) or one open file (OFD locks, dropped when that is closed for
+//! the last time). It says nothing at the end of the second kind but that the file is closed, so
+//! what was locked through each open file is remembered. An owner is forgotten when the directory
+//! has answered that its locks are gone; until then it is asked again.
 
 use std::collections::{HashMap, HashSet};
 use std::time::Duration;
@@ -113,8 +113,8 @@ impl Fs {
         }
     }
 
-    /// A descriptor of `owner` was closed: its locks on the file go, now or as soon as the directory
-    /// can be told.
+    /// A descriptor of `owner` was closed: its locks on the file go, now or as soon as the
+    /// directory can be told.
     pub(super) async fn drop_locks(&self, ino: Ino, owner: u64) -> Result<(), FsError> {
         if !self.shared.lock().lock_owners.begin_close(ino, owner) {
             return Ok(());

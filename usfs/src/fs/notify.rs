@@ -158,8 +158,8 @@ mod tests {
         }
     }
 
-    /// One thread made all calls: behind one that was blocked by a read of half a minute every other
-    /// recall gave its lease back with the kernel's caches intact.
+    /// One thread made all calls: behind one that was blocked by a read of half a minute every
+    /// other recall gave its lease back with the kernel's caches intact.
     #[tokio::test]
     async fn a_blocked_call_holds_up_no_other() {
         let (let_go, held) = mpsc::channel();

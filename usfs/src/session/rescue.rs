@@ -1,9 +1,9 @@
 //! The rescue file: what a mount had not made durable when its session ended.
 //!
 //! A directory of its own under the mount's data, readable with ordinary tools: `changes` says what
-//! was done and is not durable, one change a line, oldest first; `inode-N` holds the bytes of a file
-//! that are not durable, at their offsets (the rest is holes); `index` says which bytes of which path
-//! those are, and what could not be had.
+//! was done and is not durable, one change a line, oldest first; `inode-N` holds the bytes of a
+//! file that are not durable, at their offsets (the rest is holes); `index` says which bytes of
+//! which path those are, and what could not be had.
 //!
 //! Bytes that a block holds whose commit is not durable come from memory, or are read back from the
 //! providers, for a bounded time.
