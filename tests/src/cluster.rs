@@ -173,6 +173,16 @@ impl Mount {
         self.running.take().expect("mounted").kill();
     }
 
+    /// Holds the program still (SIGSTOP): what asks the mount waits.
+    pub fn freeze(&self) {
+        self.running.as_ref().expect("mounted").signal(Signal::STOP);
+    }
+
+    /// Lets a mount that was held still go on.
+    pub fn thaw(&self) {
+        self.running.as_ref().expect("mounted").signal(Signal::CONT);
+    }
+
     /// The program's process id.
     pub fn pid(&self) -> u32 {
         self.running.as_ref().expect("mounted").child.id()

@@ -17,7 +17,8 @@
 //! - a block is acknowledged only while, whichever w providers vanish, s durable fragments remain;
 //! - an id is sealed once; every try of a put sends the same bytes;
 //! - bytes handed out have passed their page's seal, wherever they came from;
-//! - permits travel with the work: all are back when the last put or get of a block is over.
+//! - permits travel with the work: all are back when the last put or get of a block is over;
+//! - a block is given up when nothing of it gets through, and not because the own line is slow.
 //!
 //! Called by usfs, repair of content, and tools. What may fail: [`StoreError`], [`ReadError`].
 
@@ -38,6 +39,7 @@ mod slots;
 mod store;
 #[cfg(test)]
 mod tests;
+mod uplink;
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -61,7 +63,7 @@ pub use store::LateFragments;
 
 use crate::code::ErasureCode;
 use crate::geometry::Code;
-use crate::ids::VolumeId;
+use crate::ids::{BlockId, VolumeId};
 use crate::seal::VolumeKey;
 
 /// When a block is acknowledged.
@@ -87,9 +89,12 @@ pub struct DiskConfig {
     pub cache_bytes: usize,
     /// Blocks sealed or opened at once; 0: one for each CPU, at most 8.
     pub cpu_jobs_max: usize,
-    /// How long one provider may take for a put before its fragments are put on another as well.
+    /// How long one provider may take for a put before its fragments are put on another as well;
+    /// longer where the own line is slow.
     pub put_patience: Duration,
-    /// How long the puts of an acknowledged block may go on.
+    /// How long nothing of a block may get through before it is given up.
+    pub put_stall: Duration,
+    /// The same once the block is acknowledged.
     pub put_background: Duration,
     /// The least and the most that a get waits before parity is asked too.
     pub hedge_after: Range<Duration>,
@@ -106,6 +111,7 @@ impl Default for DiskConfig {
             cache_bytes: 128 << 20,
             cpu_jobs_max: 0,
             put_patience: Duration::from_secs(3),
+            put_stall: Duration::from_secs(45),
             put_background: Duration::from_secs(60),
             hedge_after: Duration::from_millis(5)..Duration::from_millis(500),
             read_deadline: Duration::from_secs(30),
@@ -137,10 +143,18 @@ struct Shared {
     store_permits: Arc<Semaphore>,
     read_permits: Arc<Semaphore>,
     rebuild_permits: Arc<Semaphore>,
+    uplink: uplink::Uplink,
+    /// Blocks whose places were asked for because a provider was away, and when.
+    located: quick_cache::sync::Cache<BlockId, Instant>,
+    locate_permits: Arc<Semaphore>,
     closed: CancellationToken,
     tasks: TaskTracker,
 }
 
+/// Blocks remembered whose places were asked for.
+const LOCATED_MAX: usize = 4096;
+/// Questions after the places of blocks that may be on their way apart from reads.
+const LOCATES_MAX: usize = 4;
 /// What one permit of memory stands for.
 const PERMIT_BYTES: usize = 4096;
 
@@ -189,6 +203,9 @@ impl VirtualDisk {
                 store_permits: permits(config.store_bytes_max),
                 read_permits: permits(config.read_bytes_max),
                 rebuild_permits: permits(config.read_bytes_max),
+                uplink: uplink::Uplink::default(),
+                located: quick_cache::sync::Cache::new(LOCATED_MAX),
+                locate_permits: Arc::new(Semaphore::new(LOCATES_MAX)),
                 closed: CancellationToken::new(),
                 tasks: TaskTracker::new(),
                 config,
@@ -202,7 +219,8 @@ impl VirtualDisk {
     }
 
     /// Stores the concatenation of `plaintext` (at most [`Code::block_bytes_max`]) as one block.
-    /// Returns when the margin holds; the other puts go on for a bounded time.
+    /// Returns when the margin holds; the other puts go on for a bounded time. On a slow line it
+    /// takes its time: it fails when nothing of the block gets through any more.
     ///
     /// # Errors
     /// [`StoreError`]; nothing is acknowledged then. By `deadline` there is an answer.
@@ -252,9 +270,13 @@ impl VirtualDisk {
         self.shared.prefetch(block, range);
     }
 
-    /// Refuses new work and waits until every put and get is over.
+    /// Refuses new work and ends what is under way: late fragments of acknowledged blocks get a
+    /// moment more, whoever waits for anything else is told that the disk is closed.
     pub async fn close(&self) {
         self.shared.closed.cancel();
+        self.shared.store_permits.close();
+        self.shared.read_permits.close();
+        self.shared.rebuild_permits.close();
         self.shared.tasks.close();
         self.shared.tasks.wait().await;
     }

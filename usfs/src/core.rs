@@ -21,10 +21,12 @@ mod files;
 mod flush;
 mod handles;
 mod install;
+mod known;
 mod leases;
 mod listing;
 mod names;
 pub mod node;
+mod rescue;
 #[cfg(test)]
 mod tests;
 mod xattrs;
@@ -49,6 +51,7 @@ pub use self::install::Effect;
 pub use self::leases::{FinishedRecall, Recall};
 pub use self::names::{NewNode, Renamed};
 use self::node::{Dentry, DirNames, Level, Node};
+pub use self::rescue::{Undurable, UndurableFile};
 use crate::attributes::{Attributes, FileKind, FileTime};
 use crate::fs::{Entry, FsError, NAME_BYTES_MAX};
 use crate::session::log::{LogPosition, SessionLog};
@@ -161,6 +164,8 @@ pub struct CoreConfig {
     pub code: Code,
     /// Nothing may change.
     pub read_only: bool,
+    /// Reading changes no access time.
+    pub no_atime: bool,
     /// Most bytes of data that is dirty or in flight.
     pub dirty_bytes_max: usize,
     /// Most inodes cached without being used.

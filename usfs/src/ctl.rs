@@ -2,7 +2,8 @@
 //!
 //! Exit codes: 0 done (with `status --exit-code`: everything has all its fragments); 1 degraded;
 //! 2 some data cannot be read until providers return; 3 data is lost; 4 the directory cannot be
-//! reached or refused; 64 the command makes no sense. `fsck` has its own ([`fsck`]).
+//! reached or refused; 64 the command makes no sense (what it names is not there). `fsck` has its
+//! own ([`fsck`]).
 
 mod act;
 mod connect;
@@ -30,6 +31,19 @@ pub use connect::{Admin, Target, connect};
 
 /// The directory could not be reached, or refused.
 pub const EXIT_UNREACHABLE: u8 = 4;
+/// The command makes no sense.
+pub const EXIT_SENSELESS: u8 = 64;
+
+/// What the command names is not there, or something it needs was not given: asking the directory
+/// again would not help.
+#[derive(Debug, thiserror::Error)]
+#[error("{0:#}")]
+struct Senseless(anyhow::Error);
+
+/// Nobody reads what is printed any more (`usctl … | head`): the end, and no error.
+#[derive(Debug, thiserror::Error)]
+#[error("nobody reads the output")]
+struct ReaderGone;
 
 /// Look at an Us cluster and act on it
 #[derive(Debug, Parser)]
@@ -161,16 +175,27 @@ pub fn main() -> ExitCode {
         Err(error) => {
             // Nothing can be done where even that cannot be printed.
             let _ = error.print();
-            return if error.use_stderr() { ExitCode::from(64) } else { ExitCode::SUCCESS };
+            return if error.use_stderr() {
+                ExitCode::from(EXIT_SENSELESS)
+            } else {
+                ExitCode::SUCCESS
+            };
         }
     };
     match run(args) {
         Ok(code) => code,
         Err(error) => {
+            if error.is::<ReaderGone>() {
+                return ExitCode::SUCCESS;
+            }
             eprintln!("usctl: {error:#}");
-            ExitCode::from(EXIT_UNREACHABLE)
+            ExitCode::from(exit_code(&error))
         }
     }
+}
+
+fn exit_code(error: &anyhow::Error) -> u8 {
+    if error.is::<Senseless>() { EXIT_SENSELESS } else { EXIT_UNREACHABLE }
 }
 
 fn run(args: CtlArgs) -> anyhow::Result<ExitCode> {
@@ -221,7 +246,7 @@ async fn act(args: CtlArgs) -> anyhow::Result<ExitCode> {
             print(json, &serde_json::Value::Array(value), || table::volumes(&volumes))?;
         }
         Command::Where { path, json } => {
-            let file = place::find(&path)?;
+            let file = place::find(&path).map_err(Senseless)?;
             target.directory.get_or_insert_with(|| file.directory.clone());
             let mut admin = connect(&target).await?;
             let providers = admin.status().await?.providers;
@@ -256,9 +281,18 @@ fn print(
 ) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
     let written = if json.json { writeln!(out, "{value:#}") } else { write!(out, "{}", text()) };
+    printed(written.and_then(|()| out.flush()))
+}
+
+/// Prints a line.
+fn say(text: &str) -> anyhow::Result<()> {
+    let mut out = std::io::stdout().lock();
+    printed(writeln!(out, "{text}").and_then(|()| out.flush()))
+}
+
+fn printed(written: std::io::Result<()>) -> anyhow::Result<()> {
     match written {
-        // `usctl … | head` is no error.
-        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Err(ReaderGone.into()),
         other => other.context("print"),
     }
 }
@@ -293,6 +327,16 @@ mod tests {
         assert!(parse(&["what-if"]).is_err() && parse(&["drain"]).is_err());
         assert!(parse(&["snapshot"]).is_err(), "what is not built is not there");
         assert!(parse(&["completions", "bash"]).is_ok() && parse(&["man"]).is_ok());
+    }
+
+    /// Every error exited with 4, "the directory cannot be reached".
+    #[test]
+    fn what_is_not_there_is_not_an_unreachable_directory() {
+        let gone = place::find(std::path::Path::new("/no/such/file")).map_err(Senseless);
+        assert_eq!(exit_code(&gone.unwrap_err().into()), EXIT_SENSELESS);
+        assert_eq!(exit_code(&anyhow::anyhow!("no answer")), EXIT_UNREACHABLE);
+        let closed = printed(Err(std::io::ErrorKind::BrokenPipe.into()));
+        assert!(closed.unwrap_err().is::<ReaderGone>());
     }
 
     #[test]

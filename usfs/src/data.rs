@@ -30,4 +30,6 @@ pub use dirty::DirtyBuffer;
 pub use file::{ClonePlan, FileData, ReadPiece, ReadPlan, Seek};
 pub use in_flight::{InFlight, SealedPiece, Ticket};
 pub use map::{Extent, FileMap, MapPiece, MapSource, Place, Tail};
+/// Places by ranges of a file, where nothing is known of the rest.
+pub(crate) type Places = intervals::IntervalMap<Place>;
 pub use packer::{DirtyFacts, PackItem, Packer, PackerLimits};

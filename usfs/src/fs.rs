@@ -11,12 +11,15 @@
 mod blocks;
 mod compact;
 mod files;
+mod locks;
 mod mount;
 mod names;
 mod notify;
 mod recall;
 pub(crate) mod shared;
 mod stall;
+mod trust;
+mod undurable;
 mod writeback;
 
 use std::sync::Arc;
@@ -85,6 +88,20 @@ pub struct OpenFlags {
     pub sync: bool,
     /// Only if the name is new (`O_EXCL`, with create).
     pub exclusive: bool,
+    /// Reading changes no access time (`O_NOATIME`).
+    pub no_atime: bool,
+}
+
+/// How one write is done: a program can change what it opened the file with (`fcntl`), and what the
+/// kernel writes back of a mapping is never appended.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct WriteFlags {
+    /// To the end, whatever the offset.
+    pub append: bool,
+    /// Durable before it is answered.
+    pub sync: bool,
+    /// Drops set-user-id and set-group-id (`FUSE_WRITE_KILL_SUIDGID`).
+    pub kill_suid: bool,
 }
 
 /// One name of a listing.
@@ -189,8 +206,8 @@ pub struct Statistics {
     pub inodes: u64,
 }
 
-/// How the mount tells the kernel that something it caches is no longer true. Called from one thread
-/// of its own, without any lock: a call may block while the kernel finishes a request.
+/// How the mount tells the kernel that something it caches is no longer true. Called from threads of
+/// its own, without any lock: a call may block while the kernel finishes a request.
 pub trait KernelNotifier: Send + Sync {
     /// Forget attributes, and the pages of `offset..offset + length` (`length` 0: to the end;
     /// `offset` negative: attributes only).

@@ -38,6 +38,7 @@ const RW: OpenFlags = OpenFlags {
     truncate: false,
     sync: false,
     exclusive: false,
+    no_atime: false,
 };
 
 /// One file that is open in a mount and in the model.

@@ -106,6 +106,15 @@ impl FragmentFailure {
         }
     }
 
+    /// Whether the fragment may be had from the same place a little later: nothing is wrong with it,
+    /// only with the way there.
+    pub const fn may_pass(&self) -> bool {
+        matches!(
+            self,
+            Self::Busy | Self::Timeout { .. } | Self::Unreachable { .. } | Self::UnknownProvider
+        )
+    }
+
     /// Whether it says that the fragment itself is gone or wrong, so that the directory must hear
     /// of it; a slow or absent provider is its own business with the directory.
     pub const fn is_damage(&self) -> bool {
@@ -291,6 +300,14 @@ pub enum ReadError {
         /// The block.
         block: BlockId,
     },
+    /// Memory for reads was not to be had in time: earlier ones wait for their providers.
+    #[error("block {block} was not read: earlier reads have held their memory for {waited_ms} ms")]
+    Overloaded {
+        /// The block.
+        block: BlockId,
+        /// How long it was waited for.
+        waited_ms: u64,
+    },
     /// The disk was closed.
     #[error("the disk is closed")]
     Closed,
@@ -300,7 +317,7 @@ impl ReadError {
     /// What trying again could change.
     pub const fn retry(&self) -> Retry {
         match self {
-            Self::Lost { .. } => Retry::SamePeerLater,
+            Self::Lost { .. } | Self::Overloaded { .. } => Retry::SamePeerLater,
             Self::Range { .. }
             | Self::Tampered { .. }
             | Self::InlineTampered { .. }

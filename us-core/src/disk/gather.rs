@@ -7,19 +7,21 @@
 //!   failed, wrong               -> the fragment is lost: rebuild its pages' rows
 //!   nothing by the p95          -> the fragment is late: rebuild too, and take what comes first
 //! rebuild a row: ask others until s slots are there; if the result fails its seal, ask all
+//! nobody left to ask, and s fragments may still be there -> a pause, and again until the deadline
 //! ```
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use futures::stream::{FuturesUnordered, StreamExt};
 use tokio::sync::OwnedSemaphorePermit;
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, sleep_until, timeout_at};
 
 use super::slots::{Opening, Rebuilt, Row};
 use super::{
@@ -29,6 +31,8 @@ use super::{
 
 /// Below this many bytes pages are opened where they arrive: a trip to the CPU pool costs more.
 const INLINE_CPU_BYTES: usize = 64 << 10;
+/// The first pause before those who could not be asked are asked again, and the longest.
+const AGAIN_AFTER: Range<Duration> = Duration::from_millis(100)..Duration::from_secs(2);
 
 /// An answered get.
 struct Answer {
@@ -37,7 +41,7 @@ struct Answer {
     /// The place that was asked, for telling an old place from a new one.
     place: crate::ids::ProviderId,
     result: Result<Opened, FragmentFailure>,
-    elapsed: std::time::Duration,
+    elapsed: Duration,
 }
 
 /// The slots that came, and the pages opened from them.
@@ -79,6 +83,8 @@ pub(super) struct Gather {
     /// Pages and the fragments they were rebuilt from: not tried again with the same.
     tried: HashSet<(usize, FragmentBits)>,
     located: bool,
+    /// The pause before the next round, once nobody is left to ask.
+    pause: Duration,
     rebuild_permit: Option<OwnedSemaphorePermit>,
 }
 
@@ -99,6 +105,7 @@ impl Gather {
             contested: BTreeSet::new(),
             tried: HashSet::new(),
             located: false,
+            pause: AGAIN_AFTER.start,
             rebuild_permit: None,
         }
     }
@@ -147,6 +154,7 @@ impl Gather {
                 self.shared.latencies.lock().missed(self.info.providers[*fragment]);
             }
         }
+        self.shared.look_for_moved(&self.info, &self.lost, self.located);
         for (fragment, failure) in self.lost {
             let on_its_way =
                 failure == FragmentFailure::NotFound && !self.info.durable.contains(fragment);
@@ -247,7 +255,12 @@ impl Gather {
                 self.ask(fragment, &slots.collect());
             }
             Err(failure) => {
-                self.shared.latencies.lock().missed(place);
+                let mut latencies = self.shared.latencies.lock();
+                latencies.missed(place);
+                if failure.may_pass() {
+                    latencies.away(place, Instant::now());
+                }
+                drop(latencies);
                 self.lose(fragment, failure);
             }
         }
@@ -358,10 +371,40 @@ impl Gather {
             if !self.running.is_empty() {
                 return Ok(());
             }
-            if !self.find_moved().await {
+            if !self.find_moved().await && !self.pause().await {
                 return Err(self.lost_error());
             }
         }
+    }
+
+    /// Nobody is left to ask. Waits a little and forgets what may have passed meanwhile; `false`
+    /// where that cannot help: too many fragments are gone, or those who are away have been for
+    /// longer than a read may wait.
+    async fn pause(&mut self) -> bool {
+        let now = Instant::now();
+        let code = self.info.geometry.code();
+        let gone = self.lost.values().filter(|failure| !failure.may_pass()).count();
+        let until = now + self.pause;
+        if code.fragments() - gone < code.s() || until >= self.deadline {
+            return false;
+        }
+        let patience = self.shared.config.read_deadline;
+        let hopeless = {
+            let latencies = self.shared.latencies.lock();
+            let away = self.lost.iter().filter(|(_, failure)| failure.may_pass());
+            let away = away.map(|(fragment, _)| self.info.providers[*fragment]);
+            let long = |since: Instant| now.saturating_duration_since(since) >= patience;
+            away.filter(|at| latencies.failing_since(*at).is_none_or(|since| !long(since))).count()
+                == 0
+        };
+        if hopeless {
+            return false;
+        }
+        sleep_until(until).await;
+        self.pause = (self.pause * 2).min(AGAIN_AFTER.end);
+        self.lost.retain(|_, failure| !failure.may_pass());
+        self.located = false;
+        true
     }
 
     async fn ask_others(&mut self, rows: &BTreeMap<usize, Vec<usize>>) -> Result<(), ReadError> {
@@ -422,8 +465,9 @@ impl Gather {
             let bytes = rows * fragments * self.info.geometry.slot_bytes();
             let units = permits_for(bytes, self.shared.config.read_bytes_max);
             let permits = Arc::clone(&self.shared.rebuild_permits);
-            let permit = permits.acquire_many_owned(units).await.map_err(|_| ReadError::Closed)?;
-            self.rebuild_permit = Some(permit);
+            let permit = timeout_at(self.deadline, permits.acquire_many_owned(units)).await;
+            let permit = permit.map_err(|_| self.shared.overloaded(self.info.id))?;
+            self.rebuild_permit = Some(permit.map_err(|_| ReadError::Closed)?);
         }
         Ok(())
     }

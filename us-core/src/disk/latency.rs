@@ -4,6 +4,8 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::time::Duration;
 
+use tokio::time::Instant;
+
 use crate::ids::ProviderId;
 
 /// Answers remembered for each provider and size.
@@ -25,6 +27,8 @@ struct History {
     large: Ring,
     /// Answers missed since the last one that came.
     misses: u32,
+    /// Since when it could not be asked at all.
+    away_since: Option<Instant>,
 }
 
 #[derive(Debug, Default)]
@@ -56,6 +60,7 @@ impl Latencies {
     pub fn answered(&mut self, provider: ProviderId, bytes: usize, elapsed: Duration) {
         let history = self.providers.entry(provider).or_default();
         history.misses = 0;
+        history.away_since = None;
         history.ring(bytes).push(elapsed);
     }
 
@@ -63,6 +68,16 @@ impl Latencies {
     pub fn missed(&mut self, provider: ProviderId) {
         let history = self.providers.entry(provider).or_default();
         history.misses = history.misses.saturating_add(1);
+    }
+
+    /// The provider could not be asked: no connection, or no answer.
+    pub fn away(&mut self, provider: ProviderId, now: Instant) {
+        self.providers.entry(provider).or_default().away_since.get_or_insert(now);
+    }
+
+    /// Since when the provider could not be asked; `None` where it answered when last asked.
+    pub fn failing_since(&self, provider: ProviderId) -> Option<Instant> {
+        self.providers.get(&provider)?.away_since
     }
 
     /// How long to wait for the provider's answer before others are asked: its p95, within

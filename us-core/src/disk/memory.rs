@@ -50,8 +50,14 @@ struct Stored {
     originals: HashMap<(ProviderId, FragmentId), FragmentRecord>,
     faults: HashMap<ProviderId, Fault>,
     puts: u64,
+    put_bytes: u64,
     gets: u64,
+    /// Bytes a second of the writer's own line, and until when it is taken.
+    line: Option<(u64, Instant)>,
 }
+
+/// What a put sends before others on the same line have a turn.
+const LINE_QUANTUM: usize = 64 << 10;
 
 /// Providers in memory. Clones are the same providers.
 #[derive(Clone, Debug, Default)]
@@ -75,6 +81,34 @@ impl MemoryProviders {
     /// From now on this is wrong with the provider.
     pub fn set_fault(&self, provider: ProviderId, fault: Fault) {
         self.stored.lock().faults.insert(provider, fault);
+    }
+
+    /// All puts together go over a line of so many bytes a second, shared evenly among them.
+    pub fn limit_line(&self, bytes_a_second: u64) {
+        self.stored.lock().line = Some((bytes_a_second, Instant::now()));
+    }
+
+    /// Bytes of fragments that puts were asked to send so far.
+    pub fn put_bytes(&self) -> u64 {
+        self.stored.lock().put_bytes
+    }
+
+    /// Waits until `bytes` have gone over the line.
+    async fn send(&self, mut bytes: usize, deadline: Instant) -> Result<(), FragmentFailure> {
+        while bytes > 0 {
+            let quantum = bytes.min(LINE_QUANTUM);
+            let sent = {
+                let mut stored = self.stored.lock();
+                let Some((rate, taken)) = &mut stored.line else { return Ok(()) };
+                let time = Duration::from_secs_f64(quantum as f64 / *rate as f64);
+                *taken = (*taken).max(Instant::now()) + time;
+                *taken
+            };
+            let late = |_| FragmentFailure::Timeout { waited_ms: 0 };
+            timeout_at(deadline, tokio::time::sleep_until(sent)).await.map_err(late)?;
+            bytes -= quantum;
+        }
+        Ok(())
     }
 
     /// Nothing is wrong with any provider any more.
@@ -188,8 +222,13 @@ impl FragmentTransport for MemoryProviders {
         deadline: Instant,
     ) -> BoxFuture<'static, Result<(), FragmentFailure>> {
         let this = self.clone();
-        this.stored.lock().puts += 1;
+        {
+            let mut stored = this.stored.lock();
+            stored.puts += 1;
+            stored.put_bytes += record.body.len() as u64;
+        }
         async move {
+            this.send(record.body.len(), deadline).await?;
             let fault = this.fault(provider);
             Self::arrive(fault, deadline).await?;
             if fault == Fault::Full {
@@ -240,6 +279,7 @@ struct Known {
     leases_max: u64,
     blocks: HashMap<BlockId, BlockInfo>,
     damage: Vec<Damage>,
+    located: u64,
 }
 
 /// A directory in memory: places fragments in turn on its providers. Clones are the same directory.
@@ -258,6 +298,7 @@ impl MemoryDirectory {
             leases_max: u64::MAX,
             blocks: HashMap::new(),
             damage: Vec::new(),
+            located: 0,
         };
         Self { code, known: Arc::new(Mutex::new(known)) }
     }
@@ -276,6 +317,11 @@ impl MemoryDirectory {
     /// Remembers where a block is, for [`BlockDirectory::locate`].
     pub fn commit(&self, block: BlockInfo) {
         self.known.lock().blocks.insert(block.id, block);
+    }
+
+    /// How often it was asked where a block is.
+    pub fn located(&self) -> u64 {
+        self.known.lock().located
     }
 
     /// The damage reported so far.
@@ -305,7 +351,9 @@ impl BlockDirectory for MemoryDirectory {
     }
 
     fn locate(&self, block: BlockId) -> BoxFuture<'_, Option<BlockInfo>> {
-        futures::future::ready(self.known.lock().blocks.get(&block).cloned()).boxed()
+        let mut known = self.known.lock();
+        known.located += 1;
+        futures::future::ready(known.blocks.get(&block).cloned()).boxed()
     }
 
     fn report(&self, damage: Damage) {

@@ -7,18 +7,23 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, watch};
+use tokio::time::{Instant, timeout};
 
 use super::gather::Gather;
 use super::slots::Opening;
-use super::{BlockInfo, ReadError, Shared, permits_for};
+use super::{BlockInfo, FragmentFailure, ReadError, Shared, permits_for};
 use crate::code::ErasureCode;
 use crate::daemon::logging::RequestId;
 use crate::ids::BlockId;
 use crate::seal::BlockOpener;
+
+/// How long the places of a block are believed though one of its providers is away.
+const LOCATE_AGAIN: Duration = Duration::from_secs(30);
 
 /// A page of a block.
 pub(super) type PageKey = (BlockId, u32);
@@ -187,16 +192,69 @@ impl Shared {
                 left: pages.clone(),
                 flight,
             };
-            let permit = match permit {
-                Some(permit) => Ok(permit),
-                None => Arc::clone(&shared.read_permits).acquire_many_owned(units).await,
-            };
-            let Ok(_permit) = permit else { return };
             let mut landing = landing;
+            let _permit = match permit {
+                Some(permit) => permit,
+                None => match shared.read_permit(block.id, units).await {
+                    Ok(permit) => permit,
+                    Err(error) => return landing.end(Err(error)),
+                },
+            };
+            let closed = shared.closed.clone();
             let mut gather = Gather::new(shared, block, pages);
-            let result = gather.run(|pages| landing.land(pages)).await;
+            // Cancel-safe: a read that is cut off has only lost its answers.
+            let result = tokio::select! {
+                result = gather.run(|pages| landing.land(pages)) => result,
+                () = closed.cancelled() => Err(ReadError::Closed),
+            };
             landing.end(result);
             gather.report();
+        }));
+    }
+
+    async fn read_permit(
+        &self,
+        block: BlockId,
+        units: u32,
+    ) -> Result<OwnedSemaphorePermit, ReadError> {
+        let permits = Arc::clone(&self.read_permits).acquire_many_owned(units);
+        let permit = timeout(self.config.read_deadline, permits).await;
+        permit.map_err(|_| self.overloaded(block))?.map_err(|_| ReadError::Closed)
+    }
+
+    pub(super) fn overloaded(&self, block: BlockId) -> ReadError {
+        let waited_ms = self.config.read_deadline.as_millis() as u64;
+        ReadError::Overloaded { block, waited_ms }
+    }
+
+    /// A fragment whose provider is away may have been made again elsewhere: asks where the block
+    /// is now, apart from the read, so that the next one need not rebuild.
+    pub(super) fn look_for_moved(
+        self: &Arc<Self>,
+        block: &BlockInfo,
+        lost: &BTreeMap<usize, FragmentFailure>,
+        located: bool,
+    ) {
+        let away =
+            |failure: &FragmentFailure| failure.may_pass() && *failure != FragmentFailure::Busy;
+        if located || self.closed.is_cancelled() || !lost.values().any(away) {
+            return;
+        }
+        let Ok(permit) = Arc::clone(&self.locate_permits).try_acquire_owned() else { return };
+        let now = Instant::now();
+        let asked = self.located.get(&block.id).filter(|at| now < *at + LOCATE_AGAIN);
+        if asked.is_some() {
+            return;
+        }
+        self.located.insert(block.id, now);
+        let (shared, block) = (Arc::clone(self), block.id);
+        self.tasks.spawn(RequestId::carried(async move {
+            let _permit = permit;
+            // Cancel-safe: the answer only refreshes a cache.
+            tokio::select! {
+                _ = shared.directory.locate(block) => {}
+                () = shared.closed.cancelled() => {}
+            }
         }));
     }
 

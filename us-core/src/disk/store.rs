@@ -2,9 +2,10 @@
 //! holds.
 //!
 //! One task drives the puts of a block to their end, whether or not anybody still waits; it owns
-//! the fragments and the permits for their bytes.
+//! the fragments and the permits for their bytes. What takes time because the own line is slow is
+//! waited for ([`super::uplink`]): a block is given up when nothing of it gets through any more.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -16,6 +17,7 @@ use tokio::time::{Instant, sleep_until, timeout_at};
 
 use super::buffers::Buffer;
 use super::placing::{Placing, Replacement};
+use super::uplink::Turn;
 use super::{
     BlockInfo, FragmentBits, FragmentFailure, InlineBlock, PlacementError, PlacementLease, Retry,
     Shared, StoreError, StoredBlock, permits_for,
@@ -29,6 +31,10 @@ use crate::seal::{BlockSealer, FreshBlockId, INLINE_BYTES_MAX};
 
 /// How long a provider that asked to try later is left alone.
 const RETRY_AFTER: Duration = Duration::from_millis(200);
+/// How long one put may take in all: what is on the line is given up by other clocks.
+const PUT_MAX: Duration = Duration::from_secs(3600);
+/// How long the late fragments of acknowledged blocks may take once the disk is closed.
+const CLOSE_GRACE: Duration = Duration::from_secs(1);
 
 /// Fragments of an acknowledged block that become durable later.
 #[derive(Debug)]
@@ -127,10 +133,12 @@ impl Shared {
             deadline,
             answer: Some(answer),
             progress,
+            moved_at: Instant::now(),
             running: FuturesUnordered::new(),
-            started: vec![Vec::new(); code.fragments()],
+            started: (0..code.fragments()).map(|_| Vec::new()).collect(),
             leasing: None,
             waiting: Vec::new(),
+            closing: false,
             _permit: permit,
         };
         self.tasks.spawn(RequestId::carried(puts.run()));
@@ -199,18 +207,31 @@ struct Puts {
     shared: Arc<Shared>,
     records: Vec<FragmentRecord>,
     placing: Placing,
-    /// Until the acknowledgement: of the caller. Afterwards: of the background.
+    /// The caller's: there is an answer by then.
     deadline: Instant,
     /// Until the acknowledgement: who waits for it.
     answer: Option<oneshot::Sender<Result<Acknowledged, StoreError>>>,
     progress: watch::Sender<FragmentBits>,
+    /// When something of the block last got through.
+    moved_at: Instant,
     running: FuturesUnordered<Put>,
-    /// For each fragment the tries that are under way: where, since when.
-    started: Vec<Vec<(ProviderId, Instant)>>,
+    /// For each fragment the tries that are under way.
+    started: Vec<Vec<Try>>,
     leasing: Option<Leasing>,
     /// Fragments that wait for the lease.
     waiting: Vec<usize>,
+    /// The disk is closed: what is late has until the deadline.
+    closing: bool,
     _permit: OwnedSemaphorePermit,
+}
+
+/// A put of one fragment that has been started.
+struct Try {
+    provider: ProviderId,
+    /// Its place on the line, once it has one.
+    turn: Arc<OnceLock<Turn>>,
+    /// It took too long: the fragment was put elsewhere too.
+    given_up: bool,
 }
 
 /// What happened next.
@@ -219,6 +240,7 @@ enum Event {
     Lease(Result<PlacementLease, PlacementError>),
     Patience,
     Deadline,
+    Close,
 }
 
 impl Puts {
@@ -248,10 +270,16 @@ impl Puts {
     }
 
     async fn next_event(&mut self) -> Event {
-        let patience = self.shared.config.put_patience;
-        let oldest = self.started.iter().filter_map(|tries| tries.last());
-        let oldest = oldest.map(|(_, since)| *since + patience).min();
-        let impatient = self.answer.is_some().then_some(oldest).flatten();
+        let config = &self.shared.config;
+        let now = Instant::now();
+        let (late, stalled) = (self.late_at(), self.stalled_at());
+        // Both move with what other blocks get through: looked at again now and then.
+        let look = now + config.put_patience.max(Duration::from_millis(1));
+        let impatient = late.map(|late| late.min(look));
+        let mut deadline = stalled.map_or(look, |stalled| stalled.min(look));
+        if self.answer.is_some() || self.closing {
+            deadline = deadline.min(self.deadline);
+        }
         let leasing = async {
             match self.leasing.as_mut() {
                 Some(leasing) => leasing.await,
@@ -259,23 +287,48 @@ impl Puts {
             }
         };
         // Every branch is cancel-safe: the puts and the lease stay in `self` and go on at the next
-        // call; the sleeps are made anew from the same instants.
+        // call; the sleeps are made anew.
         tokio::select! {
             Some((index, provider, result)) = self.running.next() => {
                 Event::Put(index, provider, result)
             }
             lease = leasing => Event::Lease(lease),
-            () = sleep_until(impatient.unwrap_or(self.deadline)), if impatient.is_some() => {
+            () = sleep_until(impatient.unwrap_or(deadline)), if impatient.is_some() => {
                 Event::Patience
             }
-            () = sleep_until(self.deadline) => Event::Deadline,
+            () = sleep_until(deadline) => Event::Deadline,
+            () = self.shared.closed.cancelled(), if !self.closing => Event::Close,
         }
+    }
+
+    /// When the next try counts as slow; only until the acknowledgement.
+    fn late_at(&self) -> Option<Instant> {
+        let patience = self.shared.config.put_patience;
+        let waits = self.started.iter().filter_map(|tries| tries.last());
+        let turns = waits.filter(|one| !one.given_up).filter_map(|one| one.turn.get());
+        let late = turns.map(|turn| turn.begun + turn.patience(patience)).min();
+        self.answer.is_some().then_some(late).flatten()
+    }
+
+    /// When nothing of the block has got through for too long. Never while all of it waits for the
+    /// line, or while the line delivers what was on it before.
+    fn stalled_at(&self) -> Option<Instant> {
+        let config = &self.shared.config;
+        let stall = if self.answer.is_some() { config.put_stall } else { config.put_background };
+        let turns = || self.started.iter().flatten().filter_map(|one| one.turn.get());
+        let begun = turns().map(|turn| turn.begun).max()?;
+        let held_up = turns().filter_map(Turn::held_up_until).max();
+        let since = self.moved_at.max(begun);
+        let stalled = held_up.map_or(since, |held_up| since.max(held_up)) + stall;
+        // First all are tried elsewhere who are only too slow.
+        let late = self.late_at().map(|late| late + config.put_patience);
+        Some(late.map_or(stalled, |late| stalled.max(late)))
     }
 
     fn apply(&mut self, event: Event) -> Result<(), StoreError> {
         match event {
             Event::Put(index, provider, result) => {
-                self.started[index].retain(|(at, _)| *at != provider);
+                self.started[index].retain(|one| one.provider != provider);
                 match result {
                     Ok(()) => self.stored(index, provider),
                     Err(failure) => self.failed(index, provider, failure)?,
@@ -292,18 +345,36 @@ impl Puts {
                 }
             }
             Event::Patience => self.lose_patience()?,
-            Event::Deadline if self.answer.is_some() => return Err(self.placing.timeout()),
-            // What is not durable now is left to repair.
-            Event::Deadline => {
-                self.running.clear();
-                self.leasing = None;
+            Event::Deadline => self.look_at_clocks()?,
+            Event::Close if self.answer.is_some() => return Err(StoreError::Closed),
+            Event::Close => {
+                self.closing = true;
+                self.deadline = Instant::now() + CLOSE_GRACE;
             }
         }
         Ok(())
     }
 
+    /// Ends what has been under way for too long.
+    fn look_at_clocks(&mut self) -> Result<(), StoreError> {
+        let now = Instant::now();
+        let limited = self.answer.is_some() || self.closing;
+        let over = limited && self.deadline <= now;
+        if !over && self.stalled_at().is_none_or(|stalled| now < stalled) {
+            return Ok(());
+        }
+        if self.answer.is_some() {
+            return Err(self.placing.timeout());
+        }
+        // What is not durable now is left to repair.
+        self.running.clear();
+        self.leasing = None;
+        Ok(())
+    }
+
     fn stored(&mut self, index: usize, provider: ProviderId) {
         self.placing.stored(index, provider, self.answer.is_none());
+        self.moved_at = Instant::now();
         self.progress.send_replace(self.placing.durable);
         if self.placing.is_acknowledged()
             && let Some(answer) = self.answer.take()
@@ -311,7 +382,6 @@ impl Puts {
             let places = (self.placing.providers.clone(), self.placing.durable);
             // The caller may be gone; the block is then garbage, and its puts end with the task.
             let _ = answer.send(Ok(places));
-            self.deadline = Instant::now() + self.shared.config.put_background;
         }
     }
 
@@ -338,13 +408,19 @@ impl Puts {
         let patience = self.shared.config.put_patience;
         let now = Instant::now();
         for index in 0..self.started.len() {
-            let Some((provider, since)) = self.started[index].last().copied() else { continue };
-            if since + patience > now {
+            let Some(last) = self.started[index].last_mut().filter(|one| !one.given_up) else {
+                continue;
+            };
+            let Some(turn) = last.turn.get() else { continue };
+            let waited = now.saturating_duration_since(turn.begun);
+            if waited < turn.patience(patience) {
                 continue;
             }
-            // Looked at once: the try itself goes on and still counts if it succeeds.
-            self.started[index].clear();
-            self.placing.slow(index, provider, patience.as_millis() as u64);
+            // The try itself goes on and still counts if it succeeds.
+            last.given_up = true;
+            turn.leave();
+            let provider = last.provider;
+            self.placing.slow(index, provider, waited.as_millis() as u64);
             self.replace(index)?;
         }
         Ok(())
@@ -375,15 +451,23 @@ impl Puts {
     }
 
     fn put(&mut self, index: usize, provider: ProviderId, after: Duration) {
-        let deadline = self.deadline + self.shared.config.put_background;
-        self.started[index].push((provider, Instant::now()));
+        let turn = Arc::new(OnceLock::new());
+        self.started[index].push(Try { provider, turn: Arc::clone(&turn), given_up: false });
         let shared = Arc::clone(&self.shared);
         let record = self.records[index].clone();
         let put = async move {
             if !after.is_zero() {
                 tokio::time::sleep(after).await;
             }
-            (index, provider, shared.transport.put(provider, record, deadline).await)
+            let begun = shared.uplink.turn(record.body.len()).await;
+            let turn = turn.get_or_init(|| begun);
+            let deadline = Instant::now() + PUT_MAX;
+            let result = shared.transport.put(provider, record, deadline).await;
+            match result {
+                Ok(()) => turn.delivered(),
+                Err(_) => turn.leave(),
+            }
+            (index, provider, result)
         };
         self.running.push(put.boxed());
     }

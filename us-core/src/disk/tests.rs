@@ -478,3 +478,147 @@ async fn readers_that_share_one_cpu_job_do_not_wait_for_each_other_for_ever() {
     world.disk.close().await;
     world.check_permits(&world.disk);
 }
+
+/// A line of 1 Mbit/s used to store nothing for ever: each block had 45 seconds from the moment it
+/// was handed over, waiting for the blocks before it included, and each fragment that took three
+/// seconds was sent to another provider as well, up to five times.
+#[tokio::test(start_paused = true)]
+async fn a_slow_line_is_waited_for_and_its_bytes_are_sent_once() {
+    for (rate, blocks) in [(1 << 17, 4), (1 << 20, 12), (1 << 24, 12)] {
+        let world = World::new(4, 2, 9);
+        world.providers.limit_line(rate);
+        let far = Instant::now() + 7200 * SECOND;
+        let content = Bytes::from(random_bytes(world.code.block_bytes_max(), 1));
+        let stores = (0..blocks).map(|_| world.disk.store(vec![content.clone()], far));
+        for stored in futures::future::join_all(stores).await {
+            let mut stored = stored.unwrap();
+            while stored.late.next().await.is_some() {}
+        }
+        let geometry = crate::geometry::BlockGeometry::new(world.code, content.len()).unwrap();
+        let once = (blocks * world.code.fragments() * geometry.fragment_bytes()) as u64;
+        assert_eq!(world.providers.put_bytes(), once, "{rate} bytes a second");
+        world.disk.close().await;
+        world.check_permits(&world.disk);
+    }
+}
+
+/// Patience with the own line is none with a silent provider: its fragments go elsewhere.
+#[tokio::test(start_paused = true)]
+async fn a_silent_provider_on_a_slow_line_is_replaced() {
+    let world = World::new(4, 2, 9);
+    world.providers.limit_line(1 << 20);
+    world.providers.set_fault(ProviderId(3), Fault::Silent);
+    world.providers.set_fault(ProviderId(7), Fault::Silent);
+    let far = Instant::now() + 7200 * SECOND;
+    let content = Bytes::from(random_bytes(world.code.block_bytes_max(), 1));
+    let started = Instant::now();
+    for _ in 0..6 {
+        let stored = world.disk.store(vec![content.clone()], far).await.unwrap();
+        assert!(stored.info.durable.count() >= 5);
+    }
+    // Six seconds a block and what patience costs.
+    assert!(started.elapsed() < 6 * 40 * SECOND, "{:?}", started.elapsed());
+    world.disk.close().await;
+    world.check_permits(&world.disk);
+}
+
+/// A line that is dead is told after a bounded time, whatever the caller's limit.
+#[tokio::test(start_paused = true)]
+async fn nothing_getting_through_is_an_error_after_a_bounded_time() {
+    let world = World::new(4, 2, 6);
+    ids(6).for_each(|id| world.providers.set_fault(id, Fault::Silent));
+    let far = Instant::now() + 7200 * SECOND;
+    let content = Bytes::from(random_bytes(world.code.block_bytes_max(), 1));
+    let stores = (0..20).map(|_| world.disk.store(vec![content.clone()], far));
+    let started = Instant::now();
+    for stored in futures::future::join_all(stores).await {
+        assert!(stored.is_err());
+    }
+    assert!(started.elapsed() < 3600 * SECOND, "{:?}", started.elapsed());
+    world.disk.close().await;
+    world.check_permits(&world.disk);
+}
+
+/// Closing used to wait for the late fragment on a silent provider: an unmount of a minute with
+/// everything durable.
+#[tokio::test(start_paused = true)]
+async fn closing_waits_for_no_silent_provider() {
+    let world = World::new(4, 2, 6);
+    world.providers.set_fault(ProviderId(2), Fault::Silent);
+    let started = Instant::now();
+    let content = Bytes::from(random_bytes(100_000, 1));
+    let stored = world.disk.store(vec![content.clone()], started + 60 * SECOND).await.unwrap();
+    world.directory.commit(stored.info.clone());
+    // One that nobody answers, and a read of what only silent ones have.
+    ids(6).for_each(|id| world.providers.set_fault(id, Fault::Silent));
+    let disk = world.disk.clone();
+    let far = started + 7200 * SECOND;
+    let storing = tokio::spawn(async move { disk.store(vec![content], far).await });
+    let (disk, info) = (world.disk.clone(), stored.info.clone());
+    let reading = tokio::spawn(async move { disk.read(&info, 0..1).await });
+    tokio::time::sleep(Duration::from_millis(1)).await;
+    let closed = Instant::now();
+    world.disk.close().await;
+    assert!(closed.elapsed() <= 2 * SECOND, "{:?}", closed.elapsed());
+    assert_eq!(storing.await.unwrap().unwrap_err(), StoreError::Closed);
+    assert_eq!(reading.await.unwrap().unwrap_err(), ReadError::Closed);
+    world.check_permits(&world.disk);
+}
+
+/// The network gone for two seconds, or three providers that restart, used to be EIO at once.
+#[tokio::test(start_paused = true)]
+async fn a_moment_without_providers_is_waited_for_and_a_long_one_only_once() {
+    let world = World::new(4, 2, 6);
+    let (block, content) = world.store(300_000).await;
+    let away =
+        |count| (1..=count).for_each(|id| world.providers.set_fault(ProviderId(id), Fault::Dead));
+    for moment in [Duration::from_millis(300), 2 * SECOND, 20 * SECOND] {
+        away(6);
+        let disk = VirtualDisk::new(
+            world.volume,
+            world.key.clone(),
+            world.code,
+            DiskConfig::default(),
+            Arc::new(world.directory.clone()),
+            Arc::new(world.providers.clone()),
+        );
+        let healing = world.providers.clone();
+        let heal = tokio::spawn(async move {
+            tokio::time::sleep(moment).await;
+            healing.heal();
+        });
+        assert!(read_all(&disk, &block).await.unwrap() == content, "away for {moment:?}");
+        heal.await.unwrap();
+    }
+    // Longer than a read may take: an error, and from then on at once.
+    away(3);
+    let disk = world.fresh_disk();
+    let started = Instant::now();
+    assert!(matches!(read_all(&disk, &block).await, Err(ReadError::Lost { have: 3, .. })));
+    assert!(started.elapsed() >= 2 * SECOND && started.elapsed() <= 6 * SECOND);
+    tokio::time::sleep(10 * SECOND).await;
+    let again = Instant::now();
+    assert!(read_all(&disk, &block).await.is_err());
+    assert!(again.elapsed() < SECOND, "{:?}", again.elapsed());
+    // They are asked all the same, and found when they are back.
+    world.providers.heal();
+    assert!(read_all(&disk, &block).await.unwrap() == content);
+}
+
+/// The block of a dead provider, repaired elsewhere: the mount rebuilt its pages from parity at
+/// each cold read for as long as it lived.
+#[tokio::test(start_paused = true)]
+async fn the_new_place_of_a_repaired_fragment_is_asked_for_after_a_read() {
+    let world = World::new(4, 2, 6);
+    let (block, content) = world.store(300_000).await;
+    let asked = || world.directory.located();
+    world.providers.set_fault(block.providers[0], Fault::Dead);
+    for _ in 0..5 {
+        let disk = world.fresh_disk();
+        let before = asked();
+        assert!(read_all(&disk, &block).await.unwrap() == content);
+        tokio::time::sleep(Duration::from_millis(10)).await;
+        assert_eq!(asked(), before + 1);
+        disk.close().await;
+    }
+}

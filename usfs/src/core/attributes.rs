@@ -153,7 +153,7 @@ impl Core {
 
     /// A file was read: `relatime`, and only where that costs no lease.
     pub(super) fn touch_atime(&mut self, now: Now, ino: Ino) {
-        let full = self.log.is_full() || self.config.read_only;
+        let full = self.log.is_full() || self.config.read_only || self.config.no_atime;
         let Some(node) = self.nodes.get_mut(&ino) else { return };
         let exclusive = node.lease.usable() == Level::Exclusive;
         let Some(attributes) = node.attributes.as_mut().filter(|_| exclusive && !full) else {

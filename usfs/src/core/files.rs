@@ -75,7 +75,9 @@ impl Core {
         let size = self.need_file(ino, Level::Shared)?;
         let range = offset.min(size)..offset.saturating_add(bytes as u64).min(size);
         let pieces = self.plan(ino, range.clone(), size)?;
-        self.touch_atime(now, ino);
+        if !self.open_file(handle)?.flags.no_atime {
+            self.touch_atime(now, ino);
+        }
         let ahead = self.open_file_mut(handle)?.read_ahead.on_read(range, size);
         let ahead = match ahead.map(|range| self.plan(ino, range, size)) {
             Some(Ok(pieces)) => pieces.into_iter().filter_map(ahead_piece).collect(),

@@ -24,6 +24,7 @@ const RW: OpenFlags = OpenFlags {
     truncate: false,
     sync: false,
     exclusive: false,
+    no_atime: false,
 };
 
 fn at(millis: u64) -> Now {
@@ -37,6 +38,7 @@ fn core() -> Core {
         names: NameKey::new(&key),
         code: Code::new(4, 2).unwrap(),
         read_only: false,
+        no_atime: false,
         dirty_bytes_max: 1 << 20,
         nodes_max: 1000,
     });

@@ -4,14 +4,14 @@
 use std::fmt::Write as _;
 use std::time::Duration;
 
-use anyhow::bail;
+use anyhow::{anyhow, bail};
 use serde_json::{Value, json};
 use us_core::daemon::size::{Size, human_duration};
 use us_proto::v1;
 
-use super::JsonArgs;
 use super::connect::{Admin, Target, connect};
 use super::table::provider_name;
+use super::{JsonArgs, Senseless};
 
 /// How often a command that waits looks again.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
@@ -29,8 +29,12 @@ pub(super) async fn provider_number(admin: &mut Admin, wanted: &str) -> anyhow::
         .collect();
     match found[..] {
         [one] => Ok(one.provider),
-        [] => bail!("there is no provider {wanted:?}; `usctl providers` lists them"),
-        _ => bail!("{wanted:?} can mean more than one provider: give its number"),
+        [] => {
+            Err(Senseless(anyhow!("there is no provider {wanted:?}; `usctl providers` lists them"))
+                .into())
+        }
+        _ => Err(Senseless(anyhow!("{wanted:?} can mean more than one provider: give its number"))
+            .into()),
     }
 }
 
@@ -90,7 +94,7 @@ pub(super) async fn repair(target: &Target, args: &RepairArgs) -> anyhow::Result
     while args.wait && (repair.scanning || repair.queued + repair.running > 0) {
         let line = repair_line(&repair);
         if !args.json.json && line != shown {
-            println!("{line}");
+            super::say(&line)?;
             shown = line;
         }
         tokio::time::sleep(LOOK_EVERY).await;
@@ -113,7 +117,9 @@ pub(super) async fn scrub(target: &Target, args: &ScrubArgs) -> anyhow::Result<(
         None => 0,
     };
     let told = admin.scrub(provider).await?;
-    println!("{told} providers read all they hold now; `usctl status` shows what they find");
+    super::say(&format!(
+        "{told} providers read all they hold now; `usctl status` shows what they find"
+    ))?;
     Ok(())
 }
 
@@ -135,10 +141,12 @@ pub(super) async fn drain(target: &Target, args: &DrainArgs) -> anyhow::Result<(
     let provider = provider_number(&mut admin, &args.provider).await?;
     let fragments = admin.drain(provider, args.undo).await?;
     if args.undo {
-        println!("provider {provider} takes new fragments again");
+        super::say(&format!("provider {provider} takes new fragments again"))?;
         return Ok(());
     }
-    println!("provider {provider} takes nothing new; {fragments} fragments are to be moved");
+    super::say(&format!(
+        "provider {provider} takes nothing new; {fragments} fragments are to be moved"
+    ))?;
     if args.wait { wait_drained(&mut admin, provider, fragments).await } else { Ok(()) }
 }
 
@@ -150,11 +158,12 @@ async fn wait_drained(admin: &mut Admin, provider: u32, fragments: u64) -> anyho
         let found = status.providers.iter().find(|known| known.provider == provider);
         let left = found.map_or(0, |known| known.fragments);
         if left == 0 {
-            println!("nothing is left at provider {provider}: it can be taken away");
+            super::say(&format!("nothing is left at provider {provider}: it can be taken away"))?;
             return Ok(());
         }
         if left != shown {
-            println!("{left} fragments left; {}", repair_line(&status.repair.unwrap_or_default()));
+            let repair = repair_line(&status.repair.unwrap_or_default());
+            super::say(&format!("{left} fragments left; {repair}"))?;
             shown = left;
         }
         tokio::time::sleep(LOOK_EVERY).await;
@@ -181,7 +190,9 @@ pub(super) async fn give_up(target: &Target, args: &GiveUpArgs) -> anyhow::Resul
         );
     }
     let fragments = admin.give_up(provider).await?;
-    println!("provider {provider} is given up: {fragments} fragments are made again elsewhere");
+    super::say(&format!(
+        "provider {provider} is given up: {fragments} fragments are made again elsewhere"
+    ))?;
     Ok(())
 }
 
@@ -265,10 +276,8 @@ pub(super) async fn events(target: &Target, args: &EventsArgs) -> anyhow::Result
         let events = admin.events(after, last).await?;
         for event in &events {
             after = event.number;
-            println!(
-                "{}",
-                if args.json { event_json(event).to_string() } else { event_text(event) }
-            );
+            let text = if args.json { event_json(event).to_string() } else { event_text(event) };
+            super::say(&text)?;
         }
         // Later pages go on behind the last event, however many there are.
         last = 0;

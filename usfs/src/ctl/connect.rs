@@ -13,6 +13,7 @@ use us_core::wire::connect_grpc;
 use us_proto::v1;
 use us_proto::v1::admin_client::AdminClient;
 
+use super::Senseless;
 use crate::places::UpRecord;
 
 /// How long the directory may take for one answer.
@@ -42,9 +43,10 @@ pub struct Admin {
 /// # Errors
 /// When none is known, or it does not answer; the text says what to do.
 pub async fn connect(target: &Target) -> anyhow::Result<Admin> {
-    let (directory, identity_dir) = resolve(target, UpRecord::find())?;
+    let (directory, identity_dir) = resolve(target, UpRecord::find()).map_err(Senseless)?;
     let identity = Identity::load(&identity_dir)
-        .with_context(|| format!("cannot use the identity in {}", identity_dir.display()))?;
+        .with_context(|| format!("cannot use the identity in {}", identity_dir.display()))
+        .map_err(Senseless)?;
     let channel = connect_grpc(&directory, &identity, ExpectedPeer::role(Role::Directory))
         .await
         .with_context(|| {

@@ -39,6 +39,7 @@ pub struct FsckArgs {
 pub(super) async fn run(target: &Target, args: &FsckArgs) -> ExitCode {
     match check(target, args).await {
         Ok(code) => ExitCode::from(code),
+        Err(error) if error.is::<super::ReaderGone>() => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("usctl: fsck: {error:#}");
             ExitCode::from(EXIT_PARTIAL)
@@ -64,7 +65,7 @@ async fn check(target: &Target, args: &FsckArgs) -> anyhow::Result<u8> {
                 if is_shown {
                     eprint!("\r\x1b[K");
                 }
-                println!("{}", finding_text(&finding));
+                super::say(&finding_text(&finding))?;
             }
             Event::Summary(last) => summary = Some(last),
         }

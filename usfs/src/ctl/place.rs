@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail};
 use serde_json::{Value, json};
 use us_core::daemon::size::Size;
+use us_core::disk::{FragmentBits, durable_after_loss};
+use us_core::ids::ProviderId;
 use us_proto::v1;
 
 use super::json::{self, hex, state_word};
@@ -47,8 +49,8 @@ pub(super) fn find(path: &Path) -> anyhow::Result<File> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Standing {
     reachable: usize,
-    /// Fragments that may still go; negative: that must come back.
-    spare: isize,
+    /// Providers any of which may still go; `None`: it cannot be read now.
+    spare: Option<usize>,
 }
 
 fn usable(fragment: &v1::WhereFragment) -> bool {
@@ -56,8 +58,18 @@ fn usable(fragment: &v1::WhereFragment) -> bool {
 }
 
 fn standing(block: &v1::WhereBlock) -> Standing {
-    let reachable = block.fragments.iter().filter(|fragment| usable(fragment)).count();
-    Standing { reachable, spare: reachable as isize - block.s as isize }
+    let (providers, usable): (Vec<ProviderId>, Vec<bool>) = block
+        .fragments
+        .iter()
+        .map(|fragment| (ProviderId(fragment.provider), usable(fragment)))
+        .unzip();
+    let mut bits = FragmentBits::EMPTY;
+    let reachable = usable.iter().enumerate().filter(|(_, usable)| **usable);
+    let reachable = reachable.map(|(index, _)| bits.insert(index)).count();
+    // The worst to lose are those that hold the most fragments.
+    let left = |lost: &usize| durable_after_loss(&providers, &bits, *lost);
+    let spare = (0..=providers.len()).take_while(|lost| left(lost) >= block.s as usize).last();
+    Standing { reachable, spare }
 }
 
 pub(super) fn to_json(file: &File, blocks: &[v1::WhereBlock]) -> Value {
@@ -82,10 +94,12 @@ pub(super) fn to_text(
     let verdict = match worst {
         None if blocks.is_empty() => "nothing of it is stored: it is empty, or a hole".to_owned(),
         None => "all of it is still in the directory".to_owned(),
-        Some(..0) => "part of it CANNOT BE READ until providers return".to_owned(),
-        Some(0) => "all of it can be read, but no further provider may be lost".to_owned(),
-        Some(1) => "all of it can be read, and one more provider may be lost".to_owned(),
-        Some(spare) => format!("all of it can be read, and any {spare} more providers may be lost"),
+        Some(None) => "part of it CANNOT BE READ until providers return".to_owned(),
+        Some(Some(0)) => "all of it can be read, but no further provider may be lost".to_owned(),
+        Some(Some(1)) => "all of it can be read, and one more provider may be lost".to_owned(),
+        Some(Some(spare)) => {
+            format!("all of it can be read, and any {spare} more providers may be lost")
+        }
     };
     let count = match blocks.len() {
         1 => "1 block".to_owned(),
@@ -140,10 +154,10 @@ fn write_block(out: &mut String, block: &v1::WhereBlock, names: &HashMap<u32, St
         let _ = writeln!(out, "  {:>3} {kind:<6} {name:<16} {}", fragment.index, words(fragment));
     }
     let verdict = match spare {
-        ..0 => format!("UNREADABLE: {reachable} of the {s} fragments it takes"),
-        0 => "readable, no loss to spare".to_owned(),
-        1 => "readable, 1 loss to spare".to_owned(),
-        spare => format!("readable, {spare} losses to spare"),
+        None => format!("UNREADABLE: {reachable} of the {s} fragments it takes"),
+        Some(0) => "readable, no provider to spare".to_owned(),
+        Some(1) => "readable, any 1 provider to spare".to_owned(),
+        Some(spare) => format!("readable, any {spare} providers to spare"),
     };
     let missing = block.fragments.len().saturating_sub(reachable);
     let _ = match missing {
@@ -188,7 +202,7 @@ mod tests {
             ranges,
             ..Default::default()
         };
-        assert_eq!(standing(&block), Standing { reachable: 4, spare: 0 });
+        assert_eq!(standing(&block), Standing { reachable: 4, spare: Some(0) });
         let file = File {
             path: "/mnt/usfs/a".into(),
             ino: 9,
@@ -205,6 +219,26 @@ mod tests {
         assert!(to_text(&file, &[], &[]).contains("empty"));
         let inline = v1::WhereBlock { inline: true, s: 1, ..Default::default() };
         assert!(to_text(&file, &[inline], &[]).contains("still in the directory"));
+    }
+
+    /// With two fragments on each of three providers it said "any 2 more providers may be lost".
+    #[test]
+    fn losses_are_counted_in_providers() {
+        let online = v1::ProviderState::Online;
+        let block = |places: [u32; 6]| {
+            let fragments = places.iter().enumerate().map(|(index, provider)| {
+                let fragment = fragment(index as u32, online, true);
+                v1::WhereFragment { provider: *provider, ..fragment }
+            });
+            v1::WhereBlock { s: 4, r: 2, fragments: fragments.collect(), ..Default::default() }
+        };
+        let spare = |places| standing(&block(places)).spare;
+        assert_eq!(spare([1, 2, 3, 4, 5, 6]), Some(2));
+        assert_eq!(spare([1, 2, 3, 1, 2, 3]), Some(1));
+        assert_eq!(spare([1, 1, 1, 2, 2, 2]), Some(0));
+        let mut lost = block([1, 2, 3, 4, 5, 6]);
+        lost.fragments.iter_mut().take(3).for_each(|fragment| fragment.damaged = true);
+        assert_eq!(standing(&lost), Standing { reachable: 3, spare: None });
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! `usctl status`: one screen, truthfully.
 
 use std::fmt::Write as _;
-use std::io::{IsTerminal, Write as _};
+use std::io::IsTerminal;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use us_proto::v1;
 use super::act::repair_line;
 use super::connect::{Admin, Target, connect};
 use super::json::{Pids, health_word};
-use super::{EXIT_UNREACHABLE, JsonArgs, json, table};
+use super::{EXIT_UNREACHABLE, JsonArgs, ReaderGone, json, table};
 use crate::places::{self, UpRecord};
 
 /// Columns of the longest bar.
@@ -41,8 +41,11 @@ pub(super) async fn run(target: &Target, args: &StatusArgs) -> anyhow::Result<Ex
     loop {
         let shown = show_once(target, &mut admin, args).await;
         if let Err(error) = shown {
+            if error.is::<ReaderGone>() {
+                return Err(error);
+            }
             admin = None;
-            println!("{error:#}");
+            super::say(&format!("{error:#}"))?;
         }
         tokio::time::sleep(Duration::from_secs(seconds)).await;
     }
@@ -60,16 +63,10 @@ async fn show_once(
     let reply = connected.status().await?;
     if args.json.json {
         // One object a line, for who reads along.
-        println!("{}", json::status(&reply));
-        return Ok(());
+        return super::say(&json::status(&reply).to_string());
     }
-    let mut out = std::io::stdout().lock();
-    if out.is_terminal() {
-        write!(out, "\x1b[H\x1b[2J")?;
-    }
-    writeln!(out, "{}", to_text(&reply))?;
-    out.flush()?;
-    Ok(())
+    let clear = if std::io::stdout().is_terminal() { "\x1b[H\x1b[2J" } else { "" };
+    super::say(&format!("{clear}{}", to_text(&reply)))
 }
 
 /// The exit code that stands for a health.

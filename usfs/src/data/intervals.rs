@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 
 /// A value that stands for a run of bytes and can be cut at any byte.
-pub(super) trait Divide: Clone {
+pub(crate) trait Divide: Clone {
     /// Drops the first `bytes` bytes.
     fn advance(&mut self, bytes: u64);
     /// Keeps the first `bytes` bytes.
@@ -13,7 +13,7 @@ pub(super) trait Divide: Clone {
 
 /// Disjoint ranges, each with a value. No range is empty.
 #[derive(Clone, Debug)]
-pub(super) struct IntervalMap<T> {
+pub(crate) struct IntervalMap<T> {
     /// Start of a range -> its end and value.
     entries: BTreeMap<u64, (u64, T)>,
     bytes: u64,

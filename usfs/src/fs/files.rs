@@ -12,6 +12,7 @@ use super::shared::State;
 use super::writeback::flush_file;
 use super::{
     AllocateMode, Caller, Fs, FsError, Handle, KernelNotifier, OpenFlags, Opened, SeekFor,
+    WriteFlags,
 };
 use crate::core::{FlushReason, Now, ReadPiece, Stop};
 
@@ -61,9 +62,14 @@ impl Fs {
         })
     }
 
-    /// Writes all of `data` if that needs no wait: `None` means call [`Fs::write`]. Copies the bytes
-    /// once, into the file's dirty buffer. `kill_suid`: the kernel asks to drop set-user-id and
-    /// set-group-id (`FUSE_WRITE_KILL_SUIDGID`).
+    /// How a write through `handle` is done where nothing else is said: as it was opened.
+    fn write_flags(&self, handle: Handle, kill_suid: bool) -> Result<WriteFlags, FsError> {
+        let state = self.shared.lock();
+        let OpenFlags { append, sync, .. } = state.core.open_file(handle)?.flags;
+        Ok(WriteFlags { append, sync, kill_suid })
+    }
+
+    /// [`Fs::try_write_as`] as the file was opened.
     pub fn try_write(
         &self,
         handle: Handle,
@@ -71,14 +77,41 @@ impl Fs {
         data: &[u8],
         kill_suid: bool,
     ) -> Option<Result<usize, FsError>> {
-        let mut before = 0;
-        let mut after = 0;
+        match self.write_flags(handle, kill_suid) {
+            Ok(flags) => self.try_write_as(handle, offset, data, flags),
+            Err(error) => Some(Err(error)),
+        }
+    }
+
+    /// [`Fs::write_as`] as the file was opened.
+    pub async fn write(
+        &self,
+        handle: Handle,
+        offset: u64,
+        data: Bytes,
+        kill_suid: bool,
+    ) -> Result<usize, FsError> {
+        let flags = self.write_flags(handle, kill_suid)?;
+        self.write_as(handle, offset, data, flags).await
+    }
+
+    /// Writes all of `data` if that needs no wait: `None` means call [`Fs::write_as`]. Copies the
+    /// bytes once, into the file's dirty buffer.
+    pub fn try_write_as(
+        &self,
+        handle: Handle,
+        offset: u64,
+        data: &[u8],
+        flags: WriteFlags,
+    ) -> Option<Result<usize, FsError>> {
+        if flags.sync {
+            return None;
+        }
+        let (mut before, mut after) = (0, 0);
         let mut write = |state: &mut State, now: Now| {
-            if state.core.open_file(handle)?.flags.sync {
-                return Err(Stop::Stall(crate::core::Stall::Space));
-            }
             before = state.core.uncommitted_bytes();
-            let written = state.core.write(now, handle, offset, data, kill_suid);
+            state.core.open_file_mut(handle)?.flags.append = flags.append;
+            let written = state.core.write(now, handle, offset, data, flags.kill_suid);
             after = state.core.uncommitted_bytes();
             written
         };
@@ -92,25 +125,25 @@ impl Fs {
     }
 
     /// Writes all of `data`.
-    pub async fn write(
+    pub async fn write_as(
         &self,
         handle: Handle,
         offset: u64,
         data: Bytes,
-        kill_suid: bool,
+        flags: WriteFlags,
     ) -> Result<usize, FsError> {
         let (mut before, mut after) = (0, 0);
         let written = self
             .run(|state, now| {
                 before = state.core.uncommitted_bytes();
-                let written = state.core.write(now, handle, offset, &data, kill_suid);
+                state.core.open_file_mut(handle)?.flags.append = flags.append;
+                let written = state.core.write(now, handle, offset, &data, flags.kill_suid);
                 after = state.core.uncommitted_bytes();
                 written
             })
             .await?;
         self.note_dirty(before, after);
-        let sync = self.shared.lock().core.open_file(handle)?.flags.sync;
-        if sync {
+        if flags.sync {
             self.fsync(handle, true).await?;
         }
         Ok(written)
@@ -131,14 +164,22 @@ impl Fs {
             let ino = state.core.open_file(handle)?.ino;
             (ino, state.core.take_write_error(handle))
         };
-        self.drop_locks(ino, lock_owner).await?;
-        error.map_or(Ok(()), Err)
+        let unlocked = self.drop_locks(ino, lock_owner).await;
+        // It is told once: nothing may hide it.
+        error.map_or(unlocked, Err)
     }
 
-    /// The last descriptor of an open file was closed.
+    /// The last descriptor of an open file was closed: locks that were taken through it go.
     pub fn release(&self, handle: Handle) {
-        self.shared.lock().core.close(handle);
+        let locked = {
+            let mut state = self.shared.lock();
+            let ino = state.core.open_file(handle).map(|file| file.ino);
+            let locked = ino.map(|ino| state.lock_owners.closed(ino, handle));
+            state.core.close(handle);
+            locked.unwrap_or_default()
+        };
         self.shared.outgoing.notify_one();
+        self.drop_locks_later(locked);
     }
 
     /// Returns when the file's data, and every change of names before now, is durable.

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use tokio::time::Instant;
 use us_core::disk::{Acknowledge, DiskConfig, FragmentTransport, VirtualDisk};
 use us_core::geometry::{Code, GeometryError};
 use us_core::ids::{Ino, SessionId, VolumeId};
@@ -14,6 +15,7 @@ use us_proto::v1;
 use us_proto::v1::session_up::Event as Up;
 
 use super::blocks::Blocks;
+use super::notify::Forget;
 use super::shared::{Parts, Shared, now};
 use super::writeback::flush_file;
 use super::{Fs, FsError};
@@ -21,8 +23,10 @@ use crate::core::{Core, CoreConfig, FlushReason};
 use crate::session::stream::{OpenStream, margin};
 use crate::session::{DirectoryLink, SessionError, stream};
 
-/// How long an unmount may take to make everything durable.
-const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(120);
+/// How long an unmount waits while nothing more becomes durable.
+const FLUSH_PATIENCE: Duration = Duration::from_secs(120);
+/// How often is looked whether something has.
+const FLUSH_LOOK: Duration = Duration::from_millis(250);
 /// How long the directory may take to say goodbye.
 const GOODBYE_TIMEOUT: Duration = Duration::from_secs(3);
 /// How long an unmount waits for fragments beyond the write margin.
@@ -31,6 +35,8 @@ const SETTLING_TIMEOUT: Duration = Duration::from_secs(5);
 const EVICT_EVERY: Duration = Duration::from_secs(5);
 /// Names the kernel is asked to forget at once.
 const FORGET_AT_ONCE: usize = 16 << 10;
+/// How long the kernel may take to forget some names, before others are tried.
+const RELIEF_PATIENCE: Duration = Duration::from_secs(1);
 /// Inodes cached without being used.
 const NODES_MAX: usize = 256 << 10;
 
@@ -53,6 +59,11 @@ pub struct MountOptions {
     pub rescue_dir: PathBuf,
     /// Sessions of mounts that are known to be dead, to be ended at once (at most 64).
     pub replaces: Vec<SessionId>,
+    /// Reading changes no access time.
+    pub no_atime: bool,
+    /// How long an unmount waits while nothing more becomes durable; what is not goes into a rescue
+    /// file then.
+    pub flush_patience: Duration,
 }
 
 impl Default for MountOptions {
@@ -66,6 +77,8 @@ impl Default for MountOptions {
             key: None,
             rescue_dir: std::env::temp_dir(),
             replaces: Vec::new(),
+            no_atime: false,
+            flush_patience: FLUSH_PATIENCE,
         }
     }
 }
@@ -134,6 +147,7 @@ impl Fs {
             names,
             code,
             read_only: options.read_only,
+            no_atime: options.no_atime,
             dirty_bytes_max,
             nodes_max: NODES_MAX,
         });
@@ -150,6 +164,8 @@ impl Fs {
             rescue_dir: options.rescue_dir,
             volume_name: opened.opened.volume_name.clone(),
             session: SessionId(opened.opened.session),
+            dirty_bytes_max,
+            flush_patience: options.flush_patience,
         }));
         blocks.connect(&shared);
         shared.new_grant(&opened.opened.grant);
@@ -169,31 +185,55 @@ impl Fs {
     /// What could not be made durable; it lies in the rescue file then.
     pub async fn shutdown(&self) -> Result<(), FsError> {
         let shared = &self.shared;
-        if shared.lock().core.ended().is_none() {
-            let flushed = tokio::time::timeout(SHUTDOWN_TIMEOUT, self.flush_all()).await;
-            let flushed = flushed.unwrap_or_else(|_| {
+        if shared.lock().core.ended().is_some() {
+            self.stop().await;
+            return Err(self.ended());
+        }
+        let flushed = match self.flush_while_it_moves().await {
+            Ok(()) => {
+                shared.lock().core.send(Up::Close(v1::CloseSession {}));
+                shared.outgoing.notify_one();
+                self.wait_end().await;
+                Ok(())
+            }
+            Err(error @ FsError::SessionEnded(_)) => Err(error),
+            Err(error) => {
+                Err(FsError::TimedOut(shared.session_ended(&format!("unmounted: {error}")).await))
+            }
+        };
+        shared.end("unmounted".to_owned());
+        self.stop().await;
+        flushed
+    }
+
+    /// Flushes all, however long it takes while there is less and less left to do.
+    async fn flush_while_it_moves(&self) -> Result<(), FsError> {
+        let shared = &self.shared;
+        let left = || {
+            let mut state = shared.lock();
+            state.core.uncommitted_bytes() + state.core.log().bytes() as u64
+        };
+        let flushing = self.flush_all();
+        tokio::pin!(flushing);
+        let (mut least, mut since) = (left(), Instant::now());
+        // Cancel-safe: the flush stays where it is and goes on.
+        loop {
+            if let Ok(flushed) = tokio::time::timeout(FLUSH_LOOK, &mut flushing).await {
+                return flushed;
+            }
+            let now_left = left();
+            if now_left < least {
+                (least, since) = (now_left, Instant::now());
+            } else if since.elapsed() >= shared.flush_patience {
                 let mut state = shared.lock();
-                let (files, bytes) =
-                    (state.core.uncommitted_files().len(), state.core.log().bytes());
-                Err(FsError::TimedOut(format!(
+                let files = state.core.uncommitted_files().len();
+                let bytes = state.core.log().bytes();
+                return Err(FsError::TimedOut(format!(
                     "the data of {files} files is not stored, and {bytes} bytes of changes are not \
                      durable"
-                )))
-            });
-            match &flushed {
-                Ok(()) => {
-                    shared.lock().core.send(Up::Close(v1::CloseSession {}));
-                    shared.outgoing.notify_one();
-                    self.wait_end().await;
-                }
-                Err(error) => shared.session_ended(&format!("unmounted: {error}")).await,
+                )));
             }
-            shared.lock().core.end("unmounted".to_owned());
-            self.stop().await;
-            return flushed;
         }
-        self.stop().await;
-        Err(self.ended())
     }
 
     /// Stops at once, as a crash would: nothing is flushed, the session stays open at the directory.
@@ -288,6 +328,7 @@ fn start(
     shared.tasks.spawn(stream::run(Arc::clone(shared), link, opened, open, stop));
     shared.tasks.spawn(super::recall::run(Arc::clone(shared)));
     shared.tasks.spawn(super::writeback::run(Arc::clone(shared), dirty_bytes_max));
+    shared.tasks.spawn(super::trust::run(Arc::clone(shared)));
     shared.tasks.spawn(evict(Arc::clone(shared)));
 }
 
@@ -314,10 +355,10 @@ async fn relieve(shared: &Shared) {
         if names.is_empty() {
             return;
         }
-        for (dir, name) in names {
-            shared.kernel.forget_name(dir, name);
-        }
-        shared.kernel.settled().await;
+        let forget = |(dir, name)| Forget { ino: dir, names: vec![name], inode: false };
+        let forgotten = shared.kernel.forget(names.into_iter().map(forget).collect());
+        // Not for ever: a request in flight can hold it up.
+        let _ = tokio::time::timeout(RELIEF_PATIENCE, forgotten).await;
         let now = shared.now();
         let evicted = shared.lock().core.evict(now);
         shared.outgoing.notify_one();

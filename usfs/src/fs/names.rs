@@ -1,27 +1,22 @@
-//! Operations on names, attributes, listings and locks. Each only waits for what `core` asks for.
+//! Operations on names, attributes and listings. Each only waits for what `core` asks for.
 
 use std::time::Duration;
 
 use bytes::Bytes;
-use tokio::time::Instant;
 use us_core::ids::Ino;
 use us_proto::v1;
 use us_proto::v1::session_down::Event as Down;
 use us_proto::v1::session_up::Event as Up;
 
 use super::{
-    Caller, Entry, Fs, FsError, Handle, Listed, Lock, LockType, Lookup, OpenFlags, Opened,
-    RenameMode, SetAttributes, Statistics, XattrMode,
+    Caller, Entry, Fs, FsError, Handle, Listed, Lookup, OpenFlags, Opened, RenameMode,
+    SetAttributes, Statistics, XattrMode,
 };
 use crate::attributes::{FileKind, MODE_PERMISSIONS};
 use crate::core::{NewNode, Stall, Stop};
 
 /// How long the directory may take for an answer that is not cached.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
-/// One wait for a lock at the directory, and all of them: a request cannot be interrupted, so no
-/// wait is for ever.
-const LOCK_WAIT_MS: u32 = 10_000;
-const LOCK_WAIT_MAX: Duration = Duration::from_secs(600);
+pub(super) const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Names and attributes.
 impl Fs {
@@ -267,7 +262,7 @@ impl Fs {
     }
 }
 
-/// What the directory is asked each time: space and locks.
+/// What the directory is asked each time.
 impl Fs {
     /// Space of the volume.
     pub async fn statfs(&self) -> Result<Statistics, FsError> {
@@ -283,82 +278,6 @@ impl Fs {
                     inodes: reply.inodes,
                 })
             }
-            _ => Err(FsError::Io("the directory answered something else".to_owned())),
-        }
-    }
-
-    /// The lock that is in the way of `lock`, or `None`.
-    pub async fn getlk(&self, ino: Ino, lock: Lock) -> Result<Option<Lock>, FsError> {
-        let reply = self.ask_lock(ino, lock, true, 0).await?;
-        let kind = match reply.blocking_kind() {
-            v1::LockKind::Unlock => return Ok(None),
-            v1::LockKind::Read => LockType::Read,
-            v1::LockKind::Write => LockType::Write,
-        };
-        let (start, end) = (reply.blocking_start, reply.blocking_end);
-        let blocking = Lock { owner: 0, start, end, kind, pid: reply.blocking_pid };
-        Ok((!reply.granted).then_some(blocking))
-    }
-
-    /// Takes or releases a byte-range lock; `wait`s, but not for ever, for one that is in the way.
-    pub async fn setlk(&self, ino: Ino, lock: Lock, wait: bool) -> Result<(), FsError> {
-        let deadline = Instant::now() + LOCK_WAIT_MAX;
-        if lock.kind != LockType::Unlock {
-            self.shared.lock().note_lock(ino, lock.owner);
-        }
-        loop {
-            let wait_ms = if wait { LOCK_WAIT_MS } else { 0 };
-            if self.ask_lock(ino, lock, false, wait_ms).await?.granted {
-                return Ok(());
-            }
-            if !wait {
-                return Err(FsError::Locked);
-            }
-            if Instant::now() >= deadline {
-                return Err(FsError::LockWaitEnded);
-            }
-        }
-    }
-
-    /// A descriptor of `owner` was closed: its locks on the file go.
-    pub(super) async fn drop_locks(&self, ino: Ino, owner: u64) -> Result<(), FsError> {
-        if !self.shared.lock().take_lock(ino, owner) {
-            return Ok(());
-        }
-        let kind = LockType::Unlock;
-        let all = Lock { owner, start: 0, end: u64::MAX, kind, pid: 0 };
-        self.ask_lock(ino, all, false, 0).await.map(|_| ())
-    }
-
-    async fn ask_lock(
-        &self,
-        ino: Ino,
-        lock: Lock,
-        test: bool,
-        wait_ms: u32,
-    ) -> Result<v1::LockReply, FsError> {
-        let kind = match lock.kind {
-            LockType::Read => v1::LockKind::Read,
-            LockType::Write => v1::LockKind::Write,
-            LockType::Unlock => v1::LockKind::Unlock,
-        };
-        let ask = |request| {
-            Up::Lock(v1::LockRequest {
-                request,
-                ino: ino.0,
-                owner: lock.owner,
-                start: lock.start,
-                end: lock.end,
-                kind: kind as i32,
-                pid: lock.pid,
-                test,
-                wait: wait_ms > 0,
-                wait_ms,
-            })
-        };
-        let timeout = ANSWER_TIMEOUT + Duration::from_millis(u64::from(wait_ms));
-        match self.shared.ask(ask, timeout).await? {
-            Down::Lock(reply) => Ok(reply),
             _ => Err(FsError::Io("the directory answered something else".to_owned())),
         }
     }

@@ -8,8 +8,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::Semaphore;
+use tokio::time::{Instant, timeout};
 use us_core::ids::Ino;
 
+use super::notify::Forget;
 use super::shared::Shared;
 use super::writeback::flush_file;
 use crate::core::node::Level;
@@ -22,6 +24,13 @@ const FLUSHES_AT_ONCE: usize = 64;
 const FORGETTING_AT_ONCE: usize = 64;
 /// How often a pinned lease is looked at.
 const PIN_POLL: Duration = Duration::from_millis(2);
+/// How long the kernel may take to forget while an operation on the same inode waits for the
+/// directory: it may hold what the kernel waits for, and wait for this very lease.
+const PATIENCE: Duration = Duration::from_millis(100);
+/// The same while an operation on anything waits.
+const PATIENCE_STUCK: Duration = Duration::from_secs(1);
+/// The same while only reads are in flight, which end by themselves.
+const PATIENCE_MAX: Duration = Duration::from_secs(30);
 /// The pause before a flush that failed is tried again.
 const FLUSH_RETRY: Duration = Duration::from_millis(500);
 
@@ -91,7 +100,7 @@ async fn answer(shared: &Arc<Shared>, slots: &Slots, recall: Recall) {
     shared.outgoing.notify_one();
     if keep == Level::None {
         // What was read while the kernel forgot.
-        shared.kernel.forget_inode(ino);
+        drop(shared.kernel.forget(vec![Forget::whole(ino, Vec::new())]));
     }
 }
 
@@ -105,11 +114,26 @@ async fn flush(shared: &Arc<Shared>, slots: &Slots, ino: Ino) {
     }
 }
 
+/// Waits until the kernel has forgotten the inode and its names. A call that is blocked by a request
+/// of this mount which needs the lease's return is not waited for: it ends soon after.
 async fn forget_in_kernel(shared: &Shared, ino: Ino) {
-    let names = shared.lock().core.cached_names(ino);
-    for name in names {
-        shared.kernel.forget_name(ino, name);
+    let (names, before) = {
+        let state = shared.lock();
+        (state.core.cached_names(ino), state.core.unanswered())
+    };
+    let mut forgotten = shared.kernel.forget(vec![Forget::whole(ino, names)]);
+    let begun = Instant::now();
+    while timeout(PATIENCE, &mut forgotten).await.is_err() {
+        let now = shared.lock().core.unanswered();
+        let mut stuck = before.iter().filter(|request| now.contains(request)).peekable();
+        let waited = begun.elapsed();
+        let anything = stuck.peek().is_some();
+        let give_up = stuck.any(|(_, about)| *about == ino)
+            || (anything && waited >= PATIENCE_STUCK)
+            || waited >= PATIENCE_MAX;
+        if give_up {
+            tracing::debug!(%ino, ?waited, "the kernel forgets once its request is answered");
+            return;
+        }
     }
-    shared.kernel.forget_inode(ino);
-    shared.kernel.settled().await;
 }

@@ -4,7 +4,7 @@
 //! The lock is short and never held across an await. Signals are levels, not events: whoever waits
 //! subscribes first and looks again after each signal.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,13 +15,15 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use us_core::daemon::logging::RequestId;
 use us_core::disk::VirtualDisk;
-use us_core::ids::{Ino, SessionId};
+use us_core::ids::SessionId;
 use us_proto::v1;
 use us_proto::v1::session_down::Event as Down;
 use us_proto::v1::session_up::Event as Up;
 
 use super::blocks::Blocks;
+use super::locks::LockOwners;
 use super::notify::KernelCalls;
+use super::undurable::UndurableBlocks;
 use super::{FsError, SwarmNews};
 use crate::attributes::FileTime;
 use crate::core::{Core, Effect, Now};
@@ -43,8 +45,9 @@ pub(crate) struct State {
     pub core: Core,
     waiters: HashMap<u64, Vec<oneshot::Sender<Answer>>>,
     replies: HashMap<u64, oneshot::Sender<Down>>,
-    /// Owners that have asked for a lock on a file: only their closes concern the directory.
-    lock_owners: HashSet<(Ino, u64)>,
+    pub lock_owners: LockOwners,
+    /// The plaintext of blocks whose commit is not durable.
+    pub undurable: UndurableBlocks,
 }
 
 /// One mount.
@@ -71,6 +74,8 @@ pub(crate) struct Shared {
     pub rescue_dir: PathBuf,
     pub volume_name: String,
     pub session: SessionId,
+    /// How long an unmount waits while nothing more becomes durable.
+    pub flush_patience: Duration,
 }
 
 /// What a mount is made of.
@@ -82,6 +87,8 @@ pub(crate) struct Parts {
     pub rescue_dir: PathBuf,
     pub volume_name: String,
     pub session: SessionId,
+    pub dirty_bytes_max: usize,
+    pub flush_patience: Duration,
 }
 
 impl Shared {
@@ -90,7 +97,8 @@ impl Shared {
             core: parts.core,
             waiters: HashMap::new(),
             replies: HashMap::new(),
-            lock_owners: HashSet::new(),
+            lock_owners: LockOwners::default(),
+            undurable: UndurableBlocks::new(parts.dirty_bytes_max),
         };
         Self {
             state: Mutex::new(state),
@@ -109,6 +117,7 @@ impl Shared {
             rescue_dir: parts.rescue_dir,
             volume_name: parts.volume_name,
             session: parts.session,
+            flush_patience: parts.flush_patience,
         }
     }
 
@@ -165,6 +174,7 @@ impl Shared {
                     state.answer(*number, &Answer::Done(result.clone()));
                 }
                 Some(Effect::Contended(number)) => state.answer(*number, &Answer::Contended),
+                Some(Effect::Durable(_)) => state.advance_undurable(),
                 _ => {}
             }
             effect
@@ -264,36 +274,35 @@ impl Shared {
         Ok((stream, reclaims))
     }
 
-    /// The session is over: what is not durable goes into a rescue file, and everything fails.
-    pub async fn session_ended(&self, why: &str) {
+    /// The session is over: everything fails from now on, and what is not durable goes into a rescue
+    /// file. Answers why it ended, and where that lies.
+    pub async fn session_ended(&self, why: &str) -> String {
+        // First, so that nothing is accepted that would be in neither place.
+        self.end(why.to_owned());
         let rescue = {
             let mut state = self.lock();
-            let rescue = crate::session::rescue::Rescue::collect(&mut state.core);
-            state.waiters.clear();
-            state.replies.clear();
-            rescue
+            let kept = state.undurable.take();
+            crate::session::rescue::Rescue::collect(&state.core, kept)
         };
         let text = match rescue {
             None => why.to_owned(),
             Some(rescue) => {
-                let (dir, volume) = (self.rescue_dir.clone(), self.volume_name.clone());
-                let written =
-                    tokio::task::spawn_blocking(move || rescue.write(&dir, &volume)).await;
-                match written {
-                    Ok(Ok(path)) => {
+                let dir = self.rescue_dir.clone();
+                match rescue.write(dir, &self.volume_name, &self.disk).await {
+                    Ok(path) => {
                         format!("{why}; what was not durable lies in {}", path.display())
                     }
-                    Ok(Err(error)) => format!("{why}; what was not durable is lost: {error}"),
                     Err(error) => format!("{why}; what was not durable is lost: {error}"),
                 }
             }
         };
         tracing::error!(reason = text, "the session with the directory ended");
-        self.end(text);
+        self.lock().core.explain_end(text.clone());
+        self.signal();
+        text
     }
 
-    /// From now on everything fails, and whoever waits is told so: those too that began to wait while
-    /// the rescue file was written.
+    /// From now on everything fails, and whoever waits is told so.
     pub fn end(&self, why: String) {
         {
             let mut state = self.lock();
@@ -315,14 +324,10 @@ impl State {
         }
     }
 
-    /// `owner` may hold a lock on `ino`.
-    pub fn note_lock(&mut self, ino: Ino, owner: u64) {
-        self.lock_owners.insert((ino, owner));
-    }
-
-    /// Whether `owner` may hold a lock on `ino`; forgets it.
-    pub fn take_lock(&mut self, ino: Ino, owner: u64) -> bool {
-        self.lock_owners.remove(&(ino, owner))
+    /// Lets go of the plaintext of blocks whose commits have become durable.
+    pub fn advance_undurable(&mut self) {
+        let (end, durable) = (self.core.log().end(), self.core.log().durable_position());
+        self.undurable.advance(&self.core, end, durable);
     }
 
     fn answer(&mut self, number: u64, answer: &Answer) {

@@ -13,15 +13,16 @@ use us_core::ids::{BlockId, Ino};
 
 use super::FsError;
 use super::compact::compact;
-use super::shared::Shared;
+use super::shared::{Shared, State};
 use crate::core::{FlushReason, SealPlan, Stored};
 use crate::data::Ticket;
 use crate::errno::whole;
 
 /// Blocks of the background that may be on their way at once.
 const BLOCKS_IN_FLIGHT_MAX: usize = 6;
-/// How long storing one block may take before its bytes are dirty again.
-const STORE_TIMEOUT: Duration = Duration::from_secs(45);
+/// How long storing one block may take before its bytes are dirty again, as long as something of it
+/// gets through: what stands still ends much sooner (`DiskConfig::put_stall`).
+const STORE_TIMEOUT: Duration = Duration::from_secs(3600);
 /// How often a flush tries to get by a crowded chunk, and the pause while the background is at it.
 const REWRITES_MAX: usize = 200;
 const REWRITE_POLL: Duration = Duration::from_millis(5);
@@ -82,6 +83,7 @@ pub(crate) async fn run(shared: Arc<Shared>, dirty_bytes_max: usize) {
 /// Stores one block and tells the core.
 async fn store(shared: &Arc<Shared>, plan: SealPlan) {
     let SealPlan { ticket, pieces, inline } = plan;
+    let plaintext = pieces.clone();
     let result = if inline {
         let sealed = shared.disk.seal_inline(&pieces);
         sealed.map(|block| (Stored { commit: block.to_commit(), info: block.info }, None))
@@ -109,8 +111,14 @@ async fn store(shared: &Arc<Shared>, plan: SealPlan) {
     let now = shared.now();
     {
         let mut state = shared.lock();
+        let stored = result.as_ref().ok().map(|stored| stored.info.id);
         state.core.finish_ticket(now, ticket, result);
         state.note_request();
+        let State { core, undurable, .. } = &mut *state;
+        if let Some(block) = stored {
+            undurable.keep(core, block, ticket, plaintext);
+        }
+        state.advance_undurable();
     }
     shared.outgoing.notify_one();
     shared.dirty.notify_one();

@@ -341,15 +341,15 @@ impl Filesystem for Adapter {
         offset: u64,
         data: &[u8],
         write_flags: WriteFlags,
-        _flags: fuser::OpenFlags,
+        flags: fuser::OpenFlags,
         _lock_owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
-        let kill_suid = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
+        let flags = convert::write_flags(write_flags, flags.0);
         let file = handle(file);
         let ready = {
             let _entered = self.runtime.enter();
-            self.fs.try_write(file, offset, data, kill_suid)
+            self.fs.try_write_as(file, offset, data, flags)
         };
         match ready {
             Some(Ok(written)) => return reply.written(written as u32),
@@ -357,7 +357,7 @@ impl Filesystem for Adapter {
             None => {}
         }
         let (fs, data) = (self.fs.clone(), Bytes::copy_from_slice(data));
-        let work = async move { fs.write(file, offset, data, kill_suid).await };
+        let work = async move { fs.write_as(file, offset, data, flags).await };
         self.serve("write", ino, reply, work, |reply, written| reply.written(written as u32));
     }
 
@@ -591,7 +591,7 @@ impl Filesystem for Adapter {
         &self,
         _request: &Request,
         ino: INodeNo,
-        _file: FileHandle,
+        file: FileHandle,
         owner: LockOwner,
         start: u64,
         end: u64,
@@ -602,7 +602,7 @@ impl Filesystem for Adapter {
     ) {
         let kind = or_refuse!(convert::lock_type(kind), reply);
         let (fs, lock) = (self.fs.clone(), Lock { owner: owner.0, start, end, kind, pid });
-        let work = async move { fs.setlk(Ino(ino.0), lock, wait).await };
+        let work = async move { fs.setlk(Ino(ino.0), handle(file), lock, wait).await };
         self.serve("setlk", ino, reply, work, |reply, ()| reply.ok());
     }
 

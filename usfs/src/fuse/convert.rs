@@ -8,7 +8,7 @@ use fuser::{Errno, FileAttr, FileType, INodeNo, RenameFlags, TimeOrNow};
 
 use crate::attributes::{Attributes, FileKind, FileTime, SetTime};
 use crate::fs::{
-    AllocateMode, Caller, FsError, LockType, OpenFlags, RenameMode, SeekFor, XattrMode,
+    AllocateMode, Caller, FsError, LockType, OpenFlags, RenameMode, SeekFor, WriteFlags, XattrMode,
 };
 
 /// What `st_blksize` says; also the unit of `statfs`.
@@ -118,6 +118,18 @@ pub(super) fn open_flags(flags: i32) -> OpenFlags {
         truncate: flags & libc::O_TRUNC != 0,
         sync: flags & (libc::O_SYNC | libc::O_DSYNC) != 0,
         exclusive: flags & libc::O_EXCL != 0,
+        no_atime: flags & libc::O_NOATIME != 0,
+    }
+}
+
+/// How a write is done: `flags` are those of its open file now, with what the call itself asked for.
+/// Of a write-back from a mapping (FUSE_WRITE_CACHE) they say nothing.
+pub(super) fn write_flags(write: fuser::WriteFlags, flags: i32) -> WriteFlags {
+    let mapped = write.contains(fuser::WriteFlags::FUSE_WRITE_CACHE);
+    WriteFlags {
+        append: !mapped && flags & libc::O_APPEND != 0,
+        sync: !mapped && flags & (libc::O_SYNC | libc::O_DSYNC) != 0,
+        kill_suid: write.contains(fuser::WriteFlags::FUSE_WRITE_KILL_SUIDGID),
     }
 }
 

@@ -166,6 +166,7 @@ async fn open_fs(
         volume: spec.volume.clone(),
         host: host_name(),
         read_only: spec.options.read_only,
+        no_atime: spec.options.no_atime,
         acknowledge_full: spec.options.ack == Ack::Full,
         rescue_dir,
         replaces: dead.clone(),

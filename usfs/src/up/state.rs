@@ -20,7 +20,9 @@ use anyhow::{Context, bail};
 use serde::{Deserialize, Serialize};
 use us_core::daemon::files::{Access, DirLock, write_atomic};
 use us_core::daemon::size::Size;
+use us_core::disk::{FragmentBits, margin_holds};
 use us_core::geometry::Code;
+use us_core::ids::ProviderId;
 
 use super::UpArgs;
 
@@ -30,6 +32,8 @@ pub(super) const VOLUME: &str = "disk";
 const PROVIDERS: u16 = 6;
 /// The code of a disk where nobody says otherwise.
 const CODE: &str = "4+2";
+/// The same with too few providers for that one.
+const FEW_PROVIDERS_CODE: &str = "1+1";
 /// What a provider offers at the least where nobody says otherwise.
 const CAPACITY_MIN: Size = Size(1 << 30);
 
@@ -62,10 +66,15 @@ impl Settings {
     fn choose(kept: Option<Self>, args: &UpArgs, free: Size) -> anyhow::Result<Self> {
         let Some(mut settings) = kept else {
             let providers = args.providers.unwrap_or(PROVIDERS);
+            let code = match args.code {
+                Some(code) => code,
+                None => fitting_code(providers)?,
+            };
+            check_fits(code, providers)?;
             // Half of what is free stays free.
             let share = Size((free.0 / 2 / u64::from(providers)).max(CAPACITY_MIN.0));
             return Ok(Self {
-                code: args.code.map_or_else(|| CODE.to_owned(), |code| code.to_string()),
+                code: code.to_string(),
                 providers,
                 capacity: args.capacity.unwrap_or(share),
             });
@@ -92,8 +101,46 @@ impl Settings {
         if let Some(capacity) = args.capacity {
             settings.capacity = capacity;
         }
+        check_fits(settings.code()?, settings.providers)?;
         Ok(settings)
     }
+}
+
+/// Whether a block of this code can be acknowledged on so many providers, its fragments evenly
+/// among them.
+fn fits(code: Code, providers: u16) -> bool {
+    let places = (0..code.fragments() as u32).map(|index| ProviderId(index % u32::from(providers)));
+    margin_holds(code, &places.collect::<Vec<_>>(), &FragmentBits::all(code.fragments()))
+}
+
+/// The code of a new disk where nobody says otherwise.
+fn fitting_code(providers: u16) -> anyhow::Result<Code> {
+    let codes = [CODE, FEW_PROVIDERS_CODE].map(|code| code.parse::<Code>());
+    for code in codes {
+        let code = code.context("a code of ours")?;
+        if fits(code, providers) {
+            return Ok(code);
+        }
+    }
+    bail!(
+        "{providers} provider is too few: what it holds is lost with it, and a disk of Us bears the \
+         loss of at least one. Give --providers 2 or more"
+    )
+}
+
+/// An error where nothing could ever be stored.
+fn check_fits(code: Code, providers: u16) -> anyhow::Result<()> {
+    if fits(code, providers) {
+        return Ok(());
+    }
+    let enough = (providers..=u16::from(u8::MAX)).find(|providers| fits(code, *providers));
+    let advice =
+        enough.map_or("another --code".to_owned(), |enough| format!("--providers {enough}"));
+    bail!(
+        "nothing could be stored with the code {code} on {providers} providers: any {} of them may \
+         vanish at any time, and too few fragments would remain. Give {advice} or more",
+        code.write_margin()
+    )
 }
 
 impl State {
@@ -176,6 +223,24 @@ mod tests {
         let error = again(&args(Some("2+1"), None)).unwrap_err().to_string();
         assert!(error.contains("4+2") && error.contains("--data"), "{error}");
         assert!(again(&args(None, Some(5))).unwrap_err().to_string().contains("6 providers"));
+    }
+
+    /// `usfs up --providers 2` greeted a disk of code 4+2 on which every write failed.
+    #[test]
+    fn a_disk_that_could_store_nothing_is_refused() {
+        let first =
+            |code, providers| Settings::choose(None, &args(code, Some(providers)), Size(120 << 30));
+        assert_eq!(first(None, 6).unwrap().code, "4+2");
+        assert_eq!(first(None, 3).unwrap().code, "4+2");
+        assert_eq!(first(None, 2).unwrap().code, "1+1");
+        assert!(first(None, 1).unwrap_err().to_string().contains("--providers 2"));
+        let error = first(Some("4+2"), 2).unwrap_err().to_string();
+        assert!(error.contains("--providers 3"), "{error}");
+        assert!(first(Some("2+1"), 3).is_ok());
+        let kept = Settings { code: "4+2".into(), providers: 2, capacity: Size(1 << 30) };
+        let again =
+            |providers| Settings::choose(Some(kept.clone()), &args(None, providers), Size(0));
+        assert!(again(None).is_err() && again(Some(3)).is_ok());
     }
 
     #[test]

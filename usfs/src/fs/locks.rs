@@ -1,0 +1,225 @@
+//! Byte-range locks: the directory holds them, so that they hold across mounts.
+//!
+//! The kernel says who an owner is: the open files of a process (POSIX locks, dropped when it
+//! closes any descriptor of the file) or one open file (OFD locks, dropped when that is closed for
+//! the last time). It says nothing at the end of the second kind but that the file is closed, so
+//! what was locked through each open file is remembered. An owner is forgotten when the directory
+//! has answered that its locks are gone; until then it is asked again.
+
+use std::collections::{HashMap, HashSet};
+use std::time::Duration;
+
+use tokio::time::Instant;
+use us_core::ids::Ino;
+use us_proto::v1;
+use us_proto::v1::session_down::Event as Down;
+use us_proto::v1::session_up::Event as Up;
+
+use super::names::ANSWER_TIMEOUT;
+use super::{Fs, FsError, Handle, Lock, LockType};
+
+/// One wait for a lock at the directory, and all of them: a request cannot be interrupted, so no
+/// wait is for ever.
+const LOCK_WAIT_MS: u32 = 10_000;
+const LOCK_WAIT_MAX: Duration = Duration::from_secs(600);
+/// The pause before locks that could not be released are released again.
+const AGAIN_AFTER: Duration = Duration::from_secs(1);
+
+/// Owners that may hold locks: only their closes concern the directory.
+#[derive(Debug, Default)]
+pub(crate) struct LockOwners {
+    owners: HashMap<(Ino, u64), Owner>,
+}
+
+#[derive(Debug, Default)]
+struct Owner {
+    /// Open files through which it has asked for locks.
+    handles: HashSet<Handle>,
+    /// It has closed; the directory has not confirmed yet that its locks are gone.
+    closing: bool,
+}
+
+impl LockOwners {
+    fn locks(&mut self, ino: Ino, owner: u64, handle: Handle) {
+        self.owners.entry((ino, owner)).or_default().handles.insert(handle);
+    }
+
+    /// Whether locks of the owner are to be released now.
+    fn begin_close(&mut self, ino: Ino, owner: u64) -> bool {
+        let Some(known) = self.owners.get_mut(&(ino, owner)) else { return false };
+        known.closing = true;
+        true
+    }
+
+    fn is_closing(&self, ino: Ino, owner: u64) -> bool {
+        self.owners.get(&(ino, owner)).is_some_and(|known| known.closing)
+    }
+
+    fn released(&mut self, ino: Ino, owner: u64) {
+        self.owners.remove(&(ino, owner));
+    }
+
+    /// An open file is closed: the owners that locked through it.
+    pub(super) fn closed(&mut self, ino: Ino, handle: Handle) -> Vec<(Ino, u64)> {
+        let of_file = self.owners.iter_mut().filter(|((of, _), _)| *of == ino);
+        let through =
+            of_file.filter_map(|(key, owner)| owner.handles.remove(&handle).then_some(*key));
+        through.collect()
+    }
+}
+
+impl Fs {
+    /// The lock that is in the way of `lock`, or `None`.
+    pub async fn getlk(&self, ino: Ino, lock: Lock) -> Result<Option<Lock>, FsError> {
+        let reply = self.ask_lock(ino, lock, true, 0).await?;
+        let kind = match reply.blocking_kind() {
+            v1::LockKind::Unlock => return Ok(None),
+            v1::LockKind::Read => LockType::Read,
+            v1::LockKind::Write => LockType::Write,
+        };
+        let (start, end) = (reply.blocking_start, reply.blocking_end);
+        let blocking = Lock { owner: 0, start, end, kind, pid: reply.blocking_pid };
+        Ok((!reply.granted).then_some(blocking))
+    }
+
+    /// Takes or releases a byte-range lock through an open file; `wait`s, but not for ever, for one
+    /// that is in the way.
+    pub async fn setlk(
+        &self,
+        ino: Ino,
+        handle: Handle,
+        lock: Lock,
+        wait: bool,
+    ) -> Result<(), FsError> {
+        let deadline = Instant::now() + LOCK_WAIT_MAX;
+        // The kernel uses an owner's number again: what its former bearer held goes first.
+        if self.shared.lock().lock_owners.is_closing(ino, lock.owner) {
+            self.unlock_all(ino, lock.owner).await?;
+        }
+        if lock.kind != LockType::Unlock {
+            self.shared.lock().lock_owners.locks(ino, lock.owner, handle);
+        }
+        loop {
+            let wait_ms = if wait { LOCK_WAIT_MS } else { 0 };
+            if self.ask_lock(ino, lock, false, wait_ms).await?.granted {
+                return Ok(());
+            }
+            if !wait {
+                return Err(FsError::Locked);
+            }
+            if Instant::now() >= deadline {
+                return Err(FsError::LockWaitEnded);
+            }
+        }
+    }
+
+    /// A descriptor of `owner` was closed: its locks on the file go, now or as soon as the
+    /// directory can be told.
+    pub(super) async fn drop_locks(&self, ino: Ino, owner: u64) -> Result<(), FsError> {
+        if !self.shared.lock().lock_owners.begin_close(ino, owner) {
+            return Ok(());
+        }
+        match self.unlock_all(ino, owner).await {
+            Err(FsError::TimedOut(why)) => {
+                tracing::warn!(%ino, why, "locks of a closed file are released later");
+                self.retry_unlock(ino, owner);
+                Ok(())
+            }
+            done => done,
+        }
+    }
+
+    /// The same for several owners, for a caller that cannot wait.
+    pub(super) fn drop_locks_later(&self, owners: Vec<(Ino, u64)>) {
+        for (ino, owner) in owners {
+            if self.shared.lock().lock_owners.begin_close(ino, owner) {
+                self.retry_unlock(ino, owner);
+            }
+        }
+    }
+
+    /// Releases the locks of an owner that has closed; asks again until the directory has answered.
+    fn retry_unlock(&self, ino: Ino, owner: u64) {
+        let fs = self.clone();
+        self.shared.tasks.spawn(async move {
+            let mut progress = fs.shared.progress.subscribe();
+            while fs.shared.lock().lock_owners.is_closing(ino, owner) {
+                match fs.unlock_all(ino, owner).await {
+                    Ok(()) | Err(FsError::SessionEnded(_)) => return,
+                    Err(error) => tracing::debug!(%ino, %error, "locks are not released yet"),
+                }
+                // Cancel-safe: all only wait. The session signals when it is resumed.
+                tokio::select! {
+                    _ = progress.changed() => {}
+                    () = tokio::time::sleep(AGAIN_AFTER) => {}
+                    () = fs.shared.stop.cancelled() => return,
+                }
+            }
+        });
+    }
+
+    async fn unlock_all(&self, ino: Ino, owner: u64) -> Result<(), FsError> {
+        let kind = LockType::Unlock;
+        let all = Lock { owner, start: 0, end: u64::MAX, kind, pid: 0 };
+        self.ask_lock(ino, all, false, 0).await?;
+        self.shared.lock().lock_owners.released(ino, owner);
+        Ok(())
+    }
+
+    async fn ask_lock(
+        &self,
+        ino: Ino,
+        lock: Lock,
+        test: bool,
+        wait_ms: u32,
+    ) -> Result<v1::LockReply, FsError> {
+        let kind = match lock.kind {
+            LockType::Read => v1::LockKind::Read,
+            LockType::Write => v1::LockKind::Write,
+            LockType::Unlock => v1::LockKind::Unlock,
+        };
+        let ask = |request| {
+            Up::Lock(v1::LockRequest {
+                request,
+                ino: ino.0,
+                owner: lock.owner,
+                start: lock.start,
+                end: lock.end,
+                kind: kind as i32,
+                pid: lock.pid,
+                test,
+                wait: wait_ms > 0,
+                wait_ms,
+            })
+        };
+        let timeout = ANSWER_TIMEOUT + Duration::from_millis(u64::from(wait_ms));
+        match self.shared.ask(ask, timeout).await? {
+            Down::Lock(reply) => Ok(reply),
+            _ => Err(FsError::Io("the directory answered something else".to_owned())),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_open_file_that_closes_names_the_owners_that_locked_through_it() {
+        let (ino, file, other) = (Ino(7), Handle(1), Handle(2));
+        let mut owners = LockOwners::default();
+        owners.locks(ino, 10, file);
+        owners.locks(ino, 11, file);
+        owners.locks(ino, 12, other);
+        assert!(!owners.begin_close(ino, 13) && !owners.begin_close(Ino(8), 10));
+        // A POSIX owner closes one of its descriptors.
+        assert!(owners.begin_close(ino, 10));
+        owners.released(ino, 10);
+        assert_eq!(owners.closed(ino, file), [(ino, 11)]);
+        assert!(owners.begin_close(ino, 11) && owners.is_closing(ino, 11));
+        assert!(!owners.is_closing(ino, 12));
+        owners.released(ino, 11);
+        assert_eq!(owners.closed(ino, file), []);
+        assert_eq!(owners.owners.len(), 1);
+    }
+}
