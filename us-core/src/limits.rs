@@ -11,7 +11,7 @@ pub const CHUNK_EXTENTS_MAX: usize = 1024;
 /// The largest offset a file can have.
 pub const FILE_BYTES_MAX: u64 = i64::MAX as u64;
 /// The longest extent of zeros in one mutation.
-pub const ZERO_EXTENT_BYTES_MAX: u64 = 1 << 30;
+pub const ZERO_EXTENT_BYTES_MAX: u64 = 64 << 30;
 /// The most bytes of extended attributes an inode can have, as they are stored: sealed
 /// ([`crate::name::sealed_xattr_bytes`]).
 pub const SEALED_XATTRS_BYTES_MAX: usize = 1 << 20;

@@ -27,6 +27,9 @@ const ALLOCATE_BYTES_MAX: u64 = 64 << 30;
 const UNASKED_BYTES_MAX: u64 = 64 << 20;
 /// How long an answer about free space is believed.
 const FREE_SPACE_AGE_MAX: Duration = Duration::from_secs(5);
+/// Zeros in one mutation: a batch of few of them is a small commit at the directory.
+const ZERO_EXTENT_BYTES: u64 = 1 << 30;
+const _: () = assert!(ZERO_EXTENT_BYTES <= ZERO_EXTENT_BYTES_MAX);
 /// The longest clone of one call.
 const CLONE_BYTES_MAX: u64 = 1 << 30;
 
@@ -530,7 +533,7 @@ pub(super) fn want_map(ino: Ino, chunks: Range<u64>) -> Stop {
 /// The extent in parts that one mutation may carry.
 fn split(extent: &Extent) -> impl Iterator<Item = Extent> + use<> {
     let Extent { offset, bytes, place } = *extent;
-    let step = if place == Place::Hole { u64::MAX } else { ZERO_EXTENT_BYTES_MAX };
+    let step = if place == Place::Hole { u64::MAX } else { ZERO_EXTENT_BYTES };
     let starts = std::iter::successors(Some(0u64), move |at| at.checked_add(step));
     starts.take_while(move |at| *at < bytes).map(move |at| Extent {
         offset: offset + at,
