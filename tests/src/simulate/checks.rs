@@ -10,7 +10,7 @@ use us_core::placement::record_bytes_max;
 use us_core::placement::sites::site_fragments_max;
 use us_directory::engine::repair::RepairLimits;
 use us_directory::records::bit;
-use us_proto::v1::{Health, RebuildFragments};
+use us_proto::v1::{Health, RebuildFragments, RebuildPath};
 
 use super::blocks::{Fragment, Loss, block_of, fragment};
 use super::directory::block_number;
@@ -101,8 +101,10 @@ impl Checks {
 
     /// Who is asked first by an order: they are what the limits count.
     fn senders(&self, machine: usize, order: &RebuildFragments) -> Vec<u32> {
+        let all_send = order.path == RebuildPath::RotatedStar as i32;
         let (listed, most) = match order.holders.first() {
             Some(_) => (&order.holders, 1),
+            None if all_send => (&order.sources, order.sources.len()),
             None => (&order.sources, order.s as usize),
         };
         let target = self.ids.get(&machine).copied();
@@ -190,8 +192,16 @@ impl Swarm<'_> {
         ensure!(here < limits.target_jobs_max, "{} orders at one provider", here + 1);
         let running = self.checks.in_repair.len();
         ensure!(running <= limits.jobs_max, "{running} orders at once");
-        let (now_ms, bytes) = (self.directory.now_ms, self.fragment_bytes());
-        for sender in self.checks.senders(machine, order) {
+        let now_ms = self.directory.now_ms;
+        let senders = self.checks.senders(machine, order);
+        // In a rotated star each sends its part of s fragments.
+        let parts =
+            if order.path == RebuildPath::RotatedStar as i32 { u64::from(order.s) } else { 0 };
+        let bytes = match parts {
+            0 => self.fragment_bytes(),
+            parts => self.fragment_bytes() * parts / senders.len().max(1) as u64,
+        };
+        for sender in senders {
             let sends = self.checks.sends.entry(sender).or_default();
             *sends += 1;
             ensure!(*sends <= limits.sends_max, "provider {sender} is to send {sends} at once");
@@ -292,9 +302,11 @@ impl Swarm<'_> {
     }
 
     /// A provider was given up although it lives.
-    pub(super) fn given_up_alive(&self, machine: usize) -> anyhow::Result<()> {
+    pub(super) fn given_up_alive(&mut self, machine: usize) -> anyhow::Result<()> {
+        // At random a machine is away for longer than any clock waits, now and then.
         let regular = !matches!(self.scenario.presence, Presence::Homes { .. });
         ensure!(!regular, "machine {machine} was given up; it was only switched off");
+        self.checks.fault();
         Ok(())
     }
 

@@ -28,6 +28,8 @@ pub struct Scenario {
     pub capacity: u64,
     /// Everybody's line.
     pub line: Line,
+    /// Whether owners say how fast it is.
+    pub states_line: bool,
     /// When machines are on, once everything is written.
     pub presence: Presence,
     /// Mean time to the death of a machine; 0: none dies by itself.
@@ -70,8 +72,9 @@ impl Scenario {
         let engine = EngineConfig {
             // Streams that break are told; nothing else is expected of a provider.
             report_every_ms: 100 * 365 * DAY_MS,
-            // The journal's copies are the subject of other tests.
+            // The journal's copies and retain lists are the subject of other tests.
             copies: 0,
+            retain_every_ms: 0,
             ..EngineConfig::default()
         };
         let each = (blocks * code.fragments()).div_ceil(peers.max(1)) as u64;
@@ -85,6 +88,7 @@ impl Scenario {
             blocks,
             capacity: each * 3 / 2 + 64,
             line: Line::LAN,
+            states_line: false,
             presence: Presence::Always,
             mttf_ms: 0,
             newcomer_ms: 0,

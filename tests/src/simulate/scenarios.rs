@@ -58,6 +58,7 @@ fn churn(seed: u64, scale: Scale) -> anyhow::Result<Scenario> {
     scenario.mttf_ms = YEAR_MS / if scale == Scale::Small { 4 } else { 1 };
     scenario.newcomer_ms = 2 * DAY_MS;
     scenario.rot_ms = if scale == Scale::Small { 12 * HOUR_MS } else { HOUR_MS };
+    scenario.engine.repair.send_bytes_per_s_max = 1 << 20;
     scenario.length_ms = length_ms;
     Ok(scenario)
 }
@@ -115,6 +116,7 @@ fn adsl(seed: u64, scale: Scale) -> anyhow::Result<Scenario> {
     };
     let mut scenario = Scenario::new("adsl", seed, peers, Code::new(16, 15)?, blocks);
     scenario.line = Line::ADSL;
+    scenario.states_line = true;
     scenario.mttf_ms = 20 * peers as u64 * HOUR_MS;
     scenario.newcomer_ms = DAY_MS;
     scenario.length_ms = 20 * DAY_MS;

@@ -457,6 +457,7 @@ impl<'s> Swarm<'s> {
     fn facts(&self, machine: usize) -> ProviderReport {
         let held = self.machines[machine].has.len() as u64;
         let used_bytes = held * record_bytes_max(self.fragment_bytes);
+        let stated = |rate: f64| if self.scenario.states_line { rate as u64 } else { 0 };
         ProviderReport {
             capacity_bytes: self.capacity_bytes,
             used_bytes,
@@ -464,6 +465,8 @@ impl<'s> Swarm<'s> {
             fragments: held,
             damaged: self.machines[machine].spoilt.len() as u64,
             accepts_puts: true,
+            uplink_bytes_per_s: stated(self.scenario.line.up),
+            downlink_bytes_per_s: stated(self.scenario.line.down),
             ..ProviderReport::default()
         }
     }

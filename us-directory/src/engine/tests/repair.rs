@@ -401,6 +401,33 @@ fn what_a_dead_provider_held_is_made_again() {
     swarm.check_whole();
 }
 
+/// A provider that said hello again over a living connection kept its orders: their slots were taken
+/// until the deadline, and they counted as failed.
+#[test]
+fn a_rebuilder_that_comes_again_is_asked_again() {
+    let mut swarm = Swarm::new(6);
+    swarm.write(20);
+    swarm.leave(2);
+    swarm.wipe(2);
+    swarm.join(2);
+    while swarm.disks[&2].orders.is_empty() {
+        swarm.world.pass(500);
+        swarm.read();
+    }
+    let id = swarm.disks[&2].id;
+    let asked = swarm.world.engine.repairs.jobs.at(id);
+    assert!(!asked.is_empty());
+    let old = swarm.disks[&2].conn.unwrap();
+    swarm.world.providers.retain(|(conn, _)| *conn != old);
+    swarm.disks.get_mut(&2).unwrap().orders.clear();
+    swarm.join(2);
+    let now = swarm.world.engine.repairs.jobs.at(id);
+    assert!(now.iter().all(|ticket| !asked.contains(ticket)), "{now:?}");
+    swarm.run(MINUTE_MS);
+    assert_eq!(swarm.world.status().repair.unwrap().failed, 0);
+    swarm.check_whole();
+}
+
 /// Some providers report well and take puts, but no order to rebuild ends well there (a firewall, a
 /// machine that is always busy). The target is a function of the block, so each retry asked the same one
 /// again, for ever, and what had to go there stayed without its redundancy.
