@@ -261,10 +261,10 @@ fn fire(out: &Path) -> anyhow::Result<()> {
 
 fn office_week(out: &Path) -> anyhow::Result<()> {
     const PEERS: usize = 300;
-    const STAYING: [u64; 3] = [30, 60, 75];
+    const STAYING: [u64; 3] = [20, 30, 45];
     let title = "A week of an office: share of the blocks that can be read, % (300 providers, f=16, \
                  s=10; so many machines are left on at night)";
-    let head = ["hour", "online, 30 % stay", "30 %", "60 %", "75 %", "orders"];
+    let head = ["hour", "online, 20 % stay", "20 %", "30 %", "45 %", "orders"];
     let mut table = Table::new(title, head);
     let mut chart =
         Chart::new("A week of an office, from Monday", "hours", "% online or readable", false);
@@ -298,7 +298,7 @@ fn office_week(out: &Path) -> anyhow::Result<()> {
     let all = |y: &dyn Fn(&Sample) -> f64, which: usize| -> Vec<(f64, f64)> {
         weeks[which].iter().map(|sample| (hour(sample), y(sample))).collect()
     };
-    chart.line("online, 30 % stay", all(&online, 0));
+    chart.line("online, 20 % stay", all(&online, 0));
     for (which, staying) in STAYING.iter().enumerate() {
         let readable = |sample: &Sample| 100.0 * sample.readable;
         chart.line(&format!("readable, {staying} %"), all(&readable, which));
