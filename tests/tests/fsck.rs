@@ -57,7 +57,8 @@ fn work_that_goes_on_is_no_finding() {
     if !fuse_is_here() {
         return;
     }
-    let mut cluster = Cluster::start(shape());
+    // Nothing is garbage before it is an hour old.
+    let mut cluster = Cluster::start(Shape::default());
     let mount = cluster.mount();
     fill(mount.path());
     let stop = AtomicBool::new(false);
@@ -120,18 +121,8 @@ fn fragments_that_vanished_are_found_and_made_again() {
     mount.unmount();
 }
 
-#[test]
-fn what_nothing_names_goes_to_the_trash() {
-    if !fuse_is_here() {
-        return;
-    }
-    let mut cluster = Cluster::start(shape());
-    let mount = cluster.mount();
-    fill(mount.path());
-    cluster.wait_settled();
-    mount.unmount();
-    // A provider's store from before these files are deleted comes back in its old state, as far as
-    // its fragments go: the deletions it did are forgotten with the last segments.
+/// Makes orphans at provider 4: its fragments become those of before four files were deleted.
+fn forget_deletions(cluster: &mut Cluster) {
     let data = cluster.provider_data(4);
     let before = cluster.at("before");
     cluster.stop_provider(4);
@@ -155,6 +146,19 @@ fn what_nothing_names_goes_to_the_trash() {
     }
     cluster.start_provider(4);
     cluster.wait_online(6);
+}
+
+#[test]
+fn what_nothing_names_goes_to_the_trash() {
+    if !fuse_is_here() {
+        return;
+    }
+    let mut cluster = Cluster::start(shape());
+    let mount = cluster.mount();
+    fill(mount.path());
+    cluster.wait_settled();
+    mount.unmount();
+    forget_deletions(&mut cluster);
     let orphans = poll::until("orphans to be old", PATIENCE, || {
         let (_, said) = fsck(&cluster, &[]);
         let found = said["found"]["orphan-fragment"]["left"].as_u64();
@@ -167,6 +171,95 @@ fn what_nothing_names_goes_to_the_trash() {
     wait_clean(&cluster);
     let (_, said) = fsck(&cluster, &[]);
     assert_eq!(said["trashed"].as_u64().unwrap(), trashed + orphans, "in the trash, not away");
+}
+
+#[test]
+fn retain_lists_collect_what_nothing_names_whoever_is_killed() {
+    if !fuse_is_here() {
+        return;
+    }
+    let directory = &["--garbage-age-ms", "2000", "--retain-every-ms", "4000"];
+    let mut cluster = Cluster::start(Shape { directory, ..Shape::default() });
+    let mount = cluster.mount();
+    fill(mount.path());
+    cluster.wait_settled();
+    mount.unmount();
+    forget_deletions(&mut cluster);
+    for round in 0..2 {
+        // Repairs and lists are cut off in the middle, wherever that is.
+        cluster.stop_provider(1);
+        let data = cluster.provider_data(1);
+        let address = fs::read(data.join("address")).unwrap();
+        fs::remove_dir_all(&data).unwrap();
+        fs::create_dir(&data).unwrap();
+        fs::write(data.join("address"), address).unwrap();
+        cluster.start_provider(1);
+        cluster.wait_online(6);
+        thread::park_timeout(Duration::from_millis(300 + 700 * round));
+        cluster.kill_directory();
+        cluster.kill_provider(1);
+        cluster.start_directory();
+        cluster.start_provider(1);
+        cluster.wait_online(6);
+    }
+    poll::until("nothing but what is named, by itself", HEALED, || {
+        let (code, said) = fsck(&cluster, &[]);
+        (code == 0).then_some(()).ok_or(said["found"].to_string())
+    });
+    let mount = cluster.mount();
+    for number in 4..8 {
+        let read = fs::read(mount.path().join(format!("file{number}"))).unwrap();
+        assert!(read == noise(number, 3 << 20), "file{number}: wrong bytes");
+    }
+    mount.unmount();
+}
+
+#[test]
+fn a_provider_leaves_through_a_crash_and_is_one_no_more() {
+    if !fuse_is_here() {
+        return;
+    }
+    let mut cluster = Cluster::start(Shape { providers: 7, ..Shape::default() });
+    let mount = cluster.mount();
+    fill(mount.path());
+    cluster.wait_settled();
+    let data = cluster.provider_data(4);
+    let leave = || {
+        let mut command =
+            std::process::Command::new(us_tests::cluster::programs().join("us-provider"));
+        command.args(["leave", "--data"]).arg(&data).output().unwrap()
+    };
+    thread::scope(|scope| {
+        let first = scope.spawn(leave);
+        poll::until("its leaving to begin", PATIENCE, || {
+            fs::read(data.join("leaving")).map(drop).map_err(|error| error.to_string())
+        });
+        cluster.kill_provider(4);
+        let said = first.join().unwrap();
+        assert!(!said.status.success(), "{said:?}");
+        cluster.start_provider(4);
+    });
+    cluster.wait_online(7);
+    // The directory crashes too; then it goes on by itself.
+    cluster.kill_directory();
+    cluster.start_directory();
+    cluster.wait_online(7);
+    let said = leave();
+    let text = String::from_utf8_lossy(&said.stdout).into_owned();
+    assert!(said.status.success() && text.contains("this provider has left"), "{said:?}");
+    let again = leave();
+    assert!(again.status.success(), "{again:?}");
+    let status = cluster.status().unwrap();
+    assert_eq!(status["providers"].as_array().unwrap().len(), 6);
+    let events = cluster.usctl(&["events"]);
+    assert!(events.contains("provider-left"), "{events}");
+    // All is there without it, and whole: two others may go.
+    wait_clean(&cluster);
+    fs::remove_dir_all(&data).unwrap();
+    cluster.kill_provider(0);
+    cluster.kill_provider(1);
+    check(mount.path());
+    mount.unmount();
 }
 
 fn copy_folder(from: &Path, to: &Path) {

@@ -16,7 +16,7 @@
 //!
 //! Runs outside the engine's thread; ends when the caller is gone.
 
-mod maps;
+pub(crate) mod maps;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;

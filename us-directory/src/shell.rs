@@ -31,6 +31,10 @@ const EVENTS_MAX: usize = 4096;
 const SESSION_QUEUE_MAX: usize = 8192;
 /// Messages that wait for a provider to read them.
 const PROVIDER_QUEUE_MAX: usize = 1024;
+/// How often the figures of /metrics are brought up to date, and how much longer than that takes is
+/// waited at least.
+const GAUGES_EVERY_MS: u64 = 1000;
+const GAUGES_SHARE: u64 = 50;
 /// How often the engine hears that time passes.
 const TICK: Duration = Duration::from_millis(50);
 
@@ -141,7 +145,7 @@ const STOOD_STILL_MS: u64 = 1000;
 
 impl Owner {
     fn run(&mut self, mut inputs: mpsc::Receiver<Input>) -> Result<(), StoreError> {
-        let mut gauges_ms = 0;
+        let mut gauges_due_ms = 0;
         while let Some(input) = inputs.blocking_recv() {
             match input {
                 Input::Event(event) => self.step(event)?,
@@ -150,11 +154,13 @@ impl Owner {
             }
             self.check_mark()?;
             let now_ms = boottime_ms();
-            if now_ms > gauges_ms + 1000 {
-                gauges_ms = now_ms;
+            if now_ms >= gauges_due_ms {
                 for (name, value) in self.engine.gauges() {
                     metrics::gauge!(name).set(value);
                 }
+                // Where many blocks make them slow they come less often.
+                let took_ms = boottime_ms().saturating_sub(now_ms);
+                gauges_due_ms = now_ms + GAUGES_EVERY_MS.max(GAUGES_SHARE * took_ms);
             }
         }
         self.engine.shut_down()

@@ -29,7 +29,7 @@ use crate::control::{self, Controlled};
 use crate::copies::{Copies, LogError};
 use crate::guest::{Pause, ScrubRequests, run_background};
 use crate::leave::Leave;
-use crate::membership::{About, Hands, LinkConfig, LinkEnd};
+use crate::membership::{About, Hands, LinkConfig, LinkEnd, MembershipFiles};
 use crate::rebuild::{PeerLinks, Peers, RebuildLimits, Rebuilder};
 use crate::service::{FragmentService, RecoveryService};
 use crate::store::{OpenError, Store};
@@ -147,6 +147,13 @@ impl Daemon {
             walked = recovery.records, cut = recovery.cut_bytes, damaged = recovery.damaged,
             "store open"
         );
+        if recovery.has_lost_something() {
+            tracing::error!("fragments may be missing: the directory will check them all");
+            // A damaged file has no cookie to forget.
+            if let Err(error) = MembershipFiles::new(&config.data).forget_cookie() {
+                tracing::error!(%error, "the membership is not kept");
+            }
+        }
         rebuild_after_panic(&store);
         let copies = Copies::start(&config.data, config.directory_copies.bytes())?;
         Ok(Self { config, directory, identity, store, copies, leave })

@@ -350,7 +350,12 @@ mod tests {
     };
 
     fn member() -> Member {
-        let about = About { address: "here:1".into(), site: "campus/b".into(), store: [5; 16], line: (0, 0) };
+        let about = About {
+            address: "here:1".into(),
+            site: "campus/b".into(),
+            store: [5; 16],
+            line: (0, 0),
+        };
         Member::new(about, None)
     }
 

@@ -265,6 +265,8 @@ struct Shared {
     accounts: Mutex<accounts::Accounts>,
     /// Why puts fail; `None` while they do not.
     trouble: Mutex<Option<String>>,
+    /// Records that were forgotten and could not be marked as gone: no compaction takes them for lost.
+    unmarked: Mutex<std::collections::BTreeSet<index::Place>>,
     /// Segments that could not be compacted, with the fragments they then had: left alone until that
     /// changes.
     stuck: Mutex<std::collections::BTreeMap<u32, u64>>,

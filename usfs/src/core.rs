@@ -92,6 +92,8 @@ pub enum Stall {
     Log,
     /// No inode numbers are left.
     Inodes,
+    /// How much space the volume has must be known.
+    FreeSpace,
     /// The directory has not answered for so long that no lease is trusted.
     Session,
 }
@@ -140,6 +142,16 @@ pub enum Want {
     },
 }
 
+/// A request that is not answered.
+#[derive(Debug)]
+struct Asked {
+    want: Want,
+    /// The request it was first asked for.
+    trace: RequestId,
+    /// The end of the log then: it is sent behind that.
+    at: LogPosition,
+}
+
 /// What the core is told when the session opens.
 #[derive(Debug)]
 pub struct CoreConfig {
@@ -166,7 +178,7 @@ pub struct Core {
     blocks: quick_cache::unsync::Cache<BlockId, Arc<BlockInfo>>,
     log: SessionLog,
     outbox: VecDeque<v1::session_up::Event>,
-    pending: HashMap<u64, (Want, RequestId)>,
+    pending: HashMap<u64, Asked>,
     requests: HashMap<Want, u64>,
     requests_made: u64,
     inodes: std::ops::Range<u64>,
@@ -179,6 +191,10 @@ pub struct Core {
     sync_wanted: bool,
     dirty: flush::DirtyFiles,
     write_errors: u64,
+    /// Recalls nobody answers yet: at most one for each lease and level, for the directory asks once.
+    recalls: VecDeque<Recall>,
+    /// Bytes left in the volume, and when the directory said so.
+    free_space: Option<(Duration, u64)>,
     /// Leases given up behind mutations that may have to be replayed under them.
     let_go: VecDeque<leases::LetGo>,
 }
@@ -208,6 +224,8 @@ impl Core {
             sync_wanted: false,
             dirty: flush::DirtyFiles::new(config.code),
             write_errors: 0,
+            recalls: VecDeque::new(),
+            free_space: None,
             let_go: VecDeque::new(),
             config,
         }
@@ -398,6 +416,7 @@ impl Core {
         let node = self.nodes.get(&ino)?;
         let attributes = node.shown_attributes()?;
         let valid = match dir {
+            _ if node.allocated_guessed => Duration::ZERO,
             Some(dir) => self.valid(now, &[ino, dir]),
             None => self.valid(now, &[ino]),
         };

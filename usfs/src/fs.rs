@@ -28,8 +28,9 @@ pub use self::mount::{MountError, MountOptions, SwarmNews};
 pub use crate::attributes::{Attributes, FileKind, FileTime, SetAttributes, SetTime};
 pub use crate::errno::FsError;
 pub use us_core::limits::FILE_BYTES_MAX;
-pub use us_core::name::{NAME_BYTES_MAX, TARGET_BYTES_MAX, XATTR_VALUE_BYTES_MAX as XATTR_BYTES_MAX};
-
+pub use us_core::name::{
+    NAME_BYTES_MAX, TARGET_BYTES_MAX, XATTR_VALUE_BYTES_MAX as XATTR_BYTES_MAX,
+};
 
 /// Who asks.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]

@@ -523,8 +523,14 @@ enum Trouble {
 }
 
 async fn run(seed: u64, mounts: usize, trouble: Trouble) {
+    let world = World::new(seed, mounts).await;
+    run_world(world, trouble, 0).await;
+}
+
+/// Of what was not durable a restart loses up to `lost_max` commits.
+async fn run_world(mut world: World, trouble: Trouble, lost_max: usize) {
     let (_, steps) = rounds();
-    let mut world = World::new(seed, mounts).await;
+    let mounts = world.mounts.len();
     for step in 0..steps {
         world.step().await;
         if step % 97 == 96 {
@@ -549,7 +555,10 @@ async fn run(seed: u64, mounts: usize, trouble: Trouble) {
         if directory && step % 71 == 70 {
             match world.rng.random_range(0..2) {
                 0 => world.directory.disconnect_all(),
-                _ => world.directory.restart(0),
+                _ => {
+                    let lost = world.rng.random_range(0..=lost_max);
+                    world.directory.restart(lost);
+                }
             }
         }
     }
@@ -585,6 +594,17 @@ async fn providers_that_fail_and_return_change_nothing() {
     for seed in 0..rounds().0 {
         run(seed + 300, 1, Trouble::Providers).await;
         run(seed + 400, 2, Trouble::Both).await;
+    }
+}
+
+/// What a live mount did and the directory had not written down is sent again, and nothing is lost or
+/// done twice.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn commits_that_a_restart_lost_are_replayed() {
+    for seed in 0..rounds().0 {
+        let world = World::new(seed + 300, 1 + seed as usize % 2).await;
+        world.directory.be_lazy();
+        run_world(world, Trouble::Directory, 60).await;
     }
 }
 

@@ -132,11 +132,12 @@ impl Engine {
     }
 
     /// A block was committed whose birth is below the floor: its fragments may have been taken for
-    /// garbage, so they are asked after, and come back.
+    /// garbage, so those that were confirmed are asked after, and come back.
     pub(super) fn committed_late(&mut self, key: BlockKey, block: &BlockRecord) {
         tracing::warn!(block = %key.1, birth = block.birth, "committed late: asked after");
         let mut asked: BTreeMap<u32, Vec<Piece>> = BTreeMap::new();
-        for (index, provider) in block.providers.iter().enumerate() {
+        let confirmed = |index: &usize| bit(&block.durable, *index);
+        for (index, provider) in block.providers.iter().enumerate().filter(|(i, _)| confirmed(i)) {
             asked.entry(*provider).or_default().push((key.0, key.1, index as u8));
         }
         for (provider, pieces) in asked {

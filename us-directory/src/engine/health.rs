@@ -6,15 +6,17 @@
 //! exact when the count is complete. Pure: no clock, no I/O, except [`count_slice`], which the
 //! shell runs on a thread of its own.
 
-use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap};
 
 use us_core::ids::{BlockId, ProviderId, VolumeId};
 use us_proto::v1::BlockSummary;
 
+mod signatures;
+
 use crate::keys;
 use crate::records::{BlockRecord, bit, decode};
 use crate::store::{KeyRange, StoreError, View};
+use signatures::Signatures;
 
 /// Blocks in one slice of the background count.
 pub const COUNT_SLICE_BLOCKS: usize = 4096;
@@ -106,7 +108,7 @@ pub struct CountedSlice {
 /// The counters.
 #[derive(Debug, Default)]
 pub struct Counts {
-    signatures: HashMap<Signature, i64>,
+    signatures: Signatures,
     inline: i64,
     crowded: i64,
     /// Fragments expected at each provider.
@@ -143,31 +145,23 @@ impl Counts {
         if block.is_inline() {
             self.inline += by;
         } else {
-            self.change_signature(Signature::of(block, late), by);
+            self.change_signature(&Signature::of(block, late), by);
         }
     }
 
-    fn change_signature(&mut self, signature: Signature, by: i64) {
+    fn change_signature(&mut self, signature: &Signature, by: i64) {
         self.crowded += if signature.is_crowded() { by } else { 0 };
         for (provider, _) in &signature.fragments {
             *self.fragments.entry(*provider).or_default() += by;
         }
-        match self.signatures.entry(signature) {
-            Entry::Occupied(entry) if *entry.get() + by == 0 => {
-                entry.remove();
-            }
-            Entry::Occupied(mut entry) => *entry.get_mut() += by,
-            Entry::Vacant(entry) => {
-                entry.insert(by);
-            }
-        }
+        self.signatures.change(signature, by);
     }
 
     /// Adds what the background count found.
     pub fn merge(&mut self, slice: &mut CountedSlice) {
         self.inline += slice.inline;
         for (signature, count) in slice.signatures.drain() {
-            self.change_signature(signature, count);
+            self.change_signature(&signature, count);
         }
         self.complete |= slice.last;
     }
@@ -194,59 +188,10 @@ impl Counts {
         totals.summary.total = inline;
         totals.summary.inline = inline;
         totals.summary.readable = inline;
-        for (signature, count) in self.signatures.iter().filter(|(_, count)| **count > 0) {
-            totals.add(signature, *count as u64, &reach);
-        }
+        let fragments = self.fragments.iter().filter(|(_, count)| **count > 0);
+        totals.fragments = fragments.map(|(provider, count)| (*provider, *count as u64)).collect();
+        self.signatures.add_to(&mut totals, reach);
         totals
-    }
-}
-
-impl Totals {
-    fn add(&mut self, signature: &Signature, count: u64, reach: &impl Fn(u32) -> Reach) {
-        use FragmentState::{Durable, Gone, Late, Pending};
-        let (mut reachable, mut expected, mut pending, mut young) = (0i64, 0i64, false, 0i64);
-        let mut kept = 0i64;
-        let (mut crowded, mut previous) = (false, None);
-        for (provider, state) in &signature.fragments {
-            let at = reach(*provider);
-            *self.fragments.entry(*provider).or_default() += count;
-            crowded |= previous == Some(*provider);
-            previous = Some(*provider);
-            match state {
-                Durable => {
-                    reachable += i64::from(at.reachable);
-                    kept += i64::from(at.expected);
-                }
-                Pending => young += i64::from(at.reachable),
-                Late => {}
-                Gone => {
-                    *self.damaged.entry(*provider).or_default() += count;
-                    self.summary.damaged_fragments += count;
-                }
-            }
-            pending |= matches!(state, Pending | Late);
-            expected += i64::from(*state != Gone && at.expected);
-        }
-        let s = i64::from(signature.s);
-        let fragments = signature.fragments.len() as i64;
-        let left = (reachable - s).max(-1) as i32;
-        let summary = &mut self.summary;
-        summary.total += count;
-        *summary.by_redundancy.entry(left).or_default() += count;
-        let durable = (kept - s).max(-1) as i32;
-        *summary.by_durability.entry(durable).or_default() += count;
-        summary.unsettled += if pending { count } else { 0 };
-        summary.crowded += if crowded { count } else { 0 };
-        if left >= 0 {
-            summary.readable += count;
-        } else if expected >= s {
-            summary.waiting += count;
-        } else {
-            summary.lost += count;
-        }
-        if reachable + young < fragments {
-            self.degraded += count;
-        }
     }
 }
 
@@ -305,3 +250,6 @@ pub fn count_slice(view: &dyn View, cursor: &mut CountCursor) -> Result<CountedS
     slice.last = cursor.ranges.is_empty();
     Ok(slice)
 }
+
+#[cfg(test)]
+mod tests;

@@ -142,6 +142,14 @@ pub(super) struct Query {
     sweep: Option<(VolumeId, Bytes)>,
 }
 
+#[cfg(test)]
+impl Query {
+    /// How many fragments were asked after.
+    pub fn fragments(&self) -> usize {
+        self.pieces.len()
+    }
+}
+
 fn text(mut text: String) -> String {
     let end = (0..=TEXT_BYTES_MAX.min(text.len())).rev().find(|at| text.is_char_boundary(*at));
     text.truncate(end.unwrap_or(0));
@@ -223,7 +231,11 @@ impl Engine {
             }
         };
         let same_cookie = hello.cookie == record.cookie || hello.cookie == record.cookie_sent;
-        if hello.store != record.store || !same_cookie {
+        // Within one connection the cookie stays; the number of its next record does not.
+        let known = self.members.get(&provider).map_or(0, |member| member.report.next_record);
+        let now = hello.report.as_ref().map_or(0, |report| report.next_record);
+        let went_back = hello.store == record.store && now > 0 && now < known;
+        if hello.store != record.store || !same_cookie || went_back {
             tracing::warn!(provider, "its store was rolled back, cloned or replaced");
             record.suspect = true;
         }
@@ -282,6 +294,8 @@ impl Engine {
         if let Some(connection) = self.connections.get_mut(&conn) {
             connection.provider = Some(provider);
         }
+        // What the old stream's orders were is begun again: nobody answers them any more.
+        self.rebuilder_gone(provider)?;
         let seq = self.commit(batch, Durability::Durable)?;
         if was_dead {
             self.repairs.unwell.remove(&provider);

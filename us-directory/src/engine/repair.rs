@@ -86,6 +86,8 @@ struct Setback {
     until_ms: u64,
     /// Who was to make the fragment and could not.
     tried: Vec<u32>,
+    /// Fragments that may lie where an order was given up.
+    strays: Vec<route::Place>,
 }
 
 /// A rebuilder whose orders fail one after the other.
@@ -104,6 +106,8 @@ pub(super) struct Repairs {
     setbacks: HashMap<BlockKey, Setback>,
     later: BTreeSet<(u64, BlockKey)>,
     failing: HashMap<u32, Failing>,
+    /// Fragments that may lie where an order was given up, of blocks that are well now.
+    strays: Vec<(BlockKey, route::Place)>,
     /// Providers that are dead or being emptied: new blocks there need a look.
     pub unwell: HashSet<u32>,
     /// Of the providers being emptied those of which the log has not said that they are.
@@ -131,8 +135,13 @@ impl Repairs {
 
     fn forget(&mut self, key: &BlockKey) {
         self.queue.remove(key);
+        self.succeeded(key);
+    }
+
+    fn succeeded(&mut self, key: &BlockKey) {
         if let Some(setback) = self.setbacks.remove(key) {
             self.later.remove(&(setback.until_ms, *key));
+            self.strays.extend(setback.strays.into_iter().map(|place| (*key, place)));
         }
     }
 
@@ -157,6 +166,15 @@ impl Repairs {
         if failing.orders >= FAILING_ORDERS {
             failing.until_ms = now_ms + FAILING_PAUSE_MS;
         }
+    }
+
+    /// The order was given up: its fragments may have been made all the same.
+    fn note_strays(&mut self, job: &Job) {
+        let strays = &mut self.setbacks.entry(job.key).or_default().strays;
+        let made = job.wanted.iter().map(|(index, _)| (*index, job.target));
+        strays.extend(made);
+        strays.sort_unstable();
+        strays.dedup();
     }
 
     /// Whether a block's repair has failed often enough to take a worse place for it.
@@ -344,9 +362,24 @@ impl Engine {
         self.repairs.queue.try_again();
     }
 
+    /// What orders that were given up may have left behind goes.
+    fn bury_strays(&mut self) -> Result<(), StoreError> {
+        for ((volume, block), (index, provider)) in std::mem::take(&mut self.repairs.strays) {
+            let Some(mut tx) = self.tx(volume) else { continue };
+            tx.bury_stray(&block, usize::from(index), provider)?;
+            let outcome = tx.finish()?;
+            if !outcome.batch.is_empty() {
+                self.commit(outcome.batch, Durability::Applied)?;
+                self.pending_deletes += outcome.graves as i64;
+            }
+        }
+        Ok(())
+    }
+
     /// One step of reconstruction: every tick.
     pub(super) fn run_repairs(&mut self) -> Result<(), StoreError> {
         let now_ms = self.now_ms();
+        self.bury_strays()?;
         self.scan_slice()?;
         for key in self.repairs.recovered(now_ms) {
             let block = self.stored_block(&key)?;
@@ -356,6 +389,7 @@ impl Engine {
             if let Some(job) = self.repairs.jobs.end(ticket) {
                 self.repairs.failed += 1;
                 self.repairs.blame(job.key, job.target, now_ms);
+                self.repairs.note_strays(&job);
                 self.repairs.set_back(job.key, now_ms);
                 let conn = self.members.get(&job.target).and_then(|member| member.conn);
                 if let Some(conn) = conn {
@@ -382,7 +416,6 @@ impl Engine {
         metrics::counter!("us_directory_repairs_total", "status" => label.as_str_name())
             .increment(1);
         if label == RebuildStatus::Ok {
-            self.repairs.setbacks.remove(&job.key);
             self.repairs.failing.remove(&provider);
             self.repairs.note_done(now_ms, job.fragment_bytes * job.wanted.len() as u64);
             self.commit_repair(&job)?;
@@ -457,6 +490,7 @@ impl Engine {
     /// The fragments are durable at the rebuilder: the record names it, if all is as it was.
     fn commit_repair(&mut self, job: &Job) -> Result<(), StoreError> {
         let (volume, block) = job.key;
+        self.repairs.succeeded(&job.key);
         let Some(mut tx) = self.tx(volume) else { return Ok(()) };
         for (index, from) in &job.wanted {
             tx.relocate(&block, usize::from(*index), *from, job.target)?;
@@ -475,6 +509,7 @@ impl Engine {
     pub(super) fn rebuilder_gone(&mut self, provider: u32) -> Result<(), StoreError> {
         for ticket in self.repairs.jobs.at(provider) {
             if let Some(job) = self.repairs.jobs.end(ticket) {
+                self.repairs.note_strays(&job);
                 let block = self.stored_block(&job.key)?;
                 self.look_at(job.key, block.as_ref());
             }

@@ -20,6 +20,7 @@ use super::*;
 use crate::store::memory::MemoryStore;
 
 mod basics;
+mod checks;
 mod crash;
 mod garbage;
 mod keeping;

@@ -166,6 +166,18 @@ impl Tx<'_> {
         Ok(true)
     }
 
+    /// A fragment may lie at `provider`, where an order to make it was given up: it goes unless the
+    /// record names it there.
+    pub fn bury_stray(
+        &mut self,
+        block: &BlockId,
+        index: usize,
+        provider: u32,
+    ) -> Result<(), StoreError> {
+        let named = self.block(block)?.and_then(|record| record.providers.get(index).copied());
+        if named == Some(provider) { Ok(()) } else { self.bury_fragment(block, index, provider) }
+    }
+
     /// Writes anew which fragments of a block its providers, and `provider`, hold by its record, and
     /// ends it where nothing refers to it. Returns whether anything was wrong.
     ///
@@ -210,8 +222,17 @@ impl Tx<'_> {
         index: usize,
         provider: u32,
     ) -> Result<(), StoreError> {
-        let key = keys::grave(self.due_ms(), block);
-        let known: Option<GraveRecord> = self.read(&key)?;
+        // A grave names one provider for an index; a second one has its grave a millisecond later.
+        let mut due_ms = self.due_ms();
+        let (key, known) = loop {
+            let key = keys::grave(due_ms, block);
+            let known: Option<GraveRecord> = self.read(&key)?;
+            let there = known.as_ref().and_then(|grave| grave.providers.get(index));
+            if there.is_none_or(|there| *there == 0 || *there == provider) {
+                break (key, known);
+            }
+            due_ms += 1;
+        };
         let is_new = known.is_none();
         let volume = bytes::Bytes::copy_from_slice(self.volume.as_bytes());
         let mut grave = known.unwrap_or(GraveRecord { providers: Vec::new(), volume });
@@ -244,7 +265,12 @@ impl Tx<'_> {
             for provider in &providers {
                 self.delete(keys::holding(&self.volume, *provider, &block));
             }
-            let key = keys::grave(self.due_ms(), &block);
+            // Fragments that moved may have their grave in the same millisecond.
+            let mut due_ms = self.due_ms();
+            while self.read::<GraveRecord>(&keys::grave(due_ms, &block))?.is_some() {
+                due_ms += 1;
+            }
+            let key = keys::grave(due_ms, &block);
             self.put(key, &GraveRecord { providers, ..Default::default() });
             self.graves += 1;
         }

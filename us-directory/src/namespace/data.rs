@@ -114,8 +114,21 @@ impl Tx<'_> {
         for extent in &commit.extents {
             self.write_extent(who, extent)?;
         }
+        self.check_crowded()?;
         for file in &commit.files {
             self.grow(who, file)?;
+        }
+        Ok(())
+    }
+
+    /// Fails where a chunk has too many extents now. Asked when all extents of a commit are in: the
+    /// first of them may add what the last replace.
+    fn check_crowded(&mut self) -> Result<(), ApplyError> {
+        for (ino, chunk) in std::mem::take(&mut self.crowded) {
+            let extents = self.chunk_mut(ino, chunk)?.extents.len();
+            if extents > CHUNK_EXTENTS_MAX {
+                return Err(Rule::TooManyExtents { ino, chunk, extents }.into());
+            }
         }
         Ok(())
     }
@@ -263,7 +276,7 @@ impl Tx<'_> {
         let removed = splice(map, (offset % CHUNK_BYTES) as u32, length as u32, place);
         let extents = map.extents.len();
         if extents > CHUNK_EXTENTS_MAX && place != Place::Hole {
-            return Err(Rule::TooManyExtents { ino, chunk, extents }.into());
+            self.crowded.insert((ino, chunk));
         }
         // The new reference first: overwriting a piece with itself must not kill the block.
         if let Place::Block(block, _) = place {

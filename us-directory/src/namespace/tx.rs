@@ -68,6 +68,8 @@ pub struct Tx<'a> {
     pub(super) created: HashSet<u64>,
     pub(super) deleted: HashSet<u64>,
     pub(super) unreferenced: BTreeSet<BlockId>,
+    /// Chunks that had too many extents after a piece of the present mutation.
+    pub(super) crowded: BTreeSet<(u64, u64)>,
     pub(super) graves: u64,
 }
 
@@ -90,6 +92,7 @@ impl<'a> Tx<'a> {
             created: HashSet::new(),
             deleted: HashSet::new(),
             unreferenced: BTreeSet::new(),
+            crowded: BTreeSet::new(),
             graves: 0,
         }
     }

@@ -72,12 +72,39 @@ impl MembershipFiles {
         decode_joined(&bytes).map(Some).ok_or(FileError::Damaged { path })
     }
 
+    /// As [`MembershipFiles::load_joined`]; one whose file is damaged never joined: its key says who it
+    /// is, and without a cookie its fragments are checked before they are believed. Blocks.
+    ///
+    /// # Errors
+    /// [`FileError::Io`].
+    pub fn load_joined_or_new(&self) -> Result<Option<Joined>, FileError> {
+        match self.load_joined() {
+            Err(error @ FileError::Damaged { .. }) => {
+                tracing::error!(%error, "joining as if for the first time");
+                Ok(None)
+            }
+            joined => joined,
+        }
+    }
+
     /// Keeps who we are, durably. Blocks.
     ///
     /// # Errors
     /// [`FileError::Io`]; the old file is then still there.
     pub fn keep_joined(&self, joined: &Joined) -> Result<(), FileError> {
         self.write("membership", &encode_joined(joined))
+    }
+
+    /// Something that was acknowledged may be gone from the store: without its cookie the provider
+    /// is one whose fragments are checked before they are believed. Blocks.
+    ///
+    /// # Errors
+    /// [`FileError`].
+    pub fn forget_cookie(&self) -> Result<(), FileError> {
+        match self.load_joined()? {
+            Some(joined) => self.keep_joined(&Joined { cookie: Bytes::new(), ..joined }),
+            None => Ok(()),
+        }
     }
 
     /// The latest root of the directory and its number. Blocks.
@@ -209,6 +236,21 @@ mod tests {
         bytes[13] ^= 1;
         std::fs::write(&path, bytes).unwrap();
         assert!(matches!(files.load_joined(), Err(FileError::Damaged { .. })));
+        // It kept the provider and all its fragments away for ever.
+        assert_eq!(files.load_joined_or_new().unwrap(), None);
+    }
+
+    #[test]
+    fn a_store_that_lost_something_has_no_cookie_to_show() {
+        let dir = tempfile::tempdir().unwrap();
+        let files = MembershipFiles::new(dir.path());
+        files.forget_cookie().unwrap();
+        assert!(files.load_joined().unwrap().is_none());
+        let joined = Joined { provider: 7, cookie: "cookie".into(), cluster: "cluster".into() };
+        files.keep_joined(&joined).unwrap();
+        files.forget_cookie().unwrap();
+        let without = Joined { cookie: Bytes::new(), ..joined };
+        assert_eq!(files.load_joined().unwrap(), Some(without));
     }
 
     proptest! {

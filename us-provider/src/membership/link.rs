@@ -117,14 +117,7 @@ impl<E: Into<Lost>> From<E> for StreamEnd {
 /// [`LinkEnd`] when trying again makes no sense.
 pub async fn run(config: LinkConfig, hands: Hands, stop: CancellationToken) -> Result<(), LinkEnd> {
     let files = MembershipFiles::new(hands.store.dir());
-    let joined = match files.load_joined() {
-        // Its key says who it is; without a cookie its fragments are checked before they are believed.
-        Err(error @ FileError::Damaged { .. }) => {
-            tracing::error!(%error, "joining as if for the first time");
-            None
-        }
-        joined => joined?,
-    };
+    let joined = files.load_joined_or_new()?;
     let member = Member::new(config.about.clone(), joined);
     let retaining = Retaining::default();
     let mut link = Link { config, hands, files, member, retaining };
@@ -426,6 +419,7 @@ pub(crate) fn report(store: &Store, pause: &Pause, leave: &Leave) -> ProviderRep
         damaged: state.damaged,
         accepts_puts: note.is_empty(),
         note,
+        next_record: state.next_record,
         leaving: leave.is_on(),
         ..ProviderReport::default()
     }

@@ -81,3 +81,23 @@ impl Recovery for RecoveryService {
         Ok(Response::new(ReceiverStream::new(stream).boxed()))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A damaged `membership` ended the answer before the journal's records, the one thing that a
+    /// restore cannot do without.
+    #[test]
+    fn damaged_files_hide_no_records() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["membership", "root"] {
+            std::fs::write(dir.path().join(name), b"garbage").unwrap();
+        }
+        let (pages, mut stream) = tokio::sync::mpsc::channel(PAGES_MAX);
+        RecoveryService::new(dir.path()).send_all(&pages).unwrap();
+        let first = stream.blocking_recv().unwrap().unwrap();
+        let Some(Content::Root(root)) = first.content else { panic!("{first:?}") };
+        assert_eq!((root.sequence, root.cluster.len()), (0, 0));
+    }
+}

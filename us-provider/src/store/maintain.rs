@@ -199,7 +199,8 @@ impl Store {
     fn rescue(&self, id: FragmentId, found: Entry, segment: &Segment) -> Result<u64, StoreError> {
         let shared = &self.handle.shared;
         let known = shared.index.entry(id)?.map(|entry| entry.place);
-        if known.is_some_and(|place| place != found.place) {
+        let is_elsewhere = known.is_some_and(|place| place != found.place);
+        if is_elsewhere || known.is_none() && shared.unmarked.lock().contains(&found.place) {
             return Ok(0);
         }
         let record = match shared.read_payload(&found, id) {

@@ -44,20 +44,32 @@ pub struct Recovery {
     pub unreadable_bytes: u64,
     /// Fragments found damaged.
     pub damaged: u64,
+    /// Segments the index knew fragments in that are not there any more; where the index is lost
+    /// too and there is not one segment, 1.
+    pub missing_segments: usize,
     /// Files that could not be read as segments and were renamed.
     pub set_aside: Vec<PathBuf>,
     /// How long it took.
     pub took: Duration,
 }
 
+impl Recovery {
+    /// Whether fragments may be gone that were acknowledged: what others think is here is to be
+    /// looked at again.
+    pub fn has_lost_something(&self) -> bool {
+        self.missing_segments > 0 || self.unreadable_bytes > 0 || !self.set_aside.is_empty()
+    }
+}
+
 pub(super) fn open(dir: &Path, options: StoreOptions) -> Result<Handle, OpenError> {
     let begun = Instant::now();
     let lock = DirLock::take(dir)?;
+    let is_new = !dir.join("store").exists();
     let id = store_id(dir)?;
     let segments = Segments::new(dir.join("segments"), id)?;
     let index = Index::open(dir, options.index_cache_bytes)?;
     let mut walk = Walk::new(&options, index, segments)?;
-    let start = walk.run()?;
+    let start = walk.run(is_new)?;
     let Walk { index, segments, accounts, mut recovery, .. } = walk;
     recovery.took = begun.elapsed();
     let queue_units = (options.queue_bytes / CHARGE_BYTES).clamp(1, 1 << 20);
@@ -69,6 +81,7 @@ pub(super) fn open(dir: &Path, options: StoreOptions) -> Result<Handle, OpenErro
         segments,
         accounts: Mutex::new(accounts),
         trouble: Mutex::new(None),
+        unmarked: Mutex::default(),
         stuck: Mutex::default(),
         fresh_damage: Mutex::new(Vec::new()),
     });
@@ -157,8 +170,9 @@ impl<'a> Walk<'a> {
     }
 
     /// Brings the index up to the end of the last segment.
-    fn run(&mut self) -> Result<Start, OpenError> {
+    fn run(&mut self, is_new: bool) -> Result<Start, OpenError> {
         let numbers = self.segments.numbers()?;
+        self.recovery.missing_segments = self.missing_segments(&numbers, is_new);
         let from = self.trusted_start(&numbers)?;
         self.recovery.rebuilt = from.is_none() && !numbers.is_empty();
         let rebuilt = self.recovery.rebuilt;
@@ -181,6 +195,22 @@ impl<'a> Walk<'a> {
             self.apply(Place { segment: next_segment, offset: SEGMENT_HEADER_BYTES })?;
         }
         Ok(Start { active, next_segment, next_seq: self.next_seq })
+    }
+
+    /// How many segments with fragments the index knows that are not there.
+    fn missing_segments(&self, numbers: &[u32], is_new: bool) -> usize {
+        let (Ok(Some(_)), Ok(accounts)) = (self.index.mark(), self.index.accounts()) else {
+            return usize::from(!is_new && numbers.is_empty());
+        };
+        let known = accounts.segments().filter(|(_, account)| !account.is_dead());
+        let gone: Vec<u32> = known
+            .map(|(number, _)| number)
+            .filter(|number| numbers.binary_search(number).is_err())
+            .collect();
+        if !gone.is_empty() {
+            tracing::error!(segments = ?gone, "fragments are gone with their segments");
+        }
+        gone.len()
     }
 
     /// Where to begin: behind the mark, if the index speaks of exactly the segments there are.

@@ -27,6 +27,8 @@ pub struct StoreState {
     pub damaged: u64,
     /// Segment files.
     pub segments: u64,
+    /// The number of the next record; 0 where the index cannot say.
+    pub next_record: u64,
     /// Why puts fail; `None` while they do not.
     pub trouble: Option<String>,
 }
@@ -85,6 +87,7 @@ impl Store {
             trashed_bytes: trashed.bytes,
             damaged: shared.index.damaged_count(),
             segments,
+            next_record: shared.index.mark().ok().flatten().map_or(0, |mark| mark.next_seq),
             trouble: shared.trouble.lock().clone(),
         }
     }

@@ -8,7 +8,7 @@ use us_proto::v1;
 use us_proto::v1::mutation::Op;
 
 use super::node::{Level, Node};
-use super::{Core, Now, Stop, change_time};
+use super::{Core, Now, Stall, Stop, Want, change_time};
 use crate::attributes::{
     Attributes, FileKind, FileTime, MODE_GROUP_EXECUTE, MODE_PERMISSIONS, MODE_SGID, MODE_SUID,
     SetAttributes, SetTime,
@@ -31,7 +31,10 @@ impl Core {
     /// Attributes of an inode.
     pub fn getattr(&mut self, now: Now, ino: Ino) -> Result<Entry, Stop> {
         self.check_session(now)?;
-        self.need(ino, Level::Shared)?;
+        if self.need(ino, Level::Shared)?.allocated_guessed {
+            // Asked behind the log, the directory counts what is left.
+            return Err(Stop::Stall(Stall::Fetch(Want::Inode { ino, level: Level::Shared })));
+        }
         self.entry(now, ino, None).ok_or(FsError::Stale(ino).into())
     }
 

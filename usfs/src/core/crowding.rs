@@ -18,6 +18,8 @@ use crate::fs::FsError;
 
 /// The most extents a commit of blocks may leave a chunk with.
 const COMMITTED_EXTENTS_MAX: usize = CHUNK_EXTENTS_MAX - 24;
+/// The most that allocating, punching and cloning may: a commit of blocks must find room behind them.
+const PLACED_EXTENTS_MAX: usize = 900;
 /// From here on it is written anew in the background.
 const CHUNK_EXTENTS_MANY: usize = 500;
 
@@ -33,30 +35,56 @@ pub struct Rewrite {
 }
 
 impl Core {
-    /// Stalls an operation that puts `extents` extents into `range` until there is room for them.
-    pub(super) fn check_crowding(
-        &self,
-        ino: Ino,
-        range: Range<u64>,
-        extents: usize,
-    ) -> Result<(), Stop> {
+    /// Stalls an operation that puts `pieces` (in order) into a file until there is room for them.
+    pub(super) fn check_crowding(&self, ino: Ino, pieces: &[Range<u64>]) -> Result<(), Stop> {
         let Some(data) = self.nodes.get(&ino).and_then(|node| node.data.as_deref()) else {
             return Ok(());
         };
-        // The chunks between are wholly replaced: only those at the ends keep what they have.
-        for chunk in [range.start / CHUNK_BYTES, range.end.saturating_sub(1) / CHUNK_BYTES] {
-            if !data.map().is_known(chunk) {
-                return Err(super::files::want_map(ino, chunk..chunk + 1));
-            }
-            let there = extents_in(data, chunk_range(chunk));
-            if there + extents + 1 > COMMITTED_EXTENTS_MAX {
-                if there < CHUNK_EXTENTS_MANY {
-                    return Err(FsError::NotSupported.into());
-                }
-                return Err(Stop::Stall(Stall::Compact(ino, chunk)));
+        for (chunk, parts) in partly_covered(pieces.iter().cloned()) {
+            need_chunk(data, ino, chunk)?;
+            if extents_after(data, chunk, &parts) > PLACED_EXTENTS_MAX {
+                return Err(self.tidy_up(ino, data, chunk));
             }
         }
         Ok(())
+    }
+
+    /// Where a clone that puts `extents` (in order, without gaps) into a file must end so that no
+    /// chunk gets too many. Stalls where there is no room for the first of them.
+    pub(super) fn clone_end(&self, ino: Ino, extents: &[Extent]) -> Result<u64, Stop> {
+        let (Some(first), Some(last)) = (extents.first(), extents.last()) else { return Ok(0) };
+        let Some(data) = self.nodes.get(&ino).and_then(|node| node.data.as_deref()) else {
+            return Err(FsError::Stale(ino).into());
+        };
+        for (chunk, mut parts) in partly_covered(extents.iter().map(Extent::range)) {
+            need_chunk(data, ino, chunk)?;
+            if extents_after(data, chunk, &parts) <= PLACED_EXTENTS_MAX {
+                continue;
+            }
+            if parts[0].start > first.offset {
+                return Ok(parts[0].start);
+            }
+            while parts.len() > 1 && extents_after(data, chunk, &parts) > PLACED_EXTENTS_MAX {
+                parts.truncate(parts.len() / 2);
+            }
+            if extents_after(data, chunk, &parts) > PLACED_EXTENTS_MAX {
+                return Err(self.tidy_up(ino, data, chunk));
+            }
+            return Ok(parts[parts.len() - 1].end);
+        }
+        Ok(last.range().end)
+    }
+
+    /// Why an operation cannot go on in a crowded chunk: it must be written anew first, where that
+    /// makes room. Only what lies in the file can be written anew.
+    fn tidy_up(&self, ino: Ino, data: &FileData, chunk: u64) -> Stop {
+        let attributes = self.nodes.get(&ino).and_then(|node| node.attributes);
+        let size = attributes.map_or(0, |attributes| attributes.size);
+        let whole = chunk_range(chunk);
+        if extents_in(data, whole.start..whole.end.min(size)) < CHUNK_EXTENTS_MANY / 2 {
+            return FsError::NotSupported.into();
+        }
+        Stop::Stall(Stall::Compact(ino, chunk))
     }
 
     /// Whether the commit of `ticket` would overfill a chunk of `ino`: then its bytes are dirty
@@ -64,25 +92,17 @@ impl Core {
     pub(super) fn postpone_crowded(&mut self, now: Now, ticket: Ticket, ino: Ino) -> bool {
         let Some(node) = self.nodes.get_mut(&ino) else { return false };
         let Some(data) = node.data.as_deref_mut() else { return false };
-        let mut flying = BTreeMap::<u64, Vec<Range<u64>>>::new();
-        for (offset, bytes) in data.in_flight().overlay(0..u64::MAX, None) {
-            let end = offset + bytes.len() as u64;
-            for chunk in offset / CHUNK_BYTES..end.div_ceil(CHUNK_BYTES) {
-                let whole = chunk_range(chunk);
-                let part = offset.max(whole.start)..end.min(whole.end);
-                flying.entry(chunk).or_default().push(part);
-            }
-        }
-        let full: Vec<u64> = flying
-            .iter()
-            .filter(|(chunk, pieces)| extents_after(data, **chunk, pieces) > COMMITTED_EXTENTS_MAX)
-            .map(|(chunk, _)| *chunk)
+        // All of the ticket's pieces, those too that newer ones hide: they are what is committed.
+        let full: Vec<u64> = partly_covered(data.in_flight().ranges(ticket))
+            .into_iter()
+            .filter(|(chunk, parts)| extents_after(data, *chunk, parts) > COMMITTED_EXTENTS_MAX)
+            .map(|(chunk, _)| chunk)
             .collect();
         if full.is_empty() {
             return false;
         }
         data.abort(ticket);
-        node.postponed = true;
+        node.postponed += 1;
         self.dirty.crowded.extend(full.into_iter().map(|chunk| (ino, chunk)));
         self.note_dirty(now, ino);
         true
@@ -113,9 +133,10 @@ impl Core {
         Some(found.1)
     }
 
-    /// Whether bytes of `ino` that were stored are dirty again, because of a crowded chunk.
-    pub fn is_postponed(&self, ino: Ino) -> bool {
-        self.nodes.get(&ino).is_some_and(|node| node.postponed)
+    /// How often bytes of `ino` that were stored became dirty again, because of a crowded chunk. Who
+    /// waits for bytes that were sealed since the count was the same has them committed.
+    pub fn postponed(&self, ino: Ino) -> u64 {
+        self.nodes.get(&ino).map_or(0, |node| node.postponed)
     }
 
     /// What a chunk holds now, for writing it anew; `None` where that makes no sense any more.
@@ -152,6 +173,28 @@ impl Core {
         self.note_dirty(now, rewrite.ino);
         true
     }
+}
+
+/// The chunks that `pieces` (in order) cover in part, each with the parts of it that are covered. A
+/// chunk within a piece has one extent afterwards, whatever it had before.
+fn partly_covered(pieces: impl Iterator<Item = Range<u64>>) -> BTreeMap<u64, Vec<Range<u64>>> {
+    let mut parts = BTreeMap::<u64, Vec<Range<u64>>>::new();
+    for piece in pieces.filter(|piece| !piece.is_empty()) {
+        let (first, last) = (piece.start / CHUNK_BYTES, (piece.end - 1) / CHUNK_BYTES);
+        for chunk in [Some(first), (last > first).then_some(last)].into_iter().flatten() {
+            let whole = chunk_range(chunk);
+            let part = piece.start.max(whole.start)..piece.end.min(whole.end);
+            parts.entry(chunk).or_default().push(part);
+        }
+    }
+    parts
+}
+
+fn need_chunk(data: &FileData, ino: Ino, chunk: u64) -> Result<(), Stop> {
+    if data.map().is_known(chunk) {
+        return Ok(());
+    }
+    Err(super::files::want_map(ino, chunk..chunk + 1))
 }
 
 fn chunk_range(chunk: u64) -> Range<u64> {

@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use us_core::disk::BlockInfo;
@@ -10,16 +11,22 @@ use us_core::limits::{CHUNK_BYTES, ZERO_EXTENT_BYTES_MAX};
 use us_proto::v1;
 use us_proto::v1::mutation::Op;
 
-use super::flush::extent_write;
+use super::flush::{COMMIT_EXTENTS_MAX, extent_write};
 use super::node::{Level, Node};
 use super::{Core, Now, Stall, Stop, Want, change_time};
 use crate::attributes::FileKind;
-use crate::data::{self, ClonePlan, Extent, FileData, MapSource, Place, Seek};
+use crate::data::{self, ClonePlan, Extent, FileData, MapSource, Place, Seek, Tail};
 use crate::fs::{AllocateMode, FILE_BYTES_MAX, FsError, Handle, SeekFor};
 
 /// Chunks of a map asked for at once, at least and at most.
 const MAP_CHUNKS_MIN: u64 = 64;
 const MAP_CHUNKS_MAX: u64 = 256;
+/// The longest range of zeros one call allocates: so many chunks the directory writes at once.
+const ALLOCATE_BYTES_MAX: u64 = 64 << 30;
+/// Allocating up to this much is not worth asking for the volume's free space.
+const UNASKED_BYTES_MAX: u64 = 64 << 20;
+/// How long an answer about free space is believed.
+const FREE_SPACE_AGE_MAX: Duration = Duration::from_secs(5);
 /// The longest clone of one call.
 const CLONE_BYTES_MAX: u64 = 1 << 30;
 
@@ -155,6 +162,7 @@ impl Core {
             return Err(Stop::Stall(Stall::Space));
         }
         self.need_map(ino, offset, end)?;
+        self.need_tail(ino, size, end)?;
         self.data(ino)?.write(offset, bytes);
         self.attributes_mut(ino).size = size.max(end);
         self.touch_file(now, ino);
@@ -183,24 +191,82 @@ impl Core {
         attributes.ctime = time;
     }
 
+    /// The file is about to grow from `size` to `end`: nothing may come to light that lies behind its
+    /// end. Blocks commit in any order and sizes wait for them, so a mount that crashed may have left
+    /// bytes there that never were part of the file.
+    fn need_tail(&mut self, ino: Ino, size: u64, end: u64) -> Result<(), Stop> {
+        let Some(node) = self.nodes.get(&ino) else { return Err(FsError::Stale(ino).into()) };
+        if end <= size || node.tail_checked {
+            return Ok(());
+        }
+        let left = match self.data(ino)?.map().tail(size) {
+            Tail::Known(left) => left,
+            Tail::Unknown => {
+                let chunk = size / CHUNK_BYTES;
+                return Err(want_map(ino, chunk..chunk + MAP_CHUNKS_MAX));
+            }
+            // At worst it was allocated in advance, and is not any more.
+            Tail::Long => Some(size..FILE_BYTES_MAX),
+        };
+        if let Some(range) = left {
+            let (offset, bytes) = (range.start, range.end - range.start);
+            self.place_counted(ino, &Extent { offset, bytes, place: Place::Hole })?;
+            let cut = Extent { offset, bytes, place: Place::Hole };
+            self.log_extents(ino, vec![extent_write(ino, &cut)]);
+        }
+        if let Some(node) = self.nodes.get_mut(&ino) {
+            node.tail_checked = true;
+        }
+        Ok(())
+    }
+
+    /// Puts an extent over everything in its range, and counts what is allocated then.
+    fn place_counted(&mut self, ino: Ino, extent: &Extent) -> Result<(), Stop> {
+        let data = self.data(ino)?;
+        let known = data.map().is_all_known(extent.range());
+        let before = data.map().mapped_bytes();
+        data.place(extent);
+        let grown = data.map().mapped_bytes() as i64 - before as i64;
+        self.count_allocated(ino, grown, known);
+        Ok(())
+    }
+
+    /// The map has `grown` by so many bytes. Unless all that went was `known`, only the directory can
+    /// tell how much that leaves.
+    fn count_allocated(&mut self, ino: Ino, grown: i64, known: bool) {
+        let attributes = self.attributes_mut(ino);
+        let allocated = attributes.allocated_bytes.saturating_add_signed(grown);
+        attributes.allocated_bytes = allocated;
+        if let Some(node) = self.nodes.get_mut(&ino) {
+            node.allocated_guessed |= !known;
+        }
+    }
+
     /// Cuts a file whose lease is held at `size`, or extends it by a hole.
     pub(super) fn truncate(&mut self, now: Now, ino: Ino, size: u64) -> Result<(), Stop> {
         let old = self.need_file(ino, Level::Exclusive)?;
+        self.need_tail(ino, old, size)?;
         self.touch_file(now, ino);
-        self.data(ino)?.truncate(size.min(old));
+        if size < old {
+            let data = self.data(ino)?;
+            let (known, before) =
+                (data.map().is_all_known(size..u64::MAX), data.map().mapped_bytes());
+            data.truncate(size);
+            let grown = data.map().mapped_bytes() as i64 - before as i64;
+            self.count_allocated(ino, grown, known);
+        }
         let node = self.nodes.get_mut(&ino).ok_or(FsError::Stale(ino))?;
         let Some(attributes) = &mut node.attributes else { return Ok(()) };
         attributes.size = size;
-        if size < old {
-            attributes.allocated_bytes =
-                attributes.allocated_bytes.min(size.next_multiple_of(CHUNK_BYTES));
-            if size == 0 {
-                attributes.allocated_bytes = 0;
-            }
+        if size == 0 {
+            attributes.allocated_bytes = 0;
+            node.allocated_guessed = false;
         }
         let (mtime, ctime) = (attributes.mtime, attributes.ctime);
         if size < node.logged_size {
             node.logged_size = size;
+            // The directory clears whatever lies behind.
+            node.tail_checked = true;
             let message = v1::SetAttributes {
                 ino: ino.0,
                 size: Some(size),
@@ -226,19 +292,44 @@ impl Core {
         self.append_commit(message, &[ino]);
     }
 
-    /// Changes how a range is backed.
+    /// Whether `bytes` more may be allocated for a file: as far as the volume has space for what the
+    /// file does not have yet. Little is never asked about.
+    pub fn check_free_space(&mut self, now: Now, handle: Handle, bytes: u64) -> Result<(), Stop> {
+        let (ino, _) = self.need_writable(now, handle)?;
+        let needed = bytes.saturating_sub(self.attributes_mut(ino).allocated_bytes);
+        if needed <= UNASKED_BYTES_MAX {
+            return Ok(());
+        }
+        let fresh = |(at, _): &(Duration, u64)| now.boot.saturating_sub(*at) < FREE_SPACE_AGE_MAX;
+        match self.free_space.filter(fresh) {
+            None => Err(Stop::Stall(Stall::FreeSpace)),
+            Some((_, free)) if needed > free => {
+                let detail = format!("for {needed} bytes: the volume has {free} left");
+                Err(FsError::NoSpace(detail).into())
+            }
+            Some(_) => Ok(()),
+        }
+    }
+
+    /// The directory says how many bytes are left in the volume.
+    pub fn note_free_space(&mut self, now: Now, bytes: u64) {
+        self.free_space = Some((now.boot, bytes));
+    }
+
+    /// Changes how a range is backed, or the first part of it: answers up to where. One call is a
+    /// bounded piece of work here and at the directory.
     pub fn allocate(
         &mut self,
         now: Now,
         handle: Handle,
-        offset: u64,
-        bytes: u64,
+        range: Range<u64>,
         mode: AllocateMode,
-    ) -> Result<(), Stop> {
+    ) -> Result<u64, Stop> {
         let (ino, size) = self.need_writable(now, handle)?;
-        let end = offset.checked_add(bytes).filter(|end| *end <= FILE_BYTES_MAX);
-        let end = end.ok_or(FsError::TooLarge)?;
-        if bytes == 0 {
+        if range.end > FILE_BYTES_MAX {
+            return Err(FsError::TooLarge.into());
+        }
+        if range.is_empty() {
             return Err(FsError::Invalid("a range of no bytes").into());
         }
         let (place, grows) = match mode {
@@ -247,36 +338,43 @@ impl Core {
                 (Place::Zero, !keep_size)
             }
         };
-        let ranges = match mode {
-            AllocateMode::Allocate { .. } => self.holes(ino, offset..end)?,
-            AllocateMode::PunchHole | AllocateMode::ZeroRange { .. } => {
-                std::iter::once(offset..end).collect()
+        let mut end = range.end;
+        if place == Place::Zero {
+            end = end.min(range.start.saturating_add(ALLOCATE_BYTES_MAX));
+            self.need_tail(ino, size, end)?;
+        }
+        let whole = range.start..end;
+        let mut ranges = vec![whole];
+        if let AllocateMode::Allocate { .. } = mode {
+            ranges = self.holes(ino, range.start..end)?;
+            if ranges.len() > COMMIT_EXTENTS_MAX {
+                ranges.truncate(COMMIT_EXTENTS_MAX);
+                end = ranges.last().map_or(end, |last| last.end);
             }
-        };
-        self.check_crowding(ino, offset..end, ranges.len())?;
-        let before = self.data(ino)?.map().mapped_bytes();
+        }
+        self.check_crowding(ino, &ranges)?;
         let mut written = Vec::new();
         for range in ranges {
             let extent = Extent { offset: range.start, bytes: range.end - range.start, place };
             match mode {
                 // Holes of the map may be dirty; the dirty bytes stay.
-                AllocateMode::Allocate { .. } => self.data(ino)?.map_mut().apply(&extent),
+                AllocateMode::Allocate { .. } => {
+                    self.data(ino)?.map_mut().apply(&extent);
+                    self.count_allocated(ino, extent.bytes as i64, true);
+                }
                 AllocateMode::PunchHole | AllocateMode::ZeroRange { .. } => {
-                    self.data(ino)?.place(&extent);
+                    self.place_counted(ino, &extent)?;
                 }
             }
             written.extend(split(&extent).map(|extent| extent_write(ino, &extent)));
         }
-        let grown = self.data(ino)?.map().mapped_bytes() as i64 - before as i64;
-        let attributes = self.attributes_mut(ino);
-        attributes.allocated_bytes = attributes.allocated_bytes.saturating_add_signed(grown);
         if grows {
-            attributes.size = size.max(end);
+            self.attributes_mut(ino).size = size.max(end);
         }
         self.touch_file(now, ino);
         self.note_dirty(now, ino);
         self.log_extents(ino, written);
-        Ok(())
+        Ok(end)
     }
 
     /// The parts of `range` that the map has no place for.
@@ -353,23 +451,23 @@ impl Core {
             ClonePlan::Flush => return Err(Stop::Stall(Stall::Flush(source))),
             ClonePlan::Fetch(chunks) => return Err(want_map(source, chunks)),
         };
-        self.check_crowding(target, to.1..target_end, extents.len())?;
-        let before = self.data(target)?.map().mapped_bytes();
-        let mut written = Vec::new();
-        for extent in extents {
-            let moved = Extent { offset: extent.offset - from.1 + to.1, ..extent };
-            self.data(target)?.place(&moved);
-            written.push(extent_write(target, &moved));
+        let moved = |extent: &Extent| Extent { offset: extent.offset - from.1 + to.1, ..*extent };
+        let mut extents: Vec<Extent> = extents.iter().map(moved).collect();
+        let target_end = self.clone_end(target, &extents)?;
+        self.need_tail(target, target_size, target_end)?;
+        extents.retain(|extent| extent.offset < target_end);
+        let mut written = Vec::with_capacity(extents.len());
+        for extent in &mut extents {
+            extent.bytes = extent.bytes.min(target_end - extent.offset);
+            self.place_counted(target, extent)?;
+            written.push(extent_write(target, extent));
         }
-        let grown = self.data(target)?.map().mapped_bytes() as i64 - before as i64;
-        let attributes = self.attributes_mut(target);
-        attributes.allocated_bytes = attributes.allocated_bytes.saturating_add_signed(grown);
-        attributes.size = target_size.max(target_end);
+        self.attributes_mut(target).size = target_size.max(target_end);
         self.touch_file(now, target);
         self.drop_suid(target, true);
         self.note_dirty(now, target);
         self.log_extents(target, written);
-        Ok(bytes)
+        Ok(target_end - to.1)
     }
 
     /// The directory's answer about chunks of a map.

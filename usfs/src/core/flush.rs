@@ -15,6 +15,7 @@ use bytes::Bytes;
 use us_core::disk::BlockInfo;
 use us_core::geometry::Code;
 use us_core::ids::{BlockId, Ino};
+use us_core::limits::CHUNK_BYTES;
 use us_proto::v1;
 use us_proto::v1::mutation::Op;
 
@@ -29,8 +30,9 @@ const INLINE_FSYNC_BYTES_MAX: u64 = 32 << 10;
 const INLINE_BLOCK_BYTES_MAX: u64 = 16 << 10;
 /// What one mount puts inline before its fsyncs write blocks.
 const INLINE_SESSION_BYTES_MAX: u64 = 64 << 20;
-/// The most extents in one mutation.
-const COMMIT_EXTENTS_MAX: usize = 8192;
+/// The most extents, and the most files, in one mutation.
+pub(super) const COMMIT_EXTENTS_MAX: usize = 8192;
+const COMMIT_FILES_MAX: usize = 8192;
 /// How long a byte may stay dirty.
 const DIRTY_AGE_MAX: Duration = Duration::from_secs(3);
 /// The pause after a block could not be stored.
@@ -332,7 +334,6 @@ impl Core {
             }
             let Some(node) = self.nodes.get_mut(&ino) else { continue };
             let Some(data) = node.data.as_deref_mut() else { continue };
-            node.postponed = false;
             let mapped = data.map().mapped_bytes();
             let extents = data.commit(ticket, block);
             let grown = data.map().mapped_bytes() as i64 - mapped as i64;
@@ -360,16 +361,22 @@ impl Core {
         self.append_commit(message, &inos);
     }
 
-    /// Appends a commit in mutations of a bounded size. Sizes come with the last: they never run
+    /// Appends a commit in mutations of a bounded size. Sizes come behind all extents: they never run
     /// ahead of the data.
     pub(super) fn append_commit(&mut self, mut message: v1::CommitData, inos: &[Ino]) {
         while message.extents.len() > COMMIT_EXTENTS_MAX {
-            let rest = message.extents.split_off(COMMIT_EXTENTS_MAX);
+            let rest = message.extents.split_off(cut_at_chunk(&message.extents));
             let part = v1::CommitData {
                 blocks: std::mem::take(&mut message.blocks),
                 extents: std::mem::replace(&mut message.extents, rest),
                 files: Vec::new(),
             };
+            self.append(Op::CommitData(part), inos);
+        }
+        while message.files.len() > COMMIT_FILES_MAX {
+            let rest = message.files.split_off(COMMIT_FILES_MAX);
+            let part = std::mem::take(&mut message);
+            message.files = rest;
             self.append(Op::CommitData(part), inos);
         }
         self.append(Op::CommitData(message), inos);
@@ -417,6 +424,14 @@ impl Core {
         pieces.extend(dirty.map(|(offset, bytes)| (offset, Bytes::copy_from_slice(bytes))));
         pieces
     }
+}
+
+/// Where to cut a long list of extents: at most after [`COMMIT_EXTENTS_MAX`], and where another chunk
+/// begins. Half of a chunk's new extents beside the old ones of the other half may be too many.
+fn cut_at_chunk(extents: &[v1::ExtentWrite]) -> usize {
+    let chunk = |extent: &v1::ExtentWrite| (extent.ino, extent.offset / CHUNK_BYTES);
+    let begins = |at: &usize| chunk(&extents[*at]) != chunk(&extents[*at - 1]);
+    (1..=COMMIT_EXTENTS_MAX).rev().find(begins).unwrap_or(COMMIT_EXTENTS_MAX)
 }
 
 /// An extent as the log has it.

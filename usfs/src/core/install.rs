@@ -16,7 +16,7 @@ use us_proto::v1::session_up::Event as Up;
 
 use super::leases::{PIN, Recall};
 use super::node::{Dentry, DirNames, Level, Node, attributes_from_proto};
-use super::{Core, INODES_LEASED, Now, Want};
+use super::{Asked, Core, INODES_LEASED, Now, Want};
 use crate::attributes::FileKind;
 use crate::data::FileData;
 use crate::fs::FsError;
@@ -30,8 +30,8 @@ pub enum Effect {
     /// The directory had no time for the request (another mount did not give its lease back):
     /// it may be asked again.
     Contended(u64),
-    /// Answer a recall.
-    Recall(Recall),
+    /// A recall waits to be answered.
+    Recalled,
     /// Everything up to here is durable.
     Durable(LogPosition),
     /// New inode numbers are there.
@@ -50,7 +50,8 @@ impl Core {
         }
         let number = self.request_number();
         self.requests.insert(want.clone(), number);
-        self.pending.insert(number, (want.clone(), trace));
+        let asked = Asked { want: want.clone(), trace, at: self.log.end() };
+        self.pending.insert(number, asked);
         let event = self.fetch_event(number, want, trace);
         self.send(event);
         number
@@ -115,7 +116,9 @@ impl Core {
             Down::Fetched(fetched) => self.on_fetched(now, &fetched),
             Down::Recall(recall) => {
                 let keep = Level::from_proto(recall.level);
-                Some(Effect::Recall(Recall { ino: Ino(recall.ino), keep, grant: recall.grant }))
+                let recall = Recall { ino: Ino(recall.ino), keep, grant: recall.grant };
+                self.recalls.push_back(recall);
+                Some(Effect::Recalled)
             }
             Down::Inodes(leased) => {
                 self.inodes_asked = false;
@@ -138,7 +141,7 @@ impl Core {
 
     fn on_fetched(&mut self, now: Now, fetched: &v1::Fetched) -> Option<Effect> {
         let number = fetched.request;
-        let Some((want, _)) = self.pending.remove(&number) else {
+        let Some(Asked { want, at, .. }) = self.pending.remove(&number) else {
             return Some(Effect::Other(Down::Fetched(fetched.clone())));
         };
         self.requests.remove(&want);
@@ -148,7 +151,7 @@ impl Core {
             self.install_lease(now, lease, asked);
         }
         for inode in &fetched.inodes {
-            self.install_inode(inode);
+            self.install_inode(inode, at);
         }
         for block in &fetched.blocks {
             self.remember_block(block);
@@ -193,14 +196,23 @@ impl Core {
         node.told_open = false;
     }
 
-    fn install_inode(&mut self, inode: &v1::Inode) {
+    /// `at`: the directory has applied at least so much of the log before it answered.
+    fn install_inode(&mut self, inode: &v1::Inode, at: LogPosition) {
         let Some(node) = self.nodes.get_mut(&Ino(inode.ino)) else { return };
-        if node.lease.level == Level::None || node.attributes.is_some() {
+        if node.lease.level == Level::None {
+            return;
+        }
+        if let Some(attributes) = &mut node.attributes {
+            if node.allocated_guessed && node.logged <= at {
+                attributes.allocated_bytes = inode.allocated_bytes;
+                node.allocated_guessed = false;
+            }
             return;
         }
         let Some(attributes) = attributes_from_proto(inode) else { return };
         node.attributes = Some(attributes);
         node.logged_size = attributes.size;
+        node.tail_checked = inode.allocated_bytes == 0;
         node.parent = Ino(inode.parent);
         node.has_xattrs = inode.has_xattrs;
         node.xattrs = (!inode.has_xattrs).then(Default::default);

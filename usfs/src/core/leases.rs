@@ -1,14 +1,18 @@
 //! Giving leases back: recalls, reclaims after a new connection, and letting go of what is not used.
 
 use us_core::ids::Ino;
-use us_core::limits::LEASES_MESSAGE_MAX;
+use us_core::limits::{LEASES_MESSAGE_MAX, SESSION_LEASES_MAX};
 use us_proto::v1;
 use us_proto::v1::session_up::Event;
 
-use super::node::{Lease, Level, Node};
-use super::{Core, Now};
+use super::node::{Dentry, Lease, Level, Node};
+use super::{Core, Now, Want};
 use crate::session::log::LogPosition;
 
+/// From so many inodes on the kernel is asked to forget files that nobody uses, and from so many on
+/// directories too. Without leases nothing can be looked up.
+pub const KERNEL_NODES_MANY: usize = SESSION_LEASES_MAX / 2;
+const KERNEL_NODES_MAX: usize = SESSION_LEASES_MAX / 8 * 7;
 /// How long a recall waits for the operation that asked for the lease.
 pub const PIN: std::time::Duration = std::time::Duration::from_millis(200);
 
@@ -46,6 +50,11 @@ pub enum FinishedRecall {
 }
 
 impl Core {
+    /// Takes a recall that nobody answers yet.
+    pub fn take_recall(&mut self) -> Option<Recall> {
+        self.recalls.pop_front()
+    }
+
     /// A recall arrived; new operations get at most what it leaves from now on, unless the lease
     /// is pinned. Then the task that answers recalls calls [`Core::finish_recall`].
     pub fn begin_recall(&mut self, now: Now, recall: Recall) -> FinishedRecall {
@@ -89,18 +98,32 @@ impl Core {
         FinishedRecall::Returned
     }
 
-    /// Names of `dir` the kernel may have cached.
+    /// Names of `dir` the kernel may have cached, those too that it was told are not there.
     pub fn cached_names(&self, dir: Ino) -> Vec<Box<[u8]>> {
         let names = self.nodes.get(&dir).and_then(|node| node.names.as_deref());
-        names.map(|names| names.names.keys().cloned().collect()).unwrap_or_default()
+        names.map(|names| names.told().map(Into::into).collect()).unwrap_or_default()
     }
 
     /// An operation is over: what was pinned for it no longer is.
-    pub fn unpin(&mut self, inos: &[Ino]) {
-        for ino in inos {
-            if let Some(node) = self.nodes.get_mut(ino) {
-                node.lease.pinned_until = None;
+    pub fn unpin(&mut self, wants: &[Want]) {
+        for want in wants {
+            let named = match want {
+                Want::Entry { dir, name, .. } => self.present(*dir, name),
+                _ => None,
+            };
+            for ino in [Some(want.ino()), named].into_iter().flatten() {
+                if let Some(node) = self.nodes.get_mut(&ino) {
+                    node.lease.pinned_until = None;
+                }
             }
+        }
+    }
+
+    /// What `name` in `dir` is, where that is known.
+    fn present(&self, dir: Ino, name: &[u8]) -> Option<Ino> {
+        match self.nodes.get(&dir)?.names.as_deref()?.get(name)? {
+            Dentry::Present { ino, .. } => Some(ino),
+            Dentry::Absent => None,
         }
     }
 
@@ -166,8 +189,9 @@ impl Core {
             Event::Fetch(fetch) => !pending.contains_key(&fetch.request),
             _ => true,
         });
-        let again: Vec<_> = self.pending.iter().map(|(n, want)| (*n, want.clone())).collect();
-        for (number, (want, trace)) in again {
+        let again: Vec<_> =
+            self.pending.iter().map(|(n, asked)| (*n, asked.want.clone(), asked.trace)).collect();
+        for (number, want, trace) in again {
             let event = self.fetch_event(number, &want, trace);
             self.send(event);
         }
@@ -177,9 +201,40 @@ impl Core {
         }
     }
 
+    /// Names the kernel should forget so that it lets go of inodes: while it holds nearly as many as
+    /// the directory gives leases for. Up to `max` of them, of files in directories whose names were
+    /// not looked up since the last call; a directory may be somebody's working one, so directories
+    /// go only where files are not enough.
+    pub fn names_to_forget(&mut self, max: usize) -> Vec<(Ino, Box<[u8]>)> {
+        if self.nodes.len() < KERNEL_NODES_MANY {
+            return Vec::new();
+        }
+        let urgent = self.nodes.len() >= KERNEL_NODES_MAX;
+        let unused = |node: &Node| node.lookups > 0 && node.handles == 0 && !node.used;
+        let mut names = Vec::new();
+        for (dir, node) in &self.nodes {
+            let Some(known) = node.names.as_deref().filter(|names| !names.order.is_empty()) else {
+                continue;
+            };
+            for (name, dentry) in &known.names {
+                let Dentry::Present { ino, .. } = dentry else { continue };
+                let Some(child) = self.nodes.get(ino).filter(|child| unused(child)) else {
+                    continue;
+                };
+                if urgent || child.names.is_none() {
+                    names.push((*dir, name.clone()));
+                }
+                if names.len() == max {
+                    return names;
+                }
+            }
+        }
+        names
+    }
+
     /// Lets go of inodes that nobody used since the last call, while there are too many: answers
     /// whether any was. Their leases are returned behind the log.
-    pub fn evict(&mut self) -> bool {
+    pub fn evict(&mut self, now: Now) -> bool {
         if self.nodes.len() <= self.config.nodes_max {
             return false;
         }
@@ -190,7 +245,8 @@ impl Core {
                 continue;
             }
             let quiet = !node.is_referred() && node.lease.keep.is_none() && *ino != Ino::ROOT;
-            if quiet && node.lease.pinned_until.is_none() {
+            let pinned = node.lease.pinned_until.is_some_and(|until| now.boot < until);
+            if quiet && !pinned {
                 idle.push(*ino);
             }
         }

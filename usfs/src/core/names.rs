@@ -4,6 +4,8 @@
 //! changed inode and its directories get the same time; the directory service sets the same ones
 //! from the mutation.
 
+use std::time::Duration;
+
 use bytes::Bytes;
 use us_core::ids::Ino;
 use us_core::limits::DEPTH_MAX;
@@ -43,11 +45,21 @@ impl Core {
             b".." => dir_node.parent,
             _ => match self.need_name(dir, name, Level::Shared)? {
                 Dentry::Present { ino, .. } => ino,
-                Dentry::Absent => return Ok(Lookup::Absent(self.valid(now, &[dir]))),
+                Dentry::Absent => return Ok(Lookup::Absent(self.tell_absent(now, dir, name))),
             },
         };
         self.need(ino, Level::Shared)?;
         self.answer_entry(now, ino, dir).map(Lookup::Found)
+    }
+
+    /// The kernel is told that there is no `name` in `dir`: how long it may remember that.
+    fn tell_absent(&mut self, now: Now, dir: Ino, name: &[u8]) -> Duration {
+        let valid = self.valid(now, &[dir]);
+        if valid > Duration::ZERO && self.names_mut(dir).tell_absent(name) {
+            valid
+        } else {
+            Duration::ZERO
+        }
     }
 
     /// The entry of `ino` in `dir`, counted as a lookup.
@@ -175,6 +187,7 @@ impl Core {
         node.xattrs = Some(std::collections::BTreeMap::new());
         node.parent = dir;
         node.logged = self.log.end();
+        node.tail_checked = true;
         match attributes.kind {
             FileKind::Directory => node.names = Some(Box::new(DirNames::new_empty())),
             FileKind::Regular => node.data = Some(Box::new(FileData::new_file())),
@@ -278,13 +291,16 @@ impl Core {
         Ok(ino)
     }
 
-    /// Moves a name. Over an existing file it waits until the moved file's data is committed.
+    /// Moves a name. Over an existing file it waits until what the moved file holds is committed; a
+    /// swap waits for both. `flushed` are files for which this call has waited already: what is
+    /// written to them meanwhile need not come with the name, and might never come to an end.
     pub fn rename(
         &mut self,
         now: Now,
         from: (Ino, &[u8]),
         to: (Ino, &[u8]),
         mode: RenameMode,
+        flushed: &[Ino],
     ) -> Result<Renamed, Stop> {
         self.check_change(now)?;
         check_name(from.1)?;
@@ -318,6 +334,8 @@ impl Core {
         self.check_no_loop(moved, from.0, to.0)?;
         if let (RenameMode::Exchange, Some(replaced)) = (mode, replaced) {
             self.check_no_loop(replaced, to.0, from.0)?;
+            self.need_committed(moved.0, flushed)?;
+            self.need_committed(replaced.0, flushed)?;
             return self.exchange(now, from, to, moved, replaced);
         }
         if let Some(replaced) = replaced {
@@ -327,11 +345,16 @@ impl Core {
                 (true, true) => self.check_empty(replaced.0)?,
                 (false, false) => {}
             }
-            if self.has_uncommitted(moved.0) {
-                return Err(Stop::Stall(Stall::Flush(moved.0)));
-            }
+            self.need_committed(moved.0, flushed)?;
         }
         self.replace(now, from, to, moved, replaced)
+    }
+
+    fn need_committed(&self, ino: Ino, flushed: &[Ino]) -> Result<(), Stop> {
+        if self.has_uncommitted(ino) && !flushed.contains(&ino) {
+            return Err(Stop::Stall(Stall::Flush(ino)));
+        }
+        Ok(())
     }
 
     fn replace(

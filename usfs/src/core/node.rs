@@ -1,6 +1,6 @@
 //! What the mount knows of one inode, and under which lease.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -95,7 +95,15 @@ pub struct DirNames {
     pub complete: bool,
     /// The cookie the next new name takes.
     pub next_cookie: u64,
+    /// Names the kernel was told are not there, and may remember so while the lease lasts. Never more
+    /// than [`TOLD_ABSENT_MAX`]: it is told to remember no others.
+    pub told_absent: HashSet<Box<[u8]>>,
 }
+
+/// The most names of a directory that the kernel may remember as not there.
+pub const TOLD_ABSENT_MAX: usize = 4096;
+/// The most names of a directory kept as not there.
+const ABSENT_MAX: usize = 4096;
 
 /// The first cookie of a directory.
 pub const FIRST_COOKIE: u64 = 1;
@@ -121,8 +129,29 @@ impl DirNames {
         self.put(name, Dentry::Present { ino, cookie, kind: Some(kind) });
     }
 
+    /// The kernel is told that there is no `name`: whether it may remember that. It is told when that
+    /// changes.
+    pub fn tell_absent(&mut self, name: &[u8]) -> bool {
+        if self.told_absent.contains(name) {
+            return true;
+        }
+        self.told_absent.len() < TOLD_ABSENT_MAX && self.told_absent.insert(name.into())
+    }
+
+    /// Names the kernel may have cached, there or not.
+    pub fn told(&self) -> impl Iterator<Item = &[u8]> {
+        let absent = self.told_absent.iter().filter(|name| !self.names.contains_key(&***name));
+        self.names.keys().chain(absent).map(|name| &**name)
+    }
+
     /// Notes what `name` is.
     pub fn put(&mut self, name: &[u8], dentry: Dentry) {
+        // Absent names are only a cache, of lookups that anybody may make.
+        if dentry == Dentry::Absent
+            && self.names.len().saturating_sub(self.order.len()) >= ABSENT_MAX
+        {
+            self.names.retain(|_, dentry| *dentry != Dentry::Absent);
+        }
         let old = self.names.insert(name.into(), dentry);
         if let Some(Dentry::Present { cookie: old, .. }) = old {
             self.order.remove(&old);
@@ -135,13 +164,11 @@ impl DirNames {
 
     /// Notes that there is no `name`.
     pub fn remove(&mut self, name: &[u8]) {
-        let old = if self.complete {
-            self.names.remove(name)
-        } else {
-            self.names.insert(name.into(), Dentry::Absent)
-        };
-        if let Some(Dentry::Present { cookie, .. }) = old {
+        if let Some(Dentry::Present { cookie, .. }) = self.names.remove(name) {
             self.order.remove(&cookie);
+        }
+        if !self.complete {
+            self.put(name, Dentry::Absent);
         }
     }
 
@@ -189,6 +216,10 @@ pub struct Node {
     pub data: Option<Box<FileData>>,
     /// The size the directory knows when it has applied the log.
     pub logged_size: u64,
+    /// Nothing lies behind the end of the file but what this mount put there under this lease.
+    pub tail_checked: bool,
+    /// `allocated_bytes` is a guess: something was cut off whose map was not here.
+    pub allocated_guessed: bool,
     /// The last mutation in the log that concerns the inode.
     pub logged: LogPosition,
     /// Lookups the kernel has not given back.
@@ -204,8 +235,8 @@ pub struct Node {
     pub dirty_since: Option<Duration>,
     /// Why its data could not be stored when last tried, while some of it still is not.
     pub write_failing: Option<FsError>,
-    /// Its last commit waits until a crowded chunk is written anew.
-    pub postponed: bool,
+    /// How often bytes that were stored became dirty again, because a chunk must be written anew first.
+    pub postponed: u64,
     /// The last error of writing.
     pub write_error: Option<WriteError>,
     /// A use mark for eviction.
@@ -225,6 +256,8 @@ impl Node {
             parent: Ino(0),
             data: None,
             logged_size: 0,
+            tail_checked: false,
+            allocated_guessed: false,
             logged: LogPosition(0),
             lookups: 0,
             handles: 0,
@@ -232,7 +265,7 @@ impl Node {
             kernel_cache_valid: false,
             dirty_since: None,
             write_failing: None,
-            postponed: false,
+            postponed: 0,
             write_error: None,
             used: true,
         }
@@ -247,6 +280,8 @@ impl Node {
         self.names = None;
         self.parent = Ino(0);
         self.data = None;
+        self.tail_checked = false;
+        self.allocated_guessed = false;
         self.kernel_cache_valid = false;
     }
 

@@ -249,9 +249,8 @@ impl FileData {
             let start = pending.into_iter().flatten().min()?;
             let ends = [self.dirty.dirty_until(start), self.in_flight.end_at(start)];
             at = ends.into_iter().flatten().max()?;
-            let committed = |piece: &MapPiece| {
-                matches!(piece.source, MapSource::Place(Place::Block { .. }))
-            };
+            let committed =
+                |piece: &MapPiece| matches!(piece.source, MapSource::Place(Place::Block { .. }));
             let pieces = self.map.lookup(start..at);
             if let Some(piece) = pieces.iter().find(|piece| !committed(piece)) {
                 return Some(piece.range.start);

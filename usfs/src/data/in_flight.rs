@@ -103,6 +103,11 @@ impl InFlight {
         pieces
     }
 
+    /// What a ticket would commit now, in order.
+    pub fn ranges(&self, ticket: Ticket) -> impl Iterator<Item = Range<u64>> + '_ {
+        self.tickets.get(&ticket).into_iter().flat_map(IntervalMap::iter).map(|(range, _)| range)
+    }
+
     /// The first byte in flight at or after `offset`.
     pub fn next_at(&self, offset: u64) -> Option<u64> {
         self.tickets.values().filter_map(|sealed| sealed.next_at(offset, |_| true)).min()

@@ -74,6 +74,17 @@ pub struct MapPiece {
     pub source: MapSource,
 }
 
+/// What lies behind the end of a file.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Tail {
+    /// All is known: blocks lie in this range, or nowhere.
+    Known(Option<Range<u64>>),
+    /// The first chunk must be fetched to know.
+    Unknown,
+    /// Something lies behind all that was fetched.
+    Long,
+}
+
 /// The map of one file, as far as it is known.
 #[derive(Clone, Debug)]
 pub struct FileMap {
@@ -194,14 +205,22 @@ impl FileMap {
         }
     }
 
-    /// Divides `range` into runs of known and of unknown chunks.
+    /// Divides `range` into runs of known and of unknown chunks. A range may be far longer than what
+    /// is known of it.
     fn by_chunk(&self, range: Range<u64>) -> Vec<(Range<u64>, bool)> {
         let mut runs: Vec<(Range<u64>, bool)> = Vec::new();
         let mut at = range.start;
         while at < range.end {
             let chunk = at / CHUNK_BYTES;
             let known = self.is_known(chunk);
-            let end = if chunk >= self.known_from { u64::MAX } else { chunk_range(chunk).end };
+            let end = if chunk >= self.known_from {
+                u64::MAX
+            } else if known {
+                chunk_range(chunk).end
+            } else {
+                let next = self.known.range(chunk..).next().copied().unwrap_or(u64::MAX);
+                next.min(self.known_from).saturating_mul(CHUNK_BYTES)
+            };
             let end = end.min(range.end);
             match runs.last_mut() {
                 Some((run, run_known)) if *run_known == known => run.end = end,
@@ -210,6 +229,27 @@ impl FileMap {
             at = end;
         }
         runs
+    }
+
+    /// Whether all of `range` is known.
+    pub fn is_all_known(&self, range: Range<u64>) -> bool {
+        self.by_chunk(range).iter().all(|(_, known)| *known)
+    }
+
+    /// What is known of the places from `size` on.
+    pub fn tail(&self, size: u64) -> Tail {
+        let end = self.by_chunk(size..u64::MAX).into_iter().find(|(_, known)| !known);
+        match end {
+            Some((unknown, _)) if unknown.start == size => Tail::Unknown,
+            Some(_) => Tail::Long,
+            None => {
+                let blocks = self.places.overlay(size..u64::MAX);
+                let mut blocks = blocks.filter(|(_, place)| matches!(place, Place::Block { .. }));
+                let first = blocks.next().map(|(range, _)| range);
+                let last = blocks.last().map(|(range, _)| range).or(first.clone());
+                Tail::Known(first.zip(last).map(|(first, last)| first.start..last.end))
+            }
+        }
     }
 
     /// The first byte at or after `offset` and before `size` that lies in a block, or that may:

@@ -159,7 +159,19 @@ impl Fs {
         length: u64,
         mode: AllocateMode,
     ) -> Result<(), FsError> {
-        self.run(|state, now| state.core.allocate(now, handle, offset, length, mode)).await
+        let end = offset.checked_add(length).ok_or(FsError::TooLarge)?;
+        if mode != AllocateMode::PunchHole {
+            self.run(|state, now| state.core.check_free_space(now, handle, length)).await?;
+        }
+        let mut at = offset;
+        loop {
+            at = self.run(|state, now| state.core.allocate(now, handle, at..end, mode)).await?;
+            if at >= end {
+                return Ok(());
+            }
+            // A long range is many records at the directory: no more are sent than it keeps up with.
+            self.wait_durable().await?;
+        }
     }
 
     /// The next data or hole at or after `offset`.

@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use tokio::sync::mpsc;
 use us_core::disk::{Acknowledge, DiskConfig, FragmentTransport, VirtualDisk};
 use us_core::geometry::{Code, GeometryError};
 use us_core::ids::{Ino, SessionId, VolumeId};
@@ -15,10 +14,10 @@ use us_proto::v1;
 use us_proto::v1::session_up::Event as Up;
 
 use super::blocks::Blocks;
-use super::shared::{Parts, RECALLS_MAX, Shared, now};
+use super::shared::{Parts, Shared, now};
 use super::writeback::flush_file;
 use super::{Fs, FsError};
-use crate::core::{Core, CoreConfig, FlushReason, Recall};
+use crate::core::{Core, CoreConfig, FlushReason};
 use crate::session::stream::{OpenStream, margin};
 use crate::session::{DirectoryLink, SessionError, stream};
 
@@ -30,6 +29,8 @@ const GOODBYE_TIMEOUT: Duration = Duration::from_secs(3);
 const SETTLING_TIMEOUT: Duration = Duration::from_secs(5);
 /// How often inodes nobody uses are looked for.
 const EVICT_EVERY: Duration = Duration::from_secs(5);
+/// Names the kernel is asked to forget at once.
+const FORGET_AT_ONCE: usize = 16 << 10;
 /// Inodes cached without being used.
 const NODES_MAX: usize = 256 << 10;
 
@@ -141,10 +142,8 @@ impl Fs {
         if !options.read_only {
             core.ask_inodes();
         }
-        let (recalls, recalled) = mpsc::channel(RECALLS_MAX);
         let shared = Arc::new(Shared::new(Parts {
             core,
-            recalls,
             disk,
             blocks: Arc::clone(&blocks),
             swarm,
@@ -154,7 +153,7 @@ impl Fs {
         }));
         blocks.connect(&shared);
         shared.new_grant(&opened.opened.grant);
-        start(&shared, link, opened, open, recalled, dirty_bytes_max);
+        start(&shared, link, opened, open, dirty_bytes_max);
         Ok(Self { shared })
     }
 
@@ -283,12 +282,11 @@ fn start(
     link: Arc<dyn DirectoryLink>,
     opened: OpenStream,
     open: v1::OpenSession,
-    recalled: mpsc::Receiver<Recall>,
     dirty_bytes_max: usize,
 ) {
     let stop = shared.stop.clone();
     shared.tasks.spawn(stream::run(Arc::clone(shared), link, opened, open, stop));
-    shared.tasks.spawn(super::recall::run(Arc::clone(shared), recalled));
+    shared.tasks.spawn(super::recall::run(Arc::clone(shared)));
     shared.tasks.spawn(super::writeback::run(Arc::clone(shared), dirty_bytes_max));
     shared.tasks.spawn(evict(Arc::clone(shared)));
 }
@@ -301,8 +299,30 @@ async fn evict(shared: Arc<Shared>) {
             () = tokio::time::sleep(EVICT_EVERY) => {}
             () = shared.stop.cancelled() => return,
         }
-        if shared.lock().core.evict() {
+        let now = shared.now();
+        if shared.lock().core.evict(now) {
             shared.outgoing.notify_one();
+        }
+        relieve(&shared).await;
+    }
+}
+
+/// Has the kernel forget what nobody uses, while it holds so much that leases run short.
+async fn relieve(shared: &Shared) {
+    loop {
+        let names = shared.lock().core.names_to_forget(FORGET_AT_ONCE);
+        if names.is_empty() {
+            return;
+        }
+        for (dir, name) in names {
+            shared.kernel.forget_name(dir, name);
+        }
+        shared.kernel.settled().await;
+        let now = shared.now();
+        let evicted = shared.lock().core.evict(now);
+        shared.outgoing.notify_one();
+        if !evicted {
+            return;
         }
     }
 }

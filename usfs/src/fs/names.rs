@@ -14,7 +14,7 @@ use super::{
     RenameMode, SetAttributes, Statistics, XattrMode,
 };
 use crate::attributes::{FileKind, MODE_PERMISSIONS};
-use crate::core::{NewNode, Stop};
+use crate::core::{NewNode, Stall, Stop};
 
 /// How long the directory may take for an answer that is not cached.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
@@ -151,7 +151,16 @@ impl Fs {
         to: (Ino, &[u8]),
         mode: RenameMode,
     ) -> Result<(), FsError> {
-        self.run(|state, now| state.core.rename(now, from, to, mode).map(|_| ())).await
+        let mut flushed = Vec::new();
+        self.run(|state, now| {
+            let renamed = state.core.rename(now, from, to, mode, &flushed);
+            // It is called again when that is done.
+            if let Err(Stop::Stall(Stall::Flush(ino))) = &renamed {
+                flushed.push(*ino);
+            }
+            renamed.map(|_| ())
+        })
+        .await
     }
 
     /// Gives an inode another name.
@@ -264,12 +273,16 @@ impl Fs {
     pub async fn statfs(&self) -> Result<Statistics, FsError> {
         let ask = |request| Up::Statfs(v1::StatfsRequest { request });
         match self.shared.ask(ask, ANSWER_TIMEOUT).await? {
-            Down::Statfs(reply) => Ok(Statistics {
-                total_bytes: reply.total_bytes,
-                free_bytes: reply.free_bytes,
-                available_bytes: reply.available_bytes,
-                inodes: reply.inodes,
-            }),
+            Down::Statfs(reply) => {
+                let now = self.shared.now();
+                self.shared.lock().core.note_free_space(now, reply.available_bytes);
+                Ok(Statistics {
+                    total_bytes: reply.total_bytes,
+                    free_bytes: reply.free_bytes,
+                    available_bytes: reply.available_bytes,
+                    inodes: reply.inodes,
+                })
+            }
             _ => Err(FsError::Io("the directory answered something else".to_owned())),
         }
     }

@@ -2,12 +2,12 @@
 //!
 //! Each recall is a task of its own. It stops new changes, flushes, lets the kernel forget, and
 //! returns the lease behind everything in the log; it holds no lock while it waits and needs no
-//! other lease.
+//! other lease. One that cannot flush waits for the swarm and keeps nobody else waiting.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::Semaphore;
 use us_core::ids::Ino;
 
 use super::shared::Shared;
@@ -15,51 +15,68 @@ use super::writeback::flush_file;
 use crate::core::node::Level;
 use crate::core::{FinishedRecall, FlushReason, Recall};
 
-/// Recalls answered at once.
-const RECALLS_AT_ONCE: usize = 64;
+/// Recalls under way at once; further ones wait in the core.
+const RECALLS_AT_ONCE: usize = 4096;
+/// Recalls that flush at once, and those that let the kernel forget.
+const FLUSHES_AT_ONCE: usize = 64;
+const FORGETTING_AT_ONCE: usize = 64;
 /// How often a pinned lease is looked at.
 const PIN_POLL: Duration = Duration::from_millis(2);
 /// The pause before a flush that failed is tried again.
 const FLUSH_RETRY: Duration = Duration::from_millis(500);
 
+/// What the recalls of a mount share: how many may do what at once.
+struct Slots {
+    flushing: Semaphore,
+    forgetting: Semaphore,
+}
+
 /// Answers recalls until the mount stops.
-pub(crate) async fn run(shared: Arc<Shared>, mut recalls: mpsc::Receiver<Recall>) {
-    let slots = Arc::new(Semaphore::new(RECALLS_AT_ONCE));
+pub(crate) async fn run(shared: Arc<Shared>) {
+    let at_once = Arc::new(Semaphore::new(RECALLS_AT_ONCE));
+    let slots = Arc::new(Slots {
+        flushing: Semaphore::new(FLUSHES_AT_ONCE),
+        forgetting: Semaphore::new(FORGETTING_AT_ONCE),
+    });
     loop {
-        // Cancel-safe: `recv` takes nothing before it is ready.
-        let recall = tokio::select! {
-            recall = recalls.recv() => recall,
+        // Cancel-safe: a permit is given back where it is dropped.
+        let permit = tokio::select! {
+            permit = Arc::clone(&at_once).acquire_owned() => permit,
             () = shared.stop.cancelled() => return,
         };
-        let Some(recall) = recall else { return };
-        let Ok(slot) = Arc::clone(&slots).acquire_owned().await else { return };
-        let shared_too = Arc::clone(&shared);
+        let Ok(permit) = permit else { return };
+        let next = shared.lock().core.take_recall();
+        let Some(recall) = next else {
+            // Cancel-safe: a notification that comes while nobody waits is kept.
+            tokio::select! {
+                () = shared.recalled.notified() => {}
+                () = shared.stop.cancelled() => return,
+            }
+            continue;
+        };
+        let (shared_too, slots) = (Arc::clone(&shared), Arc::clone(&slots));
         shared.tasks.spawn(async move {
             // Cancel-safe: a mount that stops returns all leases by closing its session.
             tokio::select! {
-                () = answer(&shared_too, recall) => {}
+                () = answer(&shared_too, &slots, recall) => {}
                 () = shared_too.stop.cancelled() => {}
             }
-            drop(slot);
+            drop(permit);
         });
     }
 }
 
-async fn answer(shared: &Arc<Shared>, recall: Recall) {
+async fn answer(shared: &Arc<Shared>, slots: &Slots, recall: Recall) {
     let Recall { ino, keep, .. } = recall;
     loop {
         let now = shared.now();
         let begun = shared.lock().core.begin_recall(now, recall);
         match begun {
             FinishedRecall::Pinned => tokio::time::sleep(PIN_POLL).await,
-            FinishedRecall::Dirty => {
-                if let Err(error) = flush_file(shared, ino, FlushReason::Commit).await {
-                    tracing::warn!(%ino, %error, "cannot flush for another mount; trying again");
-                    tokio::time::sleep(FLUSH_RETRY).await;
-                }
-            }
+            FinishedRecall::Dirty => flush(shared, slots, ino).await,
             FinishedRecall::Returned => {
                 if keep == Level::None {
+                    let Ok(_slot) = slots.forgetting.acquire().await else { return };
                     forget_in_kernel(shared, ino).await;
                 }
                 if shared.lock().core.finish_recall(recall) == FinishedRecall::Returned {
@@ -75,6 +92,16 @@ async fn answer(shared: &Arc<Shared>, recall: Recall) {
     if keep == Level::None {
         // What was read while the kernel forgot.
         shared.kernel.forget_inode(ino);
+    }
+}
+
+/// Flushes a file for another mount; where that fails the slot is free while it waits.
+async fn flush(shared: &Arc<Shared>, slots: &Slots, ino: Ino) {
+    let Ok(slot) = slots.flushing.acquire().await else { return };
+    if let Err(error) = flush_file(shared, ino, FlushReason::Commit).await {
+        tracing::warn!(%ino, %error, "cannot flush for another mount; trying again");
+        drop(slot);
+        tokio::time::sleep(FLUSH_RETRY).await;
     }
 }
 

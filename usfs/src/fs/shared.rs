@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::{Mutex, MutexGuard};
-use tokio::sync::{Notify, mpsc, oneshot, watch};
+use tokio::sync::{Notify, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use us_core::daemon::logging::RequestId;
@@ -24,14 +24,10 @@ use super::blocks::Blocks;
 use super::notify::KernelCalls;
 use super::{FsError, SwarmNews};
 use crate::attributes::FileTime;
-use crate::core::{Core, Effect, Now, Recall};
+use crate::core::{Core, Effect, Now};
 use crate::session::SessionError;
 use crate::session::log::LogPosition;
 use crate::session::stream::{OpenStream, margin};
-
-/// Recalls that may wait for the task that answers them. The directory has one recall under way for
-/// each lease, so a mount with more leases recalled than this makes its stream wait.
-pub(crate) const RECALLS_MAX: usize = 64 << 10;
 
 /// How an answered request ended.
 #[derive(Clone, Debug)]
@@ -62,7 +58,8 @@ pub(crate) struct Shared {
     pub durable: watch::Sender<LogPosition>,
     /// A block may be due.
     pub dirty: Notify,
-    pub recalls: mpsc::Sender<Recall>,
+    /// A recall waits in the core.
+    pub recalled: Notify,
     pub kernel: KernelCalls,
     pub disk: VirtualDisk,
     pub blocks: Arc<Blocks>,
@@ -79,7 +76,6 @@ pub(crate) struct Shared {
 /// What a mount is made of.
 pub(crate) struct Parts {
     pub core: Core,
-    pub recalls: mpsc::Sender<Recall>,
     pub disk: VirtualDisk,
     pub blocks: Arc<Blocks>,
     pub swarm: Arc<dyn SwarmNews>,
@@ -102,7 +98,7 @@ impl Shared {
             progress: watch::Sender::new(0),
             durable: watch::Sender::new(LogPosition(0)),
             dirty: Notify::new(),
-            recalls: parts.recalls,
+            recalled: Notify::new(),
             kernel: KernelCalls::default(),
             disk: parts.disk,
             blocks: parts.blocks,
@@ -176,11 +172,7 @@ impl Shared {
         match effect {
             None => self.outgoing.notify_one(),
             Some(Effect::Answered(..) | Effect::Contended(_)) => {}
-            Some(Effect::Recall(recall)) => {
-                if self.recalls.try_send(recall).is_err() {
-                    tracing::error!(ino = %recall.ino, "too many recalls at once; one is not answered");
-                }
-            }
+            Some(Effect::Recalled) => self.recalled.notify_one(),
             Some(Effect::Durable(position)) => {
                 self.durable.send_replace(position);
                 self.signal();

@@ -3,7 +3,6 @@
 use std::time::Duration;
 
 use tokio::time::Instant;
-use us_core::ids::Ino;
 
 use super::compact::compact;
 use super::shared::{Answer, State};
@@ -63,7 +62,7 @@ impl Fs {
         &self,
         operation: &mut impl FnMut(&mut State, Now) -> Result<T, Stop>,
         deadline: Instant,
-        pinned: &mut Vec<Ino>,
+        pinned: &mut Vec<Want>,
     ) -> Result<T, FsError> {
         let mut progress = self.shared.progress.subscribe();
         loop {
@@ -74,7 +73,7 @@ impl Fs {
                 Err(Stop::Stall(stall)) => stall,
             };
             if let Stall::Fetch(want) = &stall {
-                pinned.push(want.ino());
+                pinned.push(want.clone());
             }
             let what = describe(&stall);
             let resolved = tokio::time::timeout_at(deadline, self.resolve(stall, &mut progress));
@@ -96,6 +95,7 @@ impl Fs {
                 compact(shared, ino, chunk).await?;
                 return flush_file(shared, ino, FlushReason::Commit).await;
             }
+            Stall::FreeSpace => return self.statfs().await.map(|_| ()),
             Stall::Space => shared.dirty.notify_one(),
             Stall::Log => {
                 shared.lock().core.want_sync();
@@ -159,6 +159,7 @@ fn describe(stall: &Stall) -> String {
         Stall::Space => "for memory: data is written faster than it can be stored".to_owned(),
         Stall::Log => "for the directory to make changes durable".to_owned(),
         Stall::Inodes => "for new inode numbers".to_owned(),
+        Stall::FreeSpace => "for the directory to say how much space is left".to_owned(),
         Stall::Session => "for the directory: it does not answer".to_owned(),
     }
 }

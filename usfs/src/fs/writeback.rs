@@ -154,10 +154,10 @@ pub(crate) async fn flush_file(
 ) -> Result<(), FsError> {
     // Bytes whose commit would have overfilled a chunk are stored when the chunk is written anew.
     for _ in 0..REWRITES_MAX {
-        flush_once(shared, ino, reason).await?;
+        let before = flush_once(shared, ino, reason).await?;
         let (postponed, crowded) = {
             let mut state = shared.lock();
-            let postponed = state.core.is_postponed(ino);
+            let postponed = state.core.postponed(ino) != before;
             (postponed, postponed.then(|| state.core.take_crowded_of(ino)).flatten())
         };
         match (postponed, crowded) {
@@ -170,13 +170,15 @@ pub(crate) async fn flush_file(
     Err(FsError::Io("the map of the file could not be tidied up".to_owned()))
 }
 
-async fn flush_once(shared: &Arc<Shared>, ino: Ino, reason: FlushReason) -> Result<(), FsError> {
+/// Answers how often bytes of the file had been postponed when they were sealed.
+async fn flush_once(shared: &Arc<Shared>, ino: Ino, reason: FlushReason) -> Result<u64, FsError> {
     let mut progress = shared.progress.subscribe();
     let now = shared.now();
-    let (plans, tickets) = {
+    let (before, plans, tickets) = {
         let mut state = shared.lock();
+        let before = state.core.postponed(ino);
         let plans = state.core.seal_file(now, ino, reason);
-        (plans, state.core.open_tickets(ino))
+        (before, plans, state.core.open_tickets(ino))
     };
     for plan in plans {
         if plan.inline {
@@ -189,7 +191,7 @@ async fn flush_once(shared: &Arc<Shared>, ino: Ino, reason: FlushReason) -> Resu
         }
     }
     wait_tickets(shared, &tickets, &mut progress).await?;
-    shared.lock().core.storing_fails(ino).map_or(Ok(()), Err)
+    shared.lock().core.storing_fails(ino).map_or(Ok(before), Err)
 }
 
 async fn wait_tickets(

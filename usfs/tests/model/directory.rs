@@ -39,11 +39,18 @@ struct Inner {
     cookies: HashMap<u64, bytes::Bytes>,
     /// The providers have said hello: only then they may report.
     joined: bool,
+    /// How many commits were called durable: no crash takes those.
+    settled: usize,
+    /// Commits become durable late, unless somebody waits for it.
+    lazy: bool,
     /// Those whose stream has ended.
     absent: BTreeSet<u64>,
     /// What was said lately, for a test that fails.
     trace: VecDeque<String>,
 }
+
+/// A lazy directory settles by itself once in so many ticks of 5 ms.
+const LAZY_TICKS: u64 = 40;
 
 impl Inner {
     fn trace(&mut self, mut said: String) {
@@ -102,6 +109,8 @@ impl TestDirectory {
             started: Instant::now(),
             cookies: HashMap::new(),
             joined: false,
+            settled: 0,
+            lazy: false,
             absent: BTreeSet::new(),
             trace: VecDeque::new(),
         };
@@ -117,7 +126,9 @@ impl TestDirectory {
             for tick in 0u64.. {
                 tokio::time::sleep(Duration::from_millis(5)).await;
                 ticking.step(Event::Tick);
-                ticking.settle();
+                if !ticking.inner.lock().lazy || tick % LAZY_TICKS == 0 {
+                    ticking.settle();
+                }
                 if tick % 50 == 0 {
                     ticking.report_providers();
                 }
@@ -220,18 +231,29 @@ impl TestDirectory {
 
     /// Everything committed so far becomes durable.
     pub fn settle(&self) {
-        let seq = self.inner.lock().history.lock().len() as u64;
+        let seq = {
+            let mut inner = self.inner.lock();
+            let commits = inner.history.lock().len();
+            inner.settled = commits;
+            commits as u64
+        };
         self.step(Event::Durable { seq });
     }
 
-    /// The directory crashes and starts again: all that was not durable is lost.
+    /// From now on commits become durable late, so that a crash has something to lose.
+    pub fn be_lazy(&self) {
+        self.inner.lock().lazy = true;
+    }
+
+    /// The directory crashes and starts again: up to `lose_last` commits that were not durable are
+    /// lost.
     pub fn restart(&self, lose_last: usize) {
         {
             let mut inner = self.inner.lock();
             let mut batches = inner.history.lock().clone();
-            // What was called durable must not be lost; the test settles before it asks for more.
-            let keep = batches.len() - lose_last.min(batches.len());
+            let keep = batches.len() - lose_last.min(batches.len() - inner.settled);
             batches.truncate(keep);
+            inner.settled = keep;
             let (engine, history) = engine(batches);
             inner.engine = engine;
             inner.history = history;
@@ -283,12 +305,17 @@ impl TestDirectory {
 
     /// Mounts the volume.
     pub async fn mount(&self, rescue_dir: &std::path::Path) -> Fs {
+        let rescue_dir = rescue_dir.to_owned();
+        self.mount_with(MountOptions { rescue_dir, ..MountOptions::default() }).await
+    }
+
+    /// Mounts the volume with these options besides.
+    pub async fn mount_with(&self, options: MountOptions) -> Fs {
         let options = MountOptions {
             volume: "v".to_owned(),
             host: "test".to_owned(),
             memory_bytes: 96 << 20,
-            rescue_dir: rescue_dir.to_owned(),
-            ..MountOptions::default()
+            ..options
         };
         let (link, news) = (Arc::new(self.clone()), Arc::new(NoNews));
         let transport = Arc::clone(&self.swarm);

@@ -66,7 +66,12 @@ impl Engine {
     }
 
     /// The holder itself, where it can take the fragment again, now or soon.
-    pub(super) fn keep_or_wait(&self, block: &BlockRecord, index: usize, needed: u64) -> Option<Target> {
+    pub(super) fn keep_or_wait(
+        &self,
+        block: &BlockRecord,
+        index: usize,
+        needed: u64,
+    ) -> Option<Target> {
         let holder = block.providers[index];
         let member = self.members.get(&holder)?;
         let is_crowded = block

@@ -389,8 +389,12 @@ fn deleted_files_are_freed_in_the_background() {
     one.inode(&mut world, 1, Level::Exclusive).unwrap();
     let (ino, dir) = (one.ino(), one.ino());
     one.change(&mut world, vec![create(1, "a", ino, FILE), create(1, "d", dir, DIR)]);
-    let zeros = ExtentWrite { ino, offset: 0, length: 4 << 30, zero: true, ..Default::default() };
-    one.change(&mut world, vec![commit(vec![], vec![zeros]), unlink(1, "a", ino, false)]);
+    let zeros = |offset: u64| {
+        let length = 1 << 30;
+        ExtentWrite { ino, offset, length, zero: true, ..Default::default() }
+    };
+    let all = (0..4).map(|part| zeros(part << 30)).collect();
+    one.change(&mut world, vec![commit(vec![], all), unlink(1, "a", ino, false)]);
     let volume = world.engine.sessions[&one.session].volume;
     let map = KeyRange::prefix(&keys::tag(&volume, b'm'));
     assert!(!world.engine.store.scan(&map, 1).unwrap().is_empty());
@@ -468,13 +472,16 @@ fn a_huge_file_is_cut_in_bounded_commits() {
     one.inode(&mut world, 1, Level::Exclusive).unwrap();
     let ino = one.ino();
     one.change(&mut world, vec![create(1, "a", ino, FILE)]);
-    let zeros =
-        |chunks: u64| ExtentWrite { ino, length: chunks << 22, zero: true, ..Default::default() };
+    let zeros = |from: u64, chunks: u64| {
+        let (offset, length) = (from << 22, chunks << 22);
+        ExtentWrite { ino, offset, length, zero: true, ..Default::default() }
+    };
     let hole = |from: u64, to: u64| {
         let (offset, length) = (from << 22, (to - from) << 22);
         ExtentWrite { ino, offset, length, ..Default::default() }
     };
-    one.change(&mut world, vec![commit(vec![], vec![zeros(2000)])]);
+    let all = (0..8).map(|part| zeros(part * 250, 250)).collect();
+    one.change(&mut world, vec![commit(vec![], all)]);
     let chunks = |world: &World| {
         let volume = world.engine.sessions[&one.session].volume;
         let range = KeyRange::prefix(&keys::tag(&volume, b'm'));
@@ -517,6 +524,40 @@ fn fenced_sessions_are_forgotten_in_the_end() {
     let conn = world.dial(1, open);
     let Down::Ended(ended) = world.hear(conn) else { panic!("resumed") };
     assert_eq!(ended.reason, EndReason::Unknown as i32);
+}
+
+/// A snapshot of a provider's disk was taken and brought back within one connection: the same store, the
+/// same cookie, and everything put since was gone and believed to be there.
+#[test]
+fn a_provider_whose_records_went_back_counts_as_absent_until_checked() {
+    let mut world = world();
+    let (conn, provider, cookie) = world.provider(1, Bytes::new());
+    let back = |world: &mut World, next_record: u64| {
+        let (conn, peer) = (world.conn(), Peer { key_hash: vec![1; 32], name: "one".into() });
+        world.event(Event::ProviderConnected { conn: ConnId(conn), peer });
+        let report = ProviderReport { next_record, ..report() };
+        let cookie = world.engine.members[&provider].record.cookie.clone();
+        let hello = ProviderHello {
+            address: "10.0.0.1:1".into(),
+            store: vec![1; 16].into(),
+            cookie,
+            report: Some(report),
+            ..Default::default()
+        };
+        world.auto = false;
+        world.provider_says(conn, PUp::Hello(hello));
+        let suspect = world.engine.members[&provider].record.suspect;
+        world.auto = true;
+        world.make_durable();
+        suspect
+    };
+    assert!(!cookie.is_empty());
+    world.provider_says(conn, PUp::Report(ProviderReport { next_record: 70, ..report() }));
+    assert!(!back(&mut world, 70));
+    assert!(!back(&mut world, 75));
+    assert!(!back(&mut world, 0), "one that cannot say");
+    assert!(!back(&mut world, 90));
+    assert!(back(&mut world, 89));
 }
 
 fn claims(leases: Vec<InodeLease>) -> Up {

@@ -3,7 +3,7 @@
 use super::repair::{DAY_MS, MINUTE_MS, Swarm};
 use super::*;
 use crate::engine::garbage::{Stray, Verdict};
-use crate::records::block_id;
+use crate::records::{BlockRecord, block_id};
 
 const HOUR_MS: u64 = 3_600_000;
 
@@ -101,6 +101,18 @@ fn what_is_committed_late_comes_back_from_the_trash() {
     assert_eq!(asked, 6);
     swarm.run(MINUTE_MS);
     swarm.check_whole();
+    // What is still on its way was not confirmed, and is no damage.
+    let on_its_way = BlockRecord {
+        s: 4,
+        r: 2,
+        providers: swarm.records()[0].1.providers.clone(),
+        durable: vec![0b1_1111].into(),
+        ..Default::default()
+    };
+    let key = (stray(&swarm, &swarm.records()[0].0, 0, 1).volume, BlockId::from_bytes([5; 16]));
+    swarm.world.engine.committed_late(key, &on_its_way);
+    let queries = swarm.world.engine.queries.values();
+    assert_eq!(queries.map(|query| query.fragments()).sum::<usize>(), 5);
 }
 
 #[test]

@@ -77,6 +77,8 @@ pub(super) struct Swarm {
     pub births: BTreeMap<Bytes, u64>,
     /// Retain lists that came whole.
     pub lists: u64,
+    /// What leaving providers were told.
+    pub heard: Vec<LeaveProgress>,
     /// They report well, take puts, and fail every order.
     broken: BTreeSet<u8>,
     failed_orders: u64,
@@ -102,6 +104,7 @@ impl Swarm {
             late_birth,
             births: BTreeMap::new(),
             lists: 0,
+            heard: Vec::new(),
             broken: BTreeSet::new(),
             failed_orders: 0,
         };
@@ -140,7 +143,7 @@ impl Swarm {
     }
 
     /// The disk is replaced by an empty one.
-    fn wipe(&mut self, key: u8) {
+    pub fn wipe(&mut self, key: u8) {
         let disk = self.disks.get_mut(&key).unwrap();
         (disk.has, disk.spoilt) = Default::default();
         disk.cookie = Bytes::new();
@@ -230,6 +233,7 @@ impl Swarm {
                         let reply = CheckReply { query: check.query, statuses };
                         self.world.provider_says(conn, PUp::Checked(reply));
                     }
+                    PDown::Leaving(said) => self.heard.push(said),
                     PDown::Retain(page) => {
                         let reply = disk.compare(&page, volume, &self.births);
                         self.lists += u64::from(reply.done);
@@ -394,6 +398,33 @@ fn what_a_dead_provider_held_is_made_again() {
     swarm.join(3);
     swarm.run(5 * MINUTE_MS);
     assert_eq!((swarm.rebuilds, swarm.copies), (made, 0));
+    swarm.check_whole();
+}
+
+/// A provider that said hello again over a living connection kept its orders: their slots were taken
+/// until the deadline, and they counted as failed.
+#[test]
+fn a_rebuilder_that_comes_again_is_asked_again() {
+    let mut swarm = Swarm::new(6);
+    swarm.write(20);
+    swarm.leave(2);
+    swarm.wipe(2);
+    swarm.join(2);
+    while swarm.disks[&2].orders.is_empty() {
+        swarm.world.pass(500);
+        swarm.read();
+    }
+    let id = swarm.disks[&2].id;
+    let asked = swarm.world.engine.repairs.jobs.at(id);
+    assert!(!asked.is_empty());
+    let old = swarm.disks[&2].conn.unwrap();
+    swarm.world.providers.retain(|(conn, _)| *conn != old);
+    swarm.disks.get_mut(&2).unwrap().orders.clear();
+    swarm.join(2);
+    let now = swarm.world.engine.repairs.jobs.at(id);
+    assert!(now.iter().all(|ticket| !asked.contains(ticket)), "{now:?}");
+    swarm.run(MINUTE_MS);
+    assert_eq!(swarm.world.status().repair.unwrap().failed, 0);
     swarm.check_whole();
 }
 

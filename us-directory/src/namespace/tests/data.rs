@@ -230,3 +230,25 @@ proptest! {
         }
     }
 }
+
+/// A commit may add extents before it replaces others: only what it leaves counts. One that was counted
+/// piece by piece ended the session of a mount that had counted right.
+#[test]
+fn the_extents_of_a_chunk_are_counted_when_a_commit_is_whole() {
+    let mut volume = Volume::new();
+    volume.apply(vec![create(1, 2, 2, S_IFREG | 0o644)]).unwrap();
+    let zeros = |at: u64, length: u64| ExtentWrite {
+        ino: 2,
+        offset: at,
+        length,
+        zero: true,
+        ..Default::default()
+    };
+    let dust = |from: u64, pieces: u64| (0..pieces).map(move |piece| zeros(from + piece * 3, 1));
+    volume.apply(vec![commit(vec![], dust(100_000, 900).collect())]).unwrap();
+    let mut both: Vec<_> = dust(0, 900).collect();
+    let over = volume.apply(vec![commit(vec![], both.clone())]);
+    assert!(matches!(over, Err(ApplyError::Rule(crate::namespace::Rule::TooManyExtents { .. }))));
+    both.push(zeros(100_000, 3000));
+    volume.apply(vec![commit(vec![], both)]).unwrap();
+}

@@ -222,3 +222,30 @@ fn what_was_found_at_a_start_and_acknowledged_survives_the_power() {
         }
     }
 }
+
+/// The folder of segments was not mounted, or one segment was lost: the store's id and the cookie lie
+/// beside it, so the directory believed that everything was there.
+#[test]
+fn a_store_that_lost_segments_says_so() {
+    let image = image();
+    let reopen = |harm: &dyn Fn(&Path)| {
+        let copy = tempfile::tempdir().unwrap();
+        copy_folder(image.dir.path(), copy.path());
+        harm(copy.path());
+        let store = Store::open(copy.path(), one_segment()).unwrap();
+        (store.recovery().has_lost_something(), store.state().fragments)
+    };
+    let no_index = |dir: &Path| std::fs::remove_dir_all(dir.join("index")).unwrap();
+    let no_segments = |dir: &Path| std::fs::remove_dir_all(dir.join("segments")).unwrap();
+    assert_eq!(reopen(&|_| {}), (false, 8));
+    assert_eq!(reopen(&no_index), (false, 8));
+    assert_eq!(reopen(&no_segments), (true, 0));
+    let nothing = |dir: &Path| {
+        no_index(dir);
+        no_segments(dir);
+    };
+    assert_eq!(reopen(&nothing), (true, 0));
+    let new = tempfile::tempdir().unwrap();
+    let store = Store::open(new.path(), one_segment()).unwrap();
+    assert!(!store.recovery().has_lost_something());
+}

@@ -159,6 +159,7 @@ impl Writer {
                     Err(error) => {
                         let (path, offset) = (segment.path.display(), entry.place.offset);
                         tracing::error!(%error, %path, offset, "a record cannot be marked as gone");
+                        self.shared.unmarked.lock().insert(entry.place);
                     }
                 }
             }
