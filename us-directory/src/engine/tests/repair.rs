@@ -37,6 +37,8 @@ struct Swarm {
     rebuilds: u64,
     copies: u64,
     deletes: u64,
+    /// Of a block.
+    plaintext_bytes: u32,
 }
 
 impl Swarm {
@@ -47,7 +49,9 @@ impl Swarm {
         let mount = world.open(100, "v");
         let disks = BTreeMap::new();
         let (blocks, rebuilds, copies, deletes) = (0, 0, 0, 0);
-        let mut swarm = Self { world, mount, disks, blocks, rebuilds, copies, deletes };
+        let plaintext_bytes = 8192;
+        let mut swarm =
+            Self { world, mount, disks, blocks, rebuilds, copies, deletes, plaintext_bytes };
         swarm.mount.inode(&mut swarm.world, 1, Level::Exclusive).unwrap();
         (1..=providers).for_each(|key| swarm.join(key));
         swarm.count();
@@ -71,6 +75,14 @@ impl Swarm {
         let (conn, id, cookie) = self.world.provider(key, disk.cookie.clone());
         let disk = self.disks.get_mut(&key).unwrap();
         (disk.conn, disk.id, disk.cookie) = (Some(conn), id, cookie);
+    }
+
+    /// The owners of all say what their lines give.
+    fn state_lines(&mut self, uplink_bytes_per_s: u64, downlink_bytes_per_s: u64) {
+        for conn in self.disks.values().filter_map(|disk| disk.conn).collect::<Vec<_>>() {
+            let line = ProviderReport { uplink_bytes_per_s, downlink_bytes_per_s, ..report() };
+            self.world.provider_says(conn, PUp::Report(line));
+        }
     }
 
     fn leave(&mut self, key: u8) {
@@ -112,7 +124,7 @@ impl Swarm {
                 s: 4,
                 r: 2,
                 page_bytes: 4096,
-                plaintext_bytes: 8192,
+                plaintext_bytes: self.plaintext_bytes,
                 birth: lease.birth,
                 providers: lease.providers.clone(),
                 durable: vec![0b11_1111].into(),
@@ -520,4 +532,70 @@ fn seeded_histories_end_whole() {
         println!("seed {seed}");
         simulate(seed);
     }
+}
+
+/// A provider dies; the first orders that leave then.
+fn orders_after_a_death(swarm: &mut Swarm) -> Vec<RebuildFragments> {
+    swarm.leave(3);
+    swarm.run(10 * MINUTE_MS);
+    swarm.world.now_ms += DAY_MS;
+    while swarm.orders().is_empty() {
+        swarm.world.pass(500);
+        swarm.world.says(swarm.mount.conn, Up::Renew(Renew {}));
+        swarm.read();
+    }
+    swarm.disks.values().flat_map(|disk| disk.orders.values().cloned()).collect()
+}
+
+#[test]
+fn lines_say_by_which_way_fragments_travel() {
+    let lan = 1_250_000;
+    let cases = [
+        (0, 0, RebuildPath::Star),
+        (16_000, lan, RebuildPath::Star),
+        (lan, lan, RebuildPath::Chain),
+    ];
+    for (up, down, path) in cases {
+        let mut swarm = Swarm::new(8);
+        swarm.plaintext_bytes = 4 << 20;
+        swarm.write(12);
+        swarm.state_lines(up, down);
+        let orders = orders_after_a_death(&mut swarm);
+        assert!(orders.iter().all(|order| order.path() == path), "{up} {down}: {orders:?}");
+        swarm.run(30 * MINUTE_MS);
+        swarm.check_whole();
+    }
+}
+
+#[test]
+fn helpers_are_chosen_for_many_blocks_together() {
+    let mut swarm = Swarm::new(8);
+    swarm.write(20);
+    let orders = orders_after_a_death(&mut swarm);
+    let mut sends: BTreeMap<u32, usize> = BTreeMap::new();
+    for order in &orders {
+        for source in &order.sources[..4] {
+            *sends.entry(source.provider).or_default() += 1;
+        }
+    }
+    // Seven are left, and each block leaves a choice of four of five.
+    let fair = (4 * orders.len()).div_ceil(7);
+    assert!(orders.len() > 8 && sends.values().all(|one| *one <= fair + 1), "{fair}: {sends:?}");
+}
+
+#[test]
+fn a_stated_uplink_is_shared_with_its_owner() {
+    let mut swarm = Swarm::new(8);
+    swarm.plaintext_bytes = 4 << 20;
+    swarm.write(20);
+    swarm.state_lines(128 << 10, 1 << 30);
+    orders_after_a_death(&mut swarm);
+    swarm.run(MINUTE_MS);
+    // Half of it: a fragment of a MiB takes 16 s; what is asked may run 20 s ahead.
+    let status = swarm.world.status();
+    let sent: Vec<u64> = status.providers.iter().map(|one| one.repair_sent_bytes >> 20).collect();
+    assert!(sent.iter().all(|mib| *mib <= (60 + 20) / 16 + 1), "{sent:?}");
+    assert!(status.repair.unwrap().queued > 0, "it takes its time");
+    swarm.run(30 * MINUTE_MS);
+    swarm.check_whole();
 }
