@@ -128,6 +128,9 @@ fn main() {
     let ours = repair(mib);
     if let Some(theirs) = gluster(mib) {
         println!("GlusterFS / Us, seconds             {:.2}", theirs.seconds / ours.seconds);
-        println!("GlusterFS / Us, CPU seconds         {:.2}", theirs.cpu_seconds / ours.cpu_seconds);
+        println!(
+            "GlusterFS / Us, CPU seconds         {:.2}",
+            theirs.cpu_seconds / ours.cpu_seconds
+        );
     }
 }

@@ -167,10 +167,10 @@ impl Mount {
         assert!(!is_mounted(&self.path), "{} is still mounted", self.path.display());
     }
 
-    /// Pulls the plug: kill -9, then the dead mount is taken away.
-    pub fn kill(mut self) {
+    /// Pulls the plug: kill -9. The dead mount stays over its folder until it is dropped: a load
+    /// that goes on meets errors, not the folder below.
+    pub fn kill(&mut self) {
         self.running.take().expect("mounted").kill();
-        detach(&self.path);
     }
 
     /// The program's process id.
@@ -181,9 +181,14 @@ impl Mount {
 
 impl Drop for Mount {
     fn drop(&mut self) {
+        detach(&self.path);
         if let Some(running) = self.running.take() {
-            detach(&self.path);
             running.kill();
+        }
+        if !std::thread::panicking() {
+            // Else what was written there was not written to the disk, and proves nothing.
+            let below = fs::read_dir(&self.path).expect("the folder of a mount").count();
+            assert_eq!(below, 0, "a load wrote into {} below the mount", self.path.display());
         }
     }
 }
@@ -520,6 +525,17 @@ impl Cluster {
             String::from_utf8_lossy(&output.stderr)
         );
         String::from_utf8(output.stdout).expect("text")
+    }
+
+    /// Runs `usctl`: its exit code, and what it printed.
+    ///
+    /// # Panics
+    /// When it does not end by itself.
+    pub fn usctl_code(&self, arguments: &[&str]) -> (i32, String) {
+        let output = self.usctl_command(arguments).output().expect("usctl starts");
+        let code = output.status.code().expect("it ended by itself");
+        eprint!("{}", String::from_utf8_lossy(&output.stderr));
+        (code, String::from_utf8(output.stdout).expect("text"))
     }
 
     /// `usctl status --exit-code`.

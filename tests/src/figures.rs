@@ -5,5 +5,6 @@
 
 pub mod chart;
 pub mod placement;
+pub mod reconstruction;
 pub mod swarm;
 pub mod table;

@@ -8,5 +8,6 @@ pub mod manifest;
 pub mod netns;
 pub mod poll;
 pub mod run;
+pub mod simulate;
 pub mod tier;
 pub mod tree;

@@ -157,7 +157,7 @@ fn with_both_copies_dead_too_a_mount_is_told_and_the_image_is_there() {
         return;
     }
     let mut cluster = Cluster::start(Shape { directory: SMALL, ..Shape::default() });
-    let mount = cluster.mount();
+    let mut mount = cluster.mount();
     cluster.wait_copies(2);
     let bytes = noise(1, 500_000);
     write_synced(&mount.path().join("early"), &bytes);
@@ -205,6 +205,7 @@ fn with_both_copies_dead_too_a_mount_is_told_and_the_image_is_there() {
     });
     assert!(cluster.log("mount0").contains("the directory was restored"), "it says why");
     mount.kill();
+    drop(mount);
     let mount = cluster.mount();
     assert!(fs::read(mount.path().join("early")).unwrap() == bytes);
     assert!(!mount.path().join("late").exists(), "it was in the lost records only");

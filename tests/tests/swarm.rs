@@ -196,7 +196,8 @@ fn on_slow_lines_nobody_sends_more_than_the_plan_says() {
     println!("asked of it:                     {:.2}", most as f64 / fragment_bytes as f64);
     println!("left its interface, all told:    {:.2}", busiest as f64 / fragment_bytes as f64);
     println!("every survivor's, in fragments:  {:.1?}", {
-        let mut all: Vec<f64> = sent.iter().map(|one| *one as f64 / fragment_bytes as f64).collect();
+        let mut all: Vec<f64> =
+            sent.iter().map(|one| *one as f64 / fragment_bytes as f64).collect();
         all.sort_by(f64::total_cmp);
         all
     });

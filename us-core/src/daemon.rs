@@ -7,6 +7,7 @@
 
 pub mod cli;
 pub mod config;
+pub mod disk;
 pub mod files;
 pub mod http;
 pub mod logging;

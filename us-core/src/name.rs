@@ -54,6 +54,11 @@ pub const XATTR_NAME_BYTES_MAX: usize = 255;
 /// The largest value of an extended attribute.
 pub const XATTR_VALUE_BYTES_MAX: usize = 64 << 10;
 
+/// Bytes of an extended attribute as it is stored, with a name and a value of these lengths.
+pub const fn sealed_xattr_bytes(name: usize, value: usize) -> usize {
+    NONCE_LEN + 1 + name + value + TAG_BYTES
+}
+
 /// The hash by which the directory finds a name.
 pub type NameHash = [u8; NAME_HASH_BYTES];
 

@@ -19,6 +19,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 
+use bytes::Bytes;
 use us_core::geometry::Code;
 use us_core::ids::{BlockId, VolumeId};
 use us_core::placement::{Chooser, Placer};
@@ -39,16 +40,20 @@ mod deaths;
 mod event;
 mod events;
 mod fetch;
+pub mod garbage;
 pub mod health;
 mod keeping;
 pub mod leases;
+mod leave;
 pub mod locks;
 mod lockwait;
 mod members;
 mod placement;
 pub mod presence;
 pub mod repair;
+mod retain;
 mod sessions;
+mod spread;
 #[cfg(test)]
 mod tests;
 
@@ -65,8 +70,6 @@ use members::{Member, Query};
 
 /// Requests of all sessions that may wait for a lease at once.
 pub const PARKED_MAX: usize = 65_536;
-/// Leases one session may hold.
-pub const SESSION_LEASES_MAX: usize = 1 << 20;
 /// Sessions, fenced ones among them.
 pub const SESSIONS_MAX: usize = 16_384;
 /// Volumes.
@@ -101,6 +104,11 @@ pub struct EngineConfig {
     pub fetch_wait_ms: u64,
     /// How long fragments may be on their way before their provider is asked.
     pub settle_ms: u64,
+    /// How long ago a birth must have been leased for its fragments to be garbage where nothing
+    /// names them.
+    pub garbage_age_ms: u64,
+    /// How often a provider gets its retain list; 0: never.
+    pub retain_every_ms: u64,
     /// How often providers report.
     pub report_every_ms: u64,
     /// When a silent provider is absent, dormant, dead.
@@ -124,6 +132,8 @@ impl Default for EngineConfig {
             fence_ms: 45_000,
             fetch_wait_ms: 60_000,
             settle_ms: 60_000,
+            garbage_age_ms: 3_600_000,
+            retain_every_ms: 7 * 24 * 3_600_000,
             report_every_ms: 2_000,
             clocks: presence::Clocks::default(),
             repair: repair::RepairLimits::default(),
@@ -157,6 +167,7 @@ enum Then {
     Answer(AskId, Answer),
     Deletes,
     Member { conn: ConnId, provider: u32 },
+    Left { conn: ConnId },
     Root,
 }
 
@@ -193,6 +204,7 @@ pub struct Engine {
     keeping: Option<keeping::Keeping>,
     after: BTreeMap<Seq, Vec<Then>>,
     members: BTreeMap<u32, Member>,
+    provider_of_key: HashMap<Bytes, u32>,
     queries: HashMap<u64, Query>,
     next_query: u64,
     counts: Counts,
@@ -200,10 +212,13 @@ pub struct Engine {
     settle_order: BTreeSet<(u64, VolumeId, BlockId)>,
     changed_while_counting: HashSet<(VolumeId, BlockId)>,
     pending_deletes: i64,
+    /// A deletion was not sent because a repair is at work on its block.
+    deletes_wait: bool,
     last_slow_tick_ms: u64,
     repairs: repair::Repairs,
-    /// Providers that are due and not given up, because many fell silent together.
-    braked: usize,
+    births: garbage::Births,
+    spread: spread::Spread,
+    retain: Option<retain::Retain>,
     /// The wall-clock hour whose presence was learnt last, and the slow ticks of the present one.
     learnt_hour: u64,
     hour_ticks: u64,
@@ -292,6 +307,7 @@ impl Engine {
             keeping: None,
             after: BTreeMap::new(),
             members: BTreeMap::new(),
+            provider_of_key: HashMap::new(),
             queries: HashMap::new(),
             next_query: 1,
             counts: Counts::default(),
@@ -299,9 +315,12 @@ impl Engine {
             settle_order: BTreeSet::new(),
             changed_while_counting: HashSet::new(),
             pending_deletes: 0,
+            deletes_wait: false,
             last_slow_tick_ms: 0,
             repairs: repair::Repairs::new(config.repair),
-            braked: 0,
+            births: garbage::Births::default(),
+            spread: spread::Spread::default(),
+            retain: None,
             learnt_hour: 0,
             hour_ticks: 0,
             next_event: 1,
@@ -340,7 +359,11 @@ impl Engine {
             if record.dead || record.draining {
                 self.repairs.unwell.insert(number);
             }
+            if record.draining && self.holds_something(number)? {
+                self.repairs.drains.insert(number);
+            }
             let is_dead = record.dead;
+            self.provider_of_key.insert(record.key_hash.clone(), number);
             self.members.insert(number, Member::restored(record));
             self.note_provider(number);
             if is_dead {
@@ -373,6 +396,17 @@ impl Engine {
         &self.cluster.cluster
     }
 
+    /// The owner of what placement knows.
+    pub fn placer(&self) -> &Placer {
+        &self.placer
+    }
+
+    /// Whether blocks are being looked for, wait for, or are under repair: until then time may pass
+    /// in long steps.
+    pub fn is_repairing(&self) -> bool {
+        self.is_scanning() || self.repairs.is_busy()
+    }
+
     /// Takes one event.
     ///
     /// # Errors
@@ -399,6 +433,17 @@ impl Engine {
         self.keep_up()?;
         self.run_awake()?;
         Ok(std::mem::take(&mut self.effects))
+    }
+
+    /// This directory stood still for `gap_ms` up to `now_ms`: its thread was busy, the machine slept.
+    /// What peers sent meanwhile waits behind the next event, so the time is not charged to them.
+    pub fn stood_still(&mut self, gap_ms: u64, now_ms: u64) {
+        let shift = |at_ms: &mut u64| *at_ms = at_ms.saturating_add(gap_ms).min(now_ms);
+        self.sessions.values_mut().for_each(|known| shift(&mut known.heard_ms));
+        self.members.values_mut().for_each(|member| shift(&mut member.heard_ms));
+        self.parked_longer(gap_ms);
+        self.lock_waiters.iter_mut().for_each(|waiter| waiter.wait_longer(gap_ms));
+        self.repairs.jobs.wait_longer(gap_ms);
     }
 
     fn now_ms(&self) -> u64 {
@@ -451,6 +496,7 @@ impl Engine {
             Then::Answer(ask, answer) => self.effects.push(Effect::Answer { ask, answer }),
             Then::Deletes => self.send_deletes()?,
             Then::Member { conn, provider } => self.welcome(conn, provider)?,
+            Then::Left { conn } => self.say_left(conn),
             Then::Root => self.send_root()?,
         }
         Ok(())
@@ -524,6 +570,10 @@ impl Engine {
             }
             if let Some(after) = &change.after {
                 self.counts.add(after, late && !settled);
+                let is_new = change.before.is_none() && !after.is_inline();
+                if is_new && after.birth < self.cluster.births_floor {
+                    self.committed_late(key, after);
+                }
             }
             self.consider(key, change.after.as_ref());
         }

@@ -5,6 +5,8 @@
 
 pub mod backup;
 pub mod engine;
+pub mod fsck;
+pub mod holdings;
 pub mod image;
 pub mod inspect;
 pub mod keys;

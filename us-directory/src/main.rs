@@ -124,6 +124,15 @@ struct Flags {
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     settle_ms: Option<u64>,
+    /// How long ago a block's place must have been leased for fragments that nothing names to be
+    /// garbage
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    garbage_age_ms: Option<u64>,
+    /// How often each provider is told what to keep; 0: never
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    retain_every_ms: Option<u64>,
     /// How often providers report
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -33,6 +33,8 @@ mod tx;
 pub use attributes::XattrRecord;
 pub use blocks::{margin_holds, with_bit_cleared};
 pub use tx::{BlockChange, Outcome, Tx};
+pub use us_core::limits::{CHUNK_BYTES, CHUNK_EXTENTS_MAX, DEPTH_MAX, FILE_BYTES_MAX};
+use us_core::limits::{SEALED_XATTRS_BYTES_MAX, ZERO_EXTENT_BYTES_MAX};
 
 /// Bytes of a name's hash.
 pub const NAME_HASH_BYTES: usize = 16;
@@ -42,20 +44,8 @@ pub const SEALED_NAME_BYTES_MAX: usize = 512;
 pub const SEALED_TARGET_BYTES_MAX: usize = 4096 + 256;
 /// The longest sealed xattr: a name of 255 bytes, a value of 64 KiB, the seal.
 pub const SEALED_XATTR_BYTES_MAX: usize = (64 << 10) + 512;
-/// The most bytes of sealed xattrs an inode can have.
-pub const XATTR_BYTES_MAX: u64 = 1 << 20;
-/// Bytes of a file that one chunk of its map covers.
-pub const CHUNK_BYTES: u64 = 4 << 20;
-/// The most extents a chunk's map can have.
-pub const CHUNK_EXTENTS_MAX: usize = 1024;
-/// The largest offset a file can have.
-pub const FILE_BYTES_MAX: u64 = i64::MAX as u64;
-/// The longest extent one mutation can write with zeros.
-pub const ZERO_EXTENT_BYTES_MAX: u64 = 64 << 30;
 /// The longest sealed page of an inline block.
 pub const INLINE_BYTES_MAX: usize = (16 << 10) + 64;
-/// The most directories above a directory.
-pub const DEPTH_MAX: usize = 4096;
 
 /// `st_mode`: the type bits.
 pub const S_IFMT: u32 = 0o170_000;

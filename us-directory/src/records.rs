@@ -221,6 +221,9 @@ pub struct HoldingRecord {
     /// Bitmap over the block's fragments.
     #[prost(bytes = "bytes", tag = "1")]
     pub fragments: Bytes,
+    /// Of a `q` key whose block may live: its volume. What its record names by then stays.
+    #[prost(bytes = "bytes", tag = "2")]
+    pub volume: Bytes,
 }
 
 /// `g`: a dead block, or fragments of a live one that lie elsewhere now.
@@ -372,6 +375,12 @@ pub struct ProviderRecord {
     /// Hours the profile was learnt from.
     #[prost(uint32, tag = "15")]
     pub profile_hours: u32,
+    /// The cluster's clock when it last had a retain list, or joined.
+    #[prost(uint64, tag = "16")]
+    pub retained_ms: u64,
+    /// Its owner wants it to leave: it is let go when nothing is left there.
+    #[prost(bool, tag = "17")]
+    pub leaving: bool,
 }
 
 /// `e`: something that happened.
@@ -418,6 +427,31 @@ pub struct ClusterRecord {
     /// Sessions below this lost something in a restore: none of them is resumed.
     #[prost(uint64, tag = "8")]
     pub sessions_lost_below: u64,
+    /// No block of a birth below this is committed unasked any more: fragments of such births that
+    /// nothing names are garbage.
+    #[prost(uint64, tag = "9")]
+    pub births_floor: u64,
+    /// Births from here to `births_spared_end` may be those of blocks that a restore has forgotten:
+    /// their fragments are never garbage.
+    #[prost(uint64, tag = "10")]
+    pub births_spared: u64,
+    /// The end of the spared births; 0: none.
+    #[prost(uint64, tag = "11")]
+    pub births_spared_end: u64,
+}
+
+impl ClusterRecord {
+    /// Births from the floor up to `end` may be those of blocks this state does not know.
+    pub fn spare_births(&mut self, end: u64) {
+        let from = if self.births_spared_end > 0 { self.births_spared } else { u64::MAX };
+        self.births_spared = from.min(self.births_floor);
+        self.births_spared_end = end;
+    }
+
+    /// Whether a birth may be that of a block this state has forgotten.
+    pub fn is_spared(&self, birth: u64) -> bool {
+        (self.births_spared..self.births_spared_end).contains(&birth)
+    }
 }
 
 /// Decodes a stored value.

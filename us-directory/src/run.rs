@@ -54,6 +54,11 @@ pub struct Config {
     pub fence_ms: u64,
     /// How long fragments may be on their way before their provider is asked.
     pub settle_ms: u64,
+    /// How long ago a block's place must have been leased for fragments that nothing names to be
+    /// garbage.
+    pub garbage_age_ms: u64,
+    /// How often each provider is told what to keep, so that what nothing names is found; 0: never.
+    pub retain_every_ms: u64,
     /// How often providers report.
     pub report_every_ms: u64,
     /// How long a silent provider is absent before it counts as asleep.
@@ -101,6 +106,8 @@ impl Default for Config {
             lease_ms: engine.lease_ms,
             fence_ms: engine.fence_ms,
             settle_ms: engine.settle_ms,
+            garbage_age_ms: engine.garbage_age_ms,
+            retain_every_ms: engine.retain_every_ms,
             report_every_ms: engine.report_every_ms,
             absent_ms: engine.clocks.absent_ms,
             dead_ms: engine.clocks.dead_ms,
@@ -128,6 +135,8 @@ impl Config {
             lease_ms: self.lease_ms,
             fence_ms: self.fence_ms,
             settle_ms: self.settle_ms,
+            garbage_age_ms: self.garbage_age_ms,
+            retain_every_ms: self.retain_every_ms,
             report_every_ms: self.report_every_ms,
             fetch_wait_ms: self.fence_ms + self.lease_ms / 2,
             clocks: Clocks {
@@ -301,7 +310,7 @@ pub async fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
     };
     let imaging = tokio::spawn(images.run(shutdown.token().child_token()));
     let mut failed = directory.failed();
-    let routes = Service::new(directory.clone()).routes();
+    let routes = Service::new(directory.clone(), identity.clone()).routes();
     let limits = ServerLimits { drain_timeout: DRAIN, ..ServerLimits::default() };
     let server = Server::new(&identity, limits).grpc(routes);
     let serving = tokio::spawn(server.serve(listener, shutdown.token().clone()));

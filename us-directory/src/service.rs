@@ -4,25 +4,29 @@
 //! administrators may do all. Whatever a peer sends, it costs at most its own connection.
 
 use std::pin::Pin;
+use std::sync::Arc;
 
 use futures::{Stream, StreamExt};
+use tokio::sync::Semaphore;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::service::Routes;
 use tonic::{Request, Response, Status, Streaming};
-use us_core::tls::{PeerIdentity, Role};
+use us_core::tls::{Identity, PeerIdentity, Role};
 use us_core::wire::peer_of;
 use us_proto::v1::admin_server::{Admin, AdminServer};
 use us_proto::v1::membership_server::{Membership, MembershipServer};
 use us_proto::v1::sessions_server::{Sessions, SessionsServer};
 use us_proto::v1::{
     BackupChunk, BackupRequest, BlockRequest, CreateVolumeRequest, DeleteVolumeReply,
-    DeleteVolumeRequest, DrainReply, DrainRequest, EventsReply, EventsRequest, GiveUpReply,
-    GiveUpRequest, ListVolumesReply, ListVolumesRequest, ProviderDown, ProviderUp, RepairRequest,
-    RepairStatus, ScrubReply, ScrubRequest, SessionDown, SessionUp, StatusReply, StatusRequest,
-    VolumeInfo, WhatIfReply, WhatIfRequest, WhereBlock, WhereRequest,
+    DeleteVolumeRequest, DrainReply, DrainRequest, EventsReply, EventsRequest, FsckReply,
+    FsckRequest, GiveUpReply, GiveUpRequest, ListVolumesReply, ListVolumesRequest, ProviderDown,
+    ProviderUp, RepairRequest, RepairStatus, ScrubReply, ScrubRequest, SessionDown, SessionUp,
+    SetVolumeRequest, StatusReply, StatusRequest, VolumeInfo, WhatIfReply, WhatIfRequest,
+    WhereBlock, WhereRequest,
 };
 
 use crate::engine::{Answer, Event, Peer, Question, RefusalKind};
+use crate::fsck::Fsck;
 use crate::image::ImageWriter;
 use crate::inspect::{files_lost, find_block, where_file};
 use crate::shell::{Directory, Gone};
@@ -37,6 +41,9 @@ const WHERE_QUEUE_MAX: usize = 64;
 const WHAT_IF_PROVIDERS_MAX: usize = 4096;
 const WHAT_IF_FILES_MAX: u32 = 10_000;
 
+/// Checks of everything at once, and findings that wait for the caller to read them.
+const CHECKS_MAX: usize = 1;
+const FSCK_QUEUE_MAX: usize = 256;
 /// Pieces of a backup that wait for the caller to read them, and their size.
 const BACKUP_QUEUE_MAX: usize = 8;
 const BACKUP_CHUNK_BYTES: usize = 1 << 20;
@@ -47,12 +54,14 @@ type Down<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 #[derive(Clone, Debug)]
 pub struct Service {
     directory: Directory,
+    identity: Identity,
+    checks: Arc<Semaphore>,
 }
 
 impl Service {
-    /// The services of this directory.
-    pub fn new(directory: Directory) -> Self {
-        Self { directory }
+    /// The services of this directory, which shows `identity` to providers.
+    pub fn new(directory: Directory, identity: Identity) -> Self {
+        Self { directory, identity, checks: Arc::new(Semaphore::new(CHECKS_MAX)) }
     }
 
     /// As routes for [`us_core::wire::Server::grpc`].
@@ -172,6 +181,7 @@ impl Membership for Service {
 impl Admin for Service {
     type WhereStream = Down<WhereBlock>;
     type BackupStream = Down<BackupChunk>;
+    type FsckStream = Down<FsckReply>;
 
     async fn status(
         &self,
@@ -189,8 +199,21 @@ impl Admin for Service {
         request: Request<CreateVolumeRequest>,
     ) -> Result<Response<VolumeInfo>, Status> {
         allowed(&request, &[Role::Client, Role::Admin])?;
-        let CreateVolumeRequest { name, s, r, quota_bytes } = request.into_inner();
-        match self.ask(Question::CreateVolume { name, s, r, quota_bytes }).await? {
+        let CreateVolumeRequest { name, s, r, quota_bytes, repair_at } = request.into_inner();
+        let question = Question::CreateVolume { name, s, r, quota_bytes, repair_at };
+        match self.ask(question).await? {
+            Answer::Volume(info) => Ok(Response::new(info)),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    async fn set_volume(
+        &self,
+        request: Request<SetVolumeRequest>,
+    ) -> Result<Response<VolumeInfo>, Status> {
+        allowed(&request, &[Role::Admin])?;
+        let SetVolumeRequest { name, repair_at, quota_bytes } = request.into_inner();
+        match self.ask(Question::SetVolume { name, repair_at, quota_bytes }).await? {
             Answer::Volume(info) => Ok(Response::new(info)),
             other => Err(unexpected(&other)),
         }
@@ -344,6 +367,25 @@ impl Admin for Service {
                 found.await.map_err(|error| Status::internal(error.to_string()))??;
         }
         Ok(Response::new(reply))
+    }
+
+    async fn fsck(
+        &self,
+        request: Request<FsckRequest>,
+    ) -> Result<Response<Self::FsckStream>, Status> {
+        allowed(&request, &[Role::Admin])?;
+        let FsckRequest { repair, findings_max } = request.into_inner();
+        let Ok(permit) = Arc::clone(&self.checks).try_acquire_owned() else {
+            return Err(Status::resource_exhausted("a check is running already"));
+        };
+        let (replies, stream) = tokio::sync::mpsc::channel(FSCK_QUEUE_MAX);
+        let (directory, identity) = (self.directory.clone(), self.identity.clone());
+        let fsck = Fsck { directory, identity, repair, findings_max, replies };
+        tokio::task::spawn_blocking(move || {
+            fsck.run();
+            drop(permit);
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
     }
 
     async fn events(

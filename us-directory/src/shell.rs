@@ -132,7 +132,12 @@ struct Owner {
     registry: Arc<Mutex<Registry>>,
     mark: Arc<DurableMark>,
     told: Progress,
+    /// When the last event was taken up.
+    stepped_ms: u64,
 }
+
+/// Ticks come far more often: after this long without an event the engine has stood still.
+const STOOD_STILL_MS: u64 = 1000;
 
 impl Owner {
     fn run(&mut self, mut inputs: mpsc::Receiver<Input>) -> Result<(), StoreError> {
@@ -174,6 +179,12 @@ impl Owner {
 
     fn step(&mut self, event: Event) -> Result<(), StoreError> {
         let now_ms = boottime_ms().saturating_sub(self.started_ms);
+        let gap_ms = now_ms.saturating_sub(std::mem::replace(&mut self.stepped_ms, now_ms));
+        if gap_ms > STOOD_STILL_MS {
+            tracing::warn!(gap_ms, "the directory stood still: nobody is blamed for that time");
+            metrics::counter!("us_directory_stood_still_total").increment(1);
+            self.engine.stood_still(gap_ms, now_ms);
+        }
         let effects = self.engine.step(Moment { now_ms, unix_ms: unix_ms() }, event)?;
         if effects.is_empty() {
             return Ok(());
@@ -251,6 +262,7 @@ impl Directory {
             registry: registry.clone(),
             mark,
             told: Progress::default(),
+            stepped_ms: 0,
         };
         let thread = std::thread::Builder::new().name("engine".into()).spawn(move || {
             if let Err(error) = owner.run(queue) {

@@ -281,6 +281,14 @@ impl WriteBatch {
         self.writes.iter()
     }
 
+    /// Bytes of its keys and values.
+    pub fn bytes(&self) -> usize {
+        let bytes = |(key, value): (&Bytes, &Option<Bytes>)| {
+            key.len() + value.as_ref().map_or(0, Bytes::len)
+        };
+        self.iter().map(bytes).sum()
+    }
+
     /// Whether there is nothing in it.
     pub fn is_empty(&self) -> bool {
         self.writes.is_empty()

@@ -13,6 +13,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio_util::sync::CancellationToken;
 
 use crate::guest::Pause;
+use crate::leave::{Leave, Progress};
 use crate::membership::report;
 use crate::store::Store;
 
@@ -35,6 +36,10 @@ pub enum Request {
     Pause,
     /// On with it.
     Resume,
+    /// Move everything elsewhere, then be a provider no more.
+    Leave,
+    /// Stay after all.
+    Stay,
 }
 
 /// What the daemon answers.
@@ -65,6 +70,9 @@ pub struct Status {
     pub directory: String,
     /// Whether its owner paused it.
     pub paused: bool,
+    /// How far its leaving is; absent: it stays.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub leaving: Option<Progress>,
     /// Whether it takes fragments now.
     pub accepts_puts: bool,
     /// Why it does not.
@@ -90,6 +98,8 @@ pub struct Controlled {
     pub store: Store,
     /// The pause.
     pub pause: Pause,
+    /// The leaving.
+    pub leave: Leave,
     /// Where clients reach us.
     pub address: String,
     /// Our directory.
@@ -102,16 +112,18 @@ impl Controlled {
             Request::Status => Ok(()),
             Request::Pause => self.pause.set(true),
             Request::Resume => self.pause.set(false),
+            Request::Leave => self.leave.set(true),
+            Request::Stay => self.leave.set(false),
         };
         match changed {
             Ok(()) => Answer::Ok(Box::new(self.status())),
-            Err(error) => Answer::Error { message: format!("cannot keep the pause: {error}") },
+            Err(error) => Answer::Error { message: format!("cannot keep what was said: {error}") },
         }
     }
 
     fn status(&self) -> Status {
         let state = self.store.state();
-        let report = report(&self.store, &self.pause);
+        let report = report(&self.store, &self.pause, &self.leave);
         let store = self.store.id().iter().map(|byte| format!("{byte:02x}")).collect();
         Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -120,6 +132,7 @@ impl Controlled {
             address: self.address.clone(),
             directory: self.directory.clone(),
             paused: self.pause.is_on(),
+            leaving: self.leave.progress(),
             accepts_puts: report.accepts_puts,
             note: report.note,
             capacity_bytes: state.capacity_bytes,
@@ -221,6 +234,7 @@ mod tests {
         let controlled = Controlled {
             store,
             pause: Pause::load(dir.path()),
+            leave: Leave::load(dir.path()),
             address: "127.0.0.1:1".into(),
             directory: "127.0.0.1:2".into(),
         };
@@ -236,7 +250,11 @@ mod tests {
         let Answer::Ok(status) = ask(Request::Pause).await.unwrap() else { panic!() };
         assert!(status.paused && !status.accepts_puts && controlled.pause.is_on());
         let Answer::Ok(status) = ask(Request::Resume).await.unwrap() else { panic!() };
-        assert!(!status.paused);
+        assert!(!status.paused && status.leaving.is_none());
+        let Answer::Ok(status) = ask(Request::Leave).await.unwrap() else { panic!() };
+        assert!(status.leaving.is_some() && controlled.leave.is_on());
+        let Answer::Ok(status) = ask(Request::Stay).await.unwrap() else { panic!() };
+        assert!(status.leaving.is_none());
         stop.cancel();
         serving.await.unwrap();
     }

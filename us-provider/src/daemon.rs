@@ -28,6 +28,7 @@ use crate::config::ProviderConfig;
 use crate::control::{self, Controlled};
 use crate::copies::{Copies, LogError};
 use crate::guest::{Pause, ScrubRequests, run_background};
+use crate::leave::Leave;
 use crate::membership::{About, Hands, LinkConfig, LinkEnd};
 use crate::rebuild::{PeerLinks, Peers, RebuildLimits, Rebuilder};
 use crate::service::{FragmentService, RecoveryService};
@@ -74,6 +75,15 @@ pub enum DaemonError {
     /// TLS refuses the identity.
     #[error(transparent)]
     Tls(#[from] TlsError),
+    /// It is a provider no more.
+    #[error(
+        "this provider has left for good; to join again with what is in {}, remove {}",
+        data.display(), data.join("leaving").display()
+    )]
+    HasLeft {
+        /// The data folder.
+        data: PathBuf,
+    },
     /// Membership ended for good.
     #[error(transparent)]
     Membership(#[from] LinkEnd),
@@ -85,11 +95,12 @@ impl DaemonError {
         move |source| Self::Io { action, source }
     }
 
-    /// The exit code: 3 refused by the directory, 4 the store is in use, 1 all else.
+    /// The exit code: 3 refused by the directory, 4 the store is in use, 5 it has left, 1 all else.
     pub fn exit_code(&self) -> u8 {
         use us_core::daemon::files::LockError;
         match self {
             Self::Membership(LinkEnd::Refused { .. }) => 3,
+            Self::HasLeft { .. } => 5,
             Self::Store(OpenError::Lock(LockError::InUse { .. })) => 4,
             Self::Setting { .. }
             | Self::Identity { .. }
@@ -97,7 +108,7 @@ impl DaemonError {
             | Self::Copies(_)
             | Self::Io { .. }
             | Self::Tls(_)
-            | Self::Membership(LinkEnd::Files(_)) => 1,
+            | Self::Membership(LinkEnd::Files(_) | LinkEnd::Left) => 1,
         }
     }
 }
@@ -110,6 +121,7 @@ pub struct Daemon {
     identity: Identity,
     store: Store,
     copies: Copies,
+    leave: Leave,
 }
 
 impl Daemon {
@@ -120,6 +132,10 @@ impl Daemon {
     pub fn open(config: ProviderConfig) -> Result<Self, DaemonError> {
         let directory =
             config.directory.clone().ok_or(DaemonError::Setting { setting: "directory" })?;
+        let leave = Leave::load(&config.data);
+        if leave.has_left() {
+            return Err(DaemonError::HasLeft { data: config.data });
+        }
         let dir = config.identity_dir();
         let identity =
             Identity::load(&dir).map_err(|source| DaemonError::Identity { dir, source })?;
@@ -133,7 +149,7 @@ impl Daemon {
         );
         rebuild_after_panic(&store);
         let copies = Copies::start(&config.data, config.directory_copies.bytes())?;
-        Ok(Self { config, directory, identity, store, copies })
+        Ok(Self { config, directory, identity, store, copies, leave })
     }
 
     /// Serves until `shutdown`; calls `ready` with the address once requests are answered.
@@ -195,6 +211,7 @@ impl Daemon {
         let hands = Hands {
             store: self.store.clone(),
             pause,
+            leave: self.leave.clone(),
             rebuilder: rebuilder.clone(),
             endings,
             scrub,
@@ -221,7 +238,13 @@ impl Daemon {
         ended("store", Duration::from_secs(60), tokio::task::spawn_blocking(move || store.close()))
             .await;
         let _ = std::fs::remove_file(control::socket_path(&self.config.data));
-        Ok(joined?)
+        match joined {
+            Err(LinkEnd::Left) => {
+                tracing::info!("this provider has left");
+                Ok(())
+            }
+            joined => Ok(joined?),
+        }
     }
 
     async fn serve_metrics(&self, shutdown: &Shutdown) -> Result<(), DaemonError> {
@@ -243,6 +266,7 @@ impl Daemon {
                 let controlled = Controlled {
                     store: self.store.clone(),
                     pause: pause.clone(),
+                    leave: self.leave.clone(),
                     address: address.to_owned(),
                     directory: self.directory.clone(),
                 };

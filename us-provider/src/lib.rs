@@ -9,6 +9,7 @@ pub mod control;
 pub mod copies;
 pub mod daemon;
 pub mod guest;
+pub mod leave;
 pub mod membership;
 pub mod rebuild;
 pub mod service;

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::{Context, bail};
 use clap::{Args, CommandFactory, Parser, Subcommand};
@@ -10,16 +11,20 @@ use us_core::daemon::cli::CliCommand;
 use us_core::daemon::config::{Layers, load};
 use us_core::daemon::logging::{self, LogArgs};
 use us_core::daemon::shutdown::Shutdown;
-use us_core::daemon::size::Size;
+use us_core::daemon::size::{Size, human_duration};
 use us_provider::config::{ENVIRONMENT_PREFIX, ProviderConfig, default_data};
 use us_provider::control::{self, Answer, Request, Status};
 use us_provider::daemon::{Daemon, DaemonError, ready_line};
 use us_provider::guest::lower_priority;
+use us_provider::leave::{Leave, Progress};
+
+/// How often the daemon is asked how far it is.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
 
 /// Keep fragments of Us volumes on this machine's idle disk.
 ///
 /// Exit codes: 0 done; 1 failed; 2 wrong usage; 3 the directory refuses this provider; 4 another
-/// process uses the data folder.
+/// process uses the data folder; 5 it has left for good.
 #[derive(Parser, Debug)]
 #[command(name = "us-provider", version)]
 struct Cli {
@@ -39,6 +44,8 @@ enum Command {
     Pause(DataArgs),
     /// End a pause
     Resume(DataArgs),
+    /// Leave for good: everything is moved elsewhere first. Waits, and can be run again
+    Leave(LeaveArgs),
     #[command(flatten)]
     Cli(CliCommand),
 }
@@ -98,6 +105,15 @@ struct DataArgs {
 }
 
 #[derive(Args, Debug)]
+struct LeaveArgs {
+    #[command(flatten)]
+    data: DataArgs,
+    /// Stay after all
+    #[arg(long)]
+    undo: bool,
+}
+
+#[derive(Args, Debug)]
 struct StatusArgs {
     #[command(flatten)]
     data: DataArgs,
@@ -120,6 +136,7 @@ fn main() -> ExitCode {
         Command::Pause(args) => ask(&args, Request::Pause).map(|_| {
             println!("paused: no new fragments; what is stored stays readable");
         }),
+        Command::Leave(args) => leave(&args),
         Command::Resume(args) => ask(&args, Request::Resume).map(|_| println!("resumed")),
         Command::Cli(command) => command.run(Cli::command()).map_err(Into::into),
     };
@@ -157,8 +174,68 @@ fn run(args: RunArgs) -> anyhow::Result<()> {
         daemon.run(shutdown, ready).await.map_err(anyhow::Error::from)
     });
     // A read that hangs in the disk must not keep the process.
-    runtime.shutdown_timeout(std::time::Duration::from_secs(1));
+    runtime.shutdown_timeout(Duration::from_secs(1));
     result
+}
+
+/// Asks the daemon to leave, and shows how far it is until it has.
+fn leave(args: &LeaveArgs) -> anyhow::Result<()> {
+    let data = args.data.data.clone().unwrap_or_else(default_data);
+    if Leave::load(&data).has_left() {
+        if args.undo {
+            let mark = data.join("leaving");
+            bail!("this provider has left already: to join again, remove {}", mark.display());
+        }
+        println!("this provider has left");
+        return Ok(());
+    }
+    if args.undo {
+        ask(&args.data, Request::Stay)?;
+        println!("it stays");
+        return Ok(());
+    }
+    let mut status = ask(&args.data, Request::Leave)?;
+    let mut shown = String::new();
+    loop {
+        let Some(progress) = status.leaving else {
+            bail!("somebody else said that it stays after all");
+        };
+        let line = leave_line(&progress);
+        if line != shown {
+            println!("{line}");
+            shown = line;
+        }
+        std::thread::sleep(LOOK_EVERY);
+        status = match ask(&args.data, Request::Status) {
+            Ok(status) => status,
+            Err(_) if Leave::load(&data).has_left() => {
+                println!("this provider has left; its data folder can be removed");
+                return Ok(());
+            }
+            Err(error) => {
+                return Err(error.context("it has not left yet; when it runs it goes on leaving"));
+            }
+        };
+        if Leave::load(&data).has_left() {
+            println!("this provider has left; its data folder can be removed");
+            return Ok(());
+        }
+    }
+}
+
+fn leave_line(progress: &Progress) -> String {
+    match progress.fragments_left {
+        None => "telling the directory".to_owned(),
+        Some(0) => {
+            let left = human_duration(Duration::from_secs(progress.left_s));
+            format!("nothing is left; for {left} readers may still ask for what was here")
+        }
+        Some(left) if progress.left_s > 0 => {
+            let time = human_duration(Duration::from_secs(progress.left_s));
+            format!("{left} fragments left, {time} at this rate")
+        }
+        Some(left) => format!("{left} fragments left"),
+    }
 }
 
 fn ask(args: &DataArgs, request: Request) -> anyhow::Result<Box<Status>> {
@@ -184,6 +261,9 @@ fn show(status: &Status, json: bool) -> anyhow::Result<()> {
     let state = if status.accepts_puts { "taking fragments" } else { status.note.as_str() };
     let size = |bytes| Size(bytes).to_string();
     println!("state      {state}");
+    if let Some(progress) = &status.leaving {
+        println!("leaving    {}", leave_line(progress));
+    }
     println!("address    {}   directory {}", status.address, status.directory);
     println!(
         "space      {} used of {}, {} free",

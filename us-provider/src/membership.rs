@@ -13,6 +13,7 @@
 
 mod files;
 mod link;
+pub mod retain;
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -21,8 +22,9 @@ use us_core::ids::{FragmentId, ProviderId};
 use us_proto::v1::provider_down::Event as Down;
 use us_proto::v1::provider_up::Event as Up;
 use us_proto::v1::{
-    CheckReply, DamageReport, DeleteDone, FragmentStatus, ProviderGoodbye, ProviderHello,
-    ProviderReport, RebuildFragments, StoreRecords, StoreRoot,
+    CheckReply, DamageReport, DeleteDone, FragmentStatus, InventoryItem, LeaveProgress,
+    ProviderGoodbye, ProviderHello, ProviderReport, RebuildFragments, RetainPage, RetainReply,
+    StoreRecords, StoreRoot,
 };
 
 use crate::copies::Held;
@@ -91,6 +93,10 @@ pub enum Effect {
     KeepRoot(StoreRoot),
     /// Make these records durable, then say so.
     KeepRecords(StoreRecords),
+    /// The owner hears how far the leaving is; after the last word the link ends.
+    Leaving(LeaveProgress),
+    /// Compare this page with what is here, then answer it.
+    Retain(Box<RetainPage>),
     /// Carry this order out, then give its end to [`Member::rebuilt`].
     Rebuild {
         /// Its number.
@@ -196,6 +202,8 @@ impl Member {
             | Down::Rebuild(_)
             | Down::CancelRebuild(_)
             | Down::StartScrub(_)
+            | Down::Retain(_)
+            | Down::Leaving(_)
                 if !self.is_welcome =>
             {
                 Vec::new()
@@ -206,6 +214,8 @@ impl Member {
                 vec![Effect::CancelRebuild(ticket)]
             }
             Down::StartScrub(_) => vec![Effect::Scrub],
+            Down::Leaving(said) => vec![Effect::Leaving(said)],
+            Down::Retain(page) => vec![Effect::Retain(Box::new(page))],
             Down::Delete(delete) => {
                 let ids = delete.fragments.iter().filter_map(id_of).take(IDS_MAX).collect();
                 vec![Effect::Delete { ticket: delete.ticket, ids }]
@@ -293,6 +303,30 @@ impl Member {
         Up::Checked(CheckReply { query, statuses })
     }
 
+    /// Answers to a page: what is here and not in the list, or nothing yet, or why not.
+    pub fn retain(
+        page: &RetainPage,
+        found: &Result<Option<Vec<InventoryItem>>, String>,
+    ) -> Vec<Up> {
+        let reply = RetainReply { list: page.list, page: page.page, ..Default::default() };
+        let replies = match found {
+            Err(refused) => vec![RetainReply { refused: refused.clone(), ..reply }],
+            Ok(None) => vec![reply],
+            Ok(Some(unlisted)) if unlisted.is_empty() => vec![RetainReply { done: true, ..reply }],
+            Ok(Some(unlisted)) => {
+                let pages = unlisted.chunks(IDS_MAX);
+                let last = pages.len() - 1;
+                let part = |(at, unlisted): (usize, &[InventoryItem])| RetainReply {
+                    unlisted: unlisted.to_vec(),
+                    done: at == last,
+                    ..reply.clone()
+                };
+                pages.enumerate().map(part).collect()
+            }
+        };
+        replies.into_iter().map(Up::Retain).collect()
+    }
+
     /// The last message.
     pub fn goodbye() -> Up {
         Up::Goodbye(ProviderGoodbye { back_in_s: 0 })
@@ -303,6 +337,7 @@ impl Member {
 fn cannot_wait(last: &ProviderReport, now: &ProviderReport) -> bool {
     last.accepts_puts != now.accepts_puts
         || last.damaged != now.damaged
+        || last.leaving != now.leaving
         || now.free_bytes < last.free_bytes / 2
 }
 
@@ -315,7 +350,12 @@ mod tests {
     };
 
     fn member() -> Member {
-        let about = About { address: "here:1".into(), site: "campus/b".into(), store: [5; 16], line: (0, 0) };
+        let about = About {
+            address: "here:1".into(),
+            site: "campus/b".into(),
+            store: [5; 16],
+            line: (0, 0),
+        };
         Member::new(about, None)
     }
 

@@ -30,7 +30,7 @@ use crate::guest::Pause;
 use crate::rebuild::Peers;
 use crate::store::{IDS_MAX, ReadRequest, Store, StoreError};
 pub use recovery::RecoveryService;
-pub use status::{failure_status, status_of, wire_id};
+pub use status::{failure_status, inventory_item, status_of, wire_id};
 
 /// Bytes of puts that are waiting or being written, over all connections.
 const PUT_BYTES_MAX: usize = 192 << 20;
@@ -276,7 +276,7 @@ impl Fragments for FragmentService {
                     let left = left - lines.len();
                     let more = (lines.len() == limit && left > 0)
                         .then(|| (service.clone(), Some(last), left));
-                    let items = lines.iter().map(status::inventory_item).collect();
+                    let items = lines.iter().map(inventory_item).collect();
                     Some((Ok(v1::InventoryPage { items }), more))
                 }
                 Err(error) => Some((Err(Status::unavailable(error.to_string())), None)),

@@ -90,6 +90,9 @@ pub struct StoreOptions {
     /// Every sync fails while this is set.
     #[cfg(test)]
     pub(crate) fail_sync: Arc<std::sync::atomic::AtomicBool>,
+    /// Offsets of envelopes that the disk does not give back.
+    #[cfg(test)]
+    pub(crate) bad_sectors: Arc<Mutex<std::collections::BTreeSet<u64>>>,
 }
 
 /// Where the store takes the time from.
@@ -122,6 +125,8 @@ impl Default for StoreOptions {
             }),
             #[cfg(test)]
             fail_sync: Arc::default(),
+            #[cfg(test)]
+            bad_sectors: Arc::default(),
         }
     }
 }
@@ -260,6 +265,9 @@ struct Shared {
     accounts: Mutex<accounts::Accounts>,
     /// Why puts fail; `None` while they do not.
     trouble: Mutex<Option<String>>,
+    /// Segments that could not be compacted, with the fragments they then had: left alone until that
+    /// changes.
+    stuck: Mutex<std::collections::BTreeMap<u32, u64>>,
     /// The damage found since it was last taken, bounded by [`space::FRESH_DAMAGE_MAX`].
     fresh_damage: Mutex<Vec<FragmentId>>,
 }

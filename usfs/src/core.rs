@@ -268,8 +268,18 @@ impl Core {
             out.push(v1::session_up::Event::Sync(v1::Sync {}));
         }
         while out.len() < max {
-            let Some(event) = self.outbox.pop_front() else { break };
+            let Some(mut event) = self.outbox.pop_front() else { break };
+            self.refresh(&mut event);
             out.push(event);
+        }
+    }
+
+    /// A return of a lease waits behind the log. Whoever used the inode may have gone meanwhile, and
+    /// the `Release` that says so has overtaken it: it must not count as open for ever.
+    fn refresh(&self, event: &mut v1::session_up::Event) {
+        let v1::session_up::Event::LeaseReturn(returned) = event else { return };
+        for lease in returned.leases.iter_mut().filter(|lease| lease.open) {
+            lease.open = self.nodes.get(&Ino(lease.ino)).is_some_and(Node::is_referred);
         }
     }
 

@@ -2,10 +2,11 @@
 //!
 //! Exit codes: 0 done (with `status --exit-code`: everything has all its fragments); 1 degraded;
 //! 2 some data cannot be read until providers return; 3 data is lost; 4 the directory cannot be
-//! reached or refused; 64 the command makes no sense.
+//! reached or refused; 64 the command makes no sense. `fsck` has its own ([`fsck`]).
 
 mod act;
 mod connect;
+mod fsck;
 mod json;
 mod place;
 mod plan;
@@ -37,7 +38,8 @@ pub const EXIT_UNREACHABLE: u8 = 4;
     version,
     after_help = "Exit codes: 0 done; with `status --exit-code`: 0 ok, 1 degraded, 2 some data \
                   cannot be read until providers return, 3 data is lost; 4 the directory cannot \
-                  be reached; 64 the command makes no sense.\n\
+                  be reached; 64 the command makes no sense. `fsck`, a sum: 0 clean, 1 mended or \
+                  given to repair, 4 left as it was, 8 not everything could be looked at.\n\
                   The directory is found by --directory, else US_DIRECTORY, else the `usfs up` \
                   that runs on this machine (or the one whose state US_DATA names)."
 )]
@@ -89,6 +91,8 @@ enum Command {
     GiveUp(act::GiveUpArgs),
     /// What could not be read, or would be in danger, without some providers
     WhatIf(act::WhatIfArgs),
+    /// Compare what the directory says with what the providers hold, both ways
+    Fsck(fsck::FsckArgs),
     /// What happened
     Events(act::EventsArgs),
     /// Work out what a swarm needs
@@ -110,6 +114,8 @@ pub struct JsonArgs {
 enum PlanCommand {
     /// The code and the laziness of repair that reach a target, the least space first
     Code(plan::CodeArgs),
+    /// The pseudo-affine lines over so many peers, their number, and the most there can be
+    Lines(plan::LinesArgs),
 }
 
 #[derive(Debug, Subcommand)]
@@ -122,6 +128,23 @@ enum VolumeCommand {
         #[arg(long, value_name = "S+R", default_value = "4+2")]
         code: Code,
         /// The most it may hold
+        #[arg(long, value_name = "SIZE")]
+        quota: Option<Size>,
+        /// Repair a block when no more than this many of its fragments can be lost; the default is
+        /// as soon as one is
+        #[arg(long, value_name = "R0")]
+        repair_at: Option<u32>,
+        #[command(flatten)]
+        json: JsonArgs,
+    },
+    /// Change a volume's settings; its code stays for ever
+    Set {
+        /// Its name
+        name: String,
+        /// Repair a block when no more than this many of its fragments can be lost
+        #[arg(long, value_name = "R0", required_unless_present = "quota")]
+        repair_at: Option<u32>,
+        /// The most it may hold; 0: no limit
         #[arg(long, value_name = "SIZE")]
         quota: Option<Size>,
         #[command(flatten)]
@@ -167,6 +190,7 @@ async fn act(args: CtlArgs) -> anyhow::Result<ExitCode> {
     let mut target = Target { directory: args.directory, identity: args.identity };
     match args.command {
         Command::Status(status) => return status::run(&target, &status).await,
+        Command::Fsck(args) => return Ok(fsck::run(&target, &args).await),
         Command::Providers(json) => {
             let reply = connect(&target).await?.status().await?;
             let pids = status::local_pids();
@@ -174,9 +198,22 @@ async fn act(args: CtlArgs) -> anyhow::Result<ExitCode> {
                 table::providers(&reply.providers, &pids)
             })?;
         }
-        Command::Volume(VolumeCommand::Create { name, code, quota, json }) => {
-            let info = connect(&target).await?.create_volume(&name, code, quota).await?;
+        Command::Volume(VolumeCommand::Create { name, code, quota, repair_at, json }) => {
+            volume::check_repair_at(repair_at, code.r() as u32)?;
+            let mut admin = connect(&target).await?;
+            let info = admin.create_volume(&name, code, quota, repair_at).await?;
             print(json, &json::volume(&info), || volume::created(&info))?;
+        }
+        Command::Volume(VolumeCommand::Set { name, repair_at, quota, json }) => {
+            let mut admin = connect(&target).await?;
+            let known = admin.list_volumes().await?;
+            if let Some(known) = known.iter().find(|known| known.name == name) {
+                volume::check_repair_at(repair_at, known.r)?;
+            }
+            let quota_bytes = quota.map(Size::bytes);
+            let request = us_proto::v1::SetVolumeRequest { name, repair_at, quota_bytes };
+            let info = admin.set_volume(request).await?;
+            print(json, &json::volume(&info), || volume::changed(&info))?;
         }
         Command::Volume(VolumeCommand::List(json)) => {
             let volumes = connect(&target).await?.list_volumes().await?;
@@ -206,6 +243,7 @@ async fn act(args: CtlArgs) -> anyhow::Result<ExitCode> {
         Command::WhatIf(args) => act::what_if(&target, &args).await?,
         Command::Events(args) => act::events(&target, &args).await?,
         Command::Plan(PlanCommand::Code(args)) => plan::code(&args)?,
+        Command::Plan(PlanCommand::Lines(args)) => plan::lines(&args)?,
         Command::Cli(_) => {}
     }
     Ok(ExitCode::SUCCESS)
@@ -249,6 +287,9 @@ mod tests {
         assert!(parse(&["volume", "create", "disk", "--code", "4"]).is_err());
         assert!(parse(&["block", "xyz"]).is_err());
         assert!(parse(&["what-if", "--without", "1", "provider2"]).is_ok());
+        assert!(parse(&["plan", "lines", "--peers", "25", "--fragments", "5"]).is_ok());
+        assert!(parse(&["plan", "lines", "--peers", "0", "--fragments", "5"]).is_err());
+        assert!(parse(&["plan", "lines", "--peers", "9", "--fragments", "256"]).is_err());
         assert!(parse(&["what-if"]).is_err() && parse(&["drain"]).is_err());
         assert!(parse(&["snapshot"]).is_err(), "what is not built is not there");
         assert!(parse(&["completions", "bash"]).is_ok() && parse(&["man"]).is_ok());

@@ -29,5 +29,5 @@ mod tests;
 pub use dirty::DirtyBuffer;
 pub use file::{ClonePlan, FileData, ReadPiece, ReadPlan, Seek};
 pub use in_flight::{InFlight, SealedPiece, Ticket};
-pub use map::{CHUNK_BYTES, Extent, FileMap, MapPiece, MapSource, Place};
+pub use map::{Extent, FileMap, MapPiece, MapSource, Place};
 pub use packer::{DirtyFacts, PackItem, Packer, PackerLimits};

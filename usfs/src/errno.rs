@@ -38,6 +38,9 @@ pub enum FsError {
     /// The file would be larger than the file system allows.
     #[error("the file would be too large")]
     TooLarge,
+    /// A directory would come to lie too deep.
+    #[error("too many directories lie above the new place")]
+    TooDeep,
     /// The inode has as many names as it can have.
     #[error("too many links")]
     TooManyLinks,
@@ -95,6 +98,7 @@ impl FsError {
             Self::NotFound => libc::ENOENT,
             Self::Stale(_) => libc::ESTALE,
             Self::Exists => libc::EEXIST,
+            Self::TooDeep => libc::ELOOP,
             Self::NotADirectory => libc::ENOTDIR,
             Self::IsADirectory => libc::EISDIR,
             Self::NotEmpty => libc::ENOTEMPTY,

@@ -27,15 +27,10 @@ use us_core::ids::Ino;
 pub use self::mount::{MountError, MountOptions, SwarmNews};
 pub use crate::attributes::{Attributes, FileKind, FileTime, SetAttributes, SetTime};
 pub use crate::errno::FsError;
-
-/// The longest name, in bytes.
-pub const NAME_BYTES_MAX: usize = 255;
-/// The longest target of a symbolic link, in bytes.
-pub const TARGET_BYTES_MAX: usize = 4095;
-/// The largest value of an extended attribute, in bytes.
-pub const XATTR_BYTES_MAX: usize = 64 << 10;
-/// The largest file, in bytes.
-pub const FILE_BYTES_MAX: u64 = i64::MAX as u64;
+pub use us_core::limits::FILE_BYTES_MAX;
+pub use us_core::name::{
+    NAME_BYTES_MAX, TARGET_BYTES_MAX, XATTR_VALUE_BYTES_MAX as XATTR_BYTES_MAX,
+};
 
 /// Who asks.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]

@@ -252,7 +252,7 @@ impl Disk {
         let volumes = admin.list_volumes().await?;
         match volumes.into_iter().find(|volume| volume.name == VOLUME) {
             Some(info) => Ok(info),
-            None => admin.create_volume(VOLUME, self.state.settings.code()?, None).await,
+            None => admin.create_volume(VOLUME, self.state.settings.code()?, None, None).await,
         }
     }
 

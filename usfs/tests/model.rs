@@ -1,7 +1,8 @@
 //! Model test: thousands of random operations on one or two mounts of a volume, each answer and then
 //! the whole tree compared with a reference that is obviously right. Directory restarts, broken
 //! connections and remounts come between. The directory is the real engine, the pipeline the real
-//! one over providers in memory; only the network and the kernel are missing.
+//! one over providers in memory, which fail and come back; only the network and the kernel are
+//! missing.
 //!
 //! `US_TEST_TIER=full` runs more seeds. A seed that failed stays in `SEEDS`.
 
@@ -13,17 +14,19 @@ mod directory;
 mod tree;
 
 use std::collections::HashMap;
+use std::time::Duration;
 
 use bytes::Bytes;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
+use us_core::disk::memory::Fault;
 use us_core::ids::Ino;
 use usfs::fs::{
     AllocateMode, Caller, FileKind, Fs, FsError, Handle, Lookup, OpenFlags, RenameMode,
     SetAttributes, XattrMode,
 };
 
-use crate::directory::TestDirectory;
+use crate::directory::{PROVIDERS, TestDirectory};
 use crate::tree::{Id, Kind, ROOT, Tree};
 
 const NAMES: [&str; 5] = ["a", "b", "c", "d", "eeeeeeee"];
@@ -436,6 +439,25 @@ impl World {
         }
     }
 
+    /// The one provider that failed is well again, and another fails in some way: never two at once,
+    /// since a write goes on with one fragment less and nothing repairs here.
+    fn fail_another(&mut self) {
+        self.directory.heal_providers();
+        let provider = self.rng.random_range(1..=PROVIDERS);
+        let (fault, leaves) = match self.rng.random_range(0..8) {
+            0 => (Fault::Dead, true),
+            1 => (Fault::Dead, false),
+            2 => (Fault::Silent, self.rng.random_bool(0.5)),
+            3 => (Fault::Slow(Duration::from_millis(self.rng.random_range(1..200))), false),
+            4 => (Fault::Lying, false),
+            5 => (Fault::Truncating, false),
+            6 => (Fault::Full, false),
+            _ => (Fault::Busy, false),
+        };
+        self.log.push(format!("provider {provider}: {fault:?}, leaves: {leaves}"));
+        self.directory.fail_provider(provider, fault, leaves);
+    }
+
     async fn remount(&mut self, mount: usize) {
         self.held.retain(|held| held.mount != mount);
         self.mounts[mount].shutdown().await.unwrap();
@@ -489,7 +511,18 @@ fn rounds() -> (u64, usize) {
     }
 }
 
-async fn run(seed: u64, mounts: usize, restarts: bool) {
+/// What goes wrong among the operations.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Trouble {
+    None,
+    /// The directory restarts, connections break.
+    Directory,
+    /// A provider fails, comes back, and another fails; the caches are dropped by more remounts.
+    Providers,
+    Both,
+}
+
+async fn run(seed: u64, mounts: usize, trouble: Trouble) {
     let (_, steps) = rounds();
     let mut world = World::new(seed, mounts).await;
     for step in 0..steps {
@@ -503,7 +536,17 @@ async fn run(seed: u64, mounts: usize, restarts: bool) {
             let mount = world.rng.random_range(0..mounts);
             world.remount(mount).await;
         }
-        if restarts && step % 71 == 70 {
+        let directory = matches!(trouble, Trouble::Directory | Trouble::Both);
+        let providers = matches!(trouble, Trouble::Providers | Trouble::Both);
+        if providers && step % 23 == 22 {
+            world.fail_another();
+        }
+        if providers && step % 61 == 60 {
+            let mount = world.rng.random_range(0..mounts);
+            world.remount(mount).await;
+            world.compare(mount).await;
+        }
+        if directory && step % 71 == 70 {
             match world.rng.random_range(0..2) {
                 0 => world.directory.disconnect_all(),
                 _ => world.directory.restart(0),
@@ -519,21 +562,29 @@ async fn run(seed: u64, mounts: usize, restarts: bool) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn one_mount_is_like_the_model() {
     for seed in 0..rounds().0 {
-        run(seed + SEEDS[0], 1, false).await;
+        run(seed + SEEDS[0], 1, Trouble::None).await;
     }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn two_mounts_are_like_one_model() {
     for seed in 0..rounds().0 {
-        run(seed + 100, 2, false).await;
+        run(seed + 100, 2, Trouble::None).await;
     }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn restarts_and_broken_connections_change_nothing() {
     for seed in 0..rounds().0 {
-        run(seed + 200, 1, true).await;
+        run(seed + 200, 1, Trouble::Directory).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn providers_that_fail_and_return_change_nothing() {
+    for seed in 0..rounds().0 {
+        run(seed + 300, 1, Trouble::Providers).await;
+        run(seed + 400, 2, Trouble::Both).await;
     }
 }
 

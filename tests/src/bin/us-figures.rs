@@ -15,7 +15,7 @@ struct Options {
 
 #[derive(Subcommand)]
 enum What {
-    /// What placement does to the cost of a death: docs/placement.md.
+    /// What placement does to the cost of a death, and what reconstruction takes: docs/placement.md.
     Placement {
         /// Where the CSV and SVG files go; made if it is missing.
         #[arg(long)]
@@ -26,5 +26,6 @@ enum What {
 fn main() -> anyhow::Result<()> {
     let Options { what: What::Placement { out } } = Options::parse();
     std::fs::create_dir_all(&out).with_context(|| format!("making {}", out.display()))?;
-    figures::placement::figures(&out)
+    figures::placement::figures(&out)?;
+    figures::reconstruction::figures(&out)
 }

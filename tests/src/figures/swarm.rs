@@ -170,6 +170,29 @@ impl Swarm {
         Ok(())
     }
 
+    /// Providers are numbered below this.
+    pub fn peers_end(&self) -> usize {
+        self.next as usize
+    }
+
+    /// What would have to be rebuilt if one of `count` providers, evenly chosen, died: for each of its
+    /// blocks the other holders.
+    pub fn deaths(&self, count: usize) -> Vec<Vec<Vec<usize>>> {
+        let mut providers: Vec<ProviderId> = self.held.keys().copied().collect();
+        providers.sort_unstable();
+        let step = (providers.len() / count.max(1)).max(1);
+        let victims = providers.iter().step_by(step).take(count);
+        let others = |victim: ProviderId, block: usize| -> Vec<usize> {
+            let holders = self.blocks[block].iter().filter(|holder| **holder != victim);
+            holders.map(|holder| holder.0 as usize).collect()
+        };
+        let lost = |victim: &ProviderId| {
+            let fragments = self.held[victim].fragments.iter();
+            fragments.map(|(block, _)| others(*victim, *block)).collect()
+        };
+        victims.map(lost).collect()
+    }
+
     /// What a death would cost now.
     pub fn cost(&self) -> Cost {
         let mut providers: Vec<ProviderId> = self.held.keys().copied().collect();

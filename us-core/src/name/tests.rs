@@ -65,6 +65,7 @@ proptest! {
         let hash = key.xattr_hash(ino, &name);
         let mut sealed = key.seal_xattr(ino, &name, &value).unwrap();
         prop_assert_ne!(&sealed, &key.seal_xattr(ino, &name, &value).unwrap());
+        prop_assert_eq!(sealed.len(), sealed_xattr_bytes(name.len(), value.len()));
         prop_assert_eq!(key.open_xattr(ino, &hash, &sealed), Ok(Xattr { name, value }));
         let tampered = Err(NameError::Tampered { kind: NameKind::Xattr, ino });
         prop_assert!(key.open_xattr(Ino(!ino.0), &hash, &sealed).is_err());

@@ -32,21 +32,12 @@ impl Engine {
         let answer = match question {
             Question::Status => Answer::Status(Box::new(self.status()?)),
             Question::ListVolumes => Answer::Volumes(self.volume_infos()?),
-            Question::Snapshot => Answer::Snapshot(StateSnapshot {
-                view: self.store.snapshot(),
-                volumes: self
-                    .volumes
-                    .iter()
-                    .map(|(id, volume)| (*id, volume.record.name.clone()))
-                    .collect(),
-                providers: self
-                    .members
-                    .iter()
-                    .map(|(id, member)| (*id, self.state_of(member) as i32))
-                    .collect(),
-            }),
-            Question::CreateVolume { name, s, r, quota_bytes } => {
-                return self.create_volume(ask, name, (s, r), quota_bytes);
+            Question::Snapshot => Answer::Snapshot(self.state_snapshot()),
+            Question::CreateVolume { name, s, r, quota_bytes, repair_at } => {
+                return self.create_volume(ask, name, (s, r), quota_bytes, repair_at);
+            }
+            Question::SetVolume { name, repair_at, quota_bytes } => {
+                return self.set_volume(ask, &name, repair_at, quota_bytes);
             }
             Question::DeleteVolume { name } => return self.delete_volume(ask, &name),
             Question::Drain { provider, undo } => self.drain(provider, undo)?,
@@ -58,6 +49,16 @@ impl Engine {
             }
             Question::Scrub { provider } => self.scrub(provider),
             Question::WhatIf { without } => self.what_if(&without),
+            Question::FsckBasis => Answer::FsckBasis(Box::new(self.fsck_basis())),
+            Question::Judge { provider, strays, mend } => {
+                let verdicts = self.judge(provider, &strays, mend)?;
+                return self.then(self.last_seq, Then::Answer(ask, Answer::Verdicts(verdicts)));
+            }
+            Question::Doubt { provider, pieces } => {
+                self.query_with(provider, pieces, None, true);
+                Answer::Done
+            }
+            Question::Mend { volume, blocks } => Answer::Count(self.mend(volume, &blocks)?),
             Question::Events { after, last } => Answer::Events(self.events(after, last)?),
             Question::Backup => {
                 let (view, seq) = (self.store.snapshot(), self.last_seq);
@@ -76,12 +77,23 @@ impl Engine {
         Ok(())
     }
 
+    pub(super) fn state_snapshot(&self) -> StateSnapshot {
+        let volumes = self.volumes.iter();
+        let providers = self.members.iter();
+        StateSnapshot {
+            view: self.store.snapshot(),
+            volumes: volumes.map(|(id, volume)| (*id, volume.record.name.clone())).collect(),
+            providers: providers.map(|(id, member)| (*id, self.state_of(member) as i32)).collect(),
+        }
+    }
+
     fn create_volume(
         &mut self,
         ask: AskId,
         name: String,
         (s, r): (u32, u32),
         quota_bytes: u64,
+        repair_at: Option<u32>,
     ) -> Result<(), StoreError> {
         let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
         let answer = match Code::new(s as usize, r as usize) {
@@ -113,7 +125,9 @@ impl Engine {
         };
         let mut key = vec![0; 32];
         self.entropy.fill(&mut key);
-        let id = VolumeId::generate();
+        let mut id = [0; 16];
+        self.entropy.fill(&mut id);
+        let id = VolumeId::from_bytes(id);
         let record = VolumeRecord {
             name,
             s,
@@ -121,6 +135,7 @@ impl Engine {
             quota_bytes,
             key: key.into(),
             next_ino: 2,
+            repair_at: stored_repair_at(repair_at, r),
             ..Default::default()
         };
         let time = Timestamp {
@@ -136,6 +151,40 @@ impl Engine {
         self.volumes.insert(id, volume);
         self.note_event(EventKind::VolumeMade, 0, detail)?;
         let seq = self.commit(batch, Durability::Durable)?;
+        self.then(seq, Then::Answer(ask, Answer::Volume(info)))
+    }
+
+    /// Changes a volume's settings; what is now too thin is found at once.
+    fn set_volume(
+        &mut self,
+        ask: AskId,
+        name: &str,
+        repair_at: Option<u32>,
+        quota_bytes: Option<u64>,
+    ) -> Result<(), StoreError> {
+        let shown = |(id, volume): &(&VolumeId, &Volume)| {
+            volume.record.name == name && !volume.record.deleting && !self.is_hidden(id)
+        };
+        let Some(id) = self.volumes.iter().find(shown).map(|(id, _)| *id) else {
+            let answer = refused(RefusalKind::NotFound, format!("there is no volume {name:?}"));
+            self.effects.push(Effect::Answer { ask, answer });
+            return Ok(());
+        };
+        let usage = self.usage(&id)?;
+        let Some(volume) = self.volumes.get_mut(&id) else { return Ok(()) };
+        let record = &mut volume.record;
+        if repair_at.is_some() {
+            record.repair_at = stored_repair_at(repair_at, record.r);
+        }
+        record.quota_bytes = quota_bytes.unwrap_or(record.quota_bytes);
+        let mut batch = crate::store::WriteBatch::new();
+        batch.put(keys::volume(&id), encode(record));
+        let info = volume_info(&id, volume, usage);
+        let (left, quota) = (info.repair_at, info.quota_bytes);
+        let detail = format!("{name}: repaired at {left} to spare, quota {quota} bytes");
+        self.note_event(EventKind::VolumeChanged, 0, detail)?;
+        let seq = self.commit(batch, Durability::Durable)?;
+        self.scan_blocks();
         self.then(seq, Then::Answer(ask, Answer::Volume(info)))
     }
 
@@ -226,7 +275,8 @@ impl Engine {
             pending_deletes: self.pending_deletes.max(0) as u64,
             journal: Some(copies),
             repair: Some(self.repair_status()),
-            braked: self.braked as u32,
+            braked: self.braked() as u32,
+            placement: Some(self.placement_status()),
             uptime_s: self.at.now_ms / 1000,
             cluster: self.cluster.cluster.iter().map(|byte| format!("{byte:02x}")).collect(),
         })
@@ -234,12 +284,13 @@ impl Engine {
 
     fn provider_statuses(&self, totals: &Totals) -> Vec<ProviderStatus> {
         let members = self.members.iter();
+        let width = self.width_shown();
         members
             .map(|(provider, member)| ProviderStatus {
                 provider: *provider,
                 address: member.record.address.clone(),
                 site: member.record.site.clone(),
-                metapeer: *provider,
+                metapeer: self.metapeer_of(*provider, width),
                 state: self.state_of(member) as i32,
                 capacity_bytes: member.report.capacity_bytes,
                 used_bytes: member.report.used_bytes,
@@ -314,18 +365,25 @@ impl Engine {
             ("us_directory_providers_online", online as f64),
             ("us_directory_sessions", connected as f64),
             ("us_directory_requests_parked", self.parked.len() as f64),
+            ("us_directory_placement_degraded", f64::from(u8::from(self.spread.told))),
+            ("us_directory_placements_degraded", self.spread.blocks as f64),
             ("us_directory_repairs_queued", self.repairs.queue.len() as f64),
             ("us_directory_repairs_urgent", self.repair_status().urgent as f64),
             ("us_directory_repairs_waiting", self.repairs.queue.aside() as f64),
             ("us_directory_repairs_running", self.repairs.jobs.len() as f64),
             ("us_directory_repair_bytes_per_s", self.repair_status().bytes_per_s as f64),
-            ("us_directory_providers_braked", self.braked as f64),
+            ("us_directory_providers_braked", self.braked() as f64),
             ("us_directory_deletes_pending", self.pending_deletes.max(0) as f64),
             ("us_directory_journal_copies", self.live_copies().len() as f64),
             ("us_directory_journal_bytes", self.store.facts().journal_bytes as f64),
             ("us_directory_signatures", self.counts.signatures() as f64),
         ])
     }
+}
+
+/// How a record says that repair begins at so many to spare: one more, 0 for "as soon as one is lost".
+fn stored_repair_at(repair_at: Option<u32>, r: u32) -> u32 {
+    repair_at.filter(|left| left + 1 < r).map_or(0, |left| left + 1)
 }
 
 fn volume_info(id: &VolumeId, volume: &Volume, usage: UsageRecord) -> VolumeInfo {
@@ -339,6 +397,10 @@ fn volume_info(id: &VolumeId, volume: &Volume, usage: UsageRecord) -> VolumeInfo
         blocks: usage.blocks,
         private: volume.record.key.is_empty(),
         quota_bytes: volume.record.quota_bytes,
+        repair_at: match volume.record.repair_at {
+            0 => volume.record.r.saturating_sub(1),
+            at => (at - 1).min(volume.record.r.saturating_sub(1)),
+        },
     }
 }
 

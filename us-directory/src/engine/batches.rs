@@ -1,20 +1,23 @@
 //! Batches of mutations: applied whole, acknowledged applied and later durable.
 
+use bytes::Bytes;
 use us_core::daemon::logging::RequestId;
+use us_core::ids::VolumeId;
+use us_core::limits::{BATCH_MUTATIONS_MAX, BATCH_TRACES_MAX};
 use us_proto::v1::mutation::Op;
 use us_proto::v1::session_down::Event as Down;
-use us_proto::v1::{Applied, Batch, Durable};
+use us_proto::v1::{Applied, Batch, Durable, Mutation};
 
 use super::leases::Level;
 use super::{Durability, Engine};
 use crate::keys;
-use crate::namespace::{ApplyError, Authority, Outcome, Rule};
+use crate::namespace::{ApplyError, Authority, FILE_BYTES_MAX, Outcome, Rule};
 use crate::store::{StoreError, WriteBatch};
 
-/// The most mutations a batch may have.
-pub const BATCH_MUTATIONS_MAX: usize = 4096;
-/// The most requests a batch may name for the logs.
-const TRACES_MAX: usize = 64;
+/// The most bytes of keys and values one batch may change: far below a record of the journal.
+const RECORD_BYTES_MAX: usize = 256 << 20;
+/// Chunks freed in one commit ahead of a batch that cuts more.
+const FREE_SLICE: usize = 256;
 
 /// What a session may do, for the namespace.
 struct SessionAuthority<'e> {
@@ -57,7 +60,8 @@ impl Authority for SessionAuthority<'_> {
     }
 
     fn provider_exists(&self, provider: u32) -> bool {
-        self.engine.members.contains_key(&provider)
+        // One that has left may still be named by a place leased before: its fragment is made again.
+        provider > 0 && provider < self.engine.cluster.next_provider
     }
 
     fn birth_given(&self, birth: u64) -> bool {
@@ -80,7 +84,7 @@ impl Engine {
             let detail = format!("batch {} came where {} is next", batch.number, applied + 1);
             return self.refuse(session, detail);
         }
-        if batch.traces.len() > TRACES_MAX {
+        if batch.traces.len() > BATCH_TRACES_MAX {
             let detail = format!("{} requests named in one batch", batch.traces.len());
             return self.refuse(session, detail);
         }
@@ -88,16 +92,84 @@ impl Engine {
             let detail = format!("{} mutations in one batch", batch.mutations.len());
             return self.refuse(session, detail);
         }
-        if known.record.read_only && !batch.mutations.is_empty() {
+        // Letting go of an inode that another mount removed changes nothing of the volume.
+        let releases = |mutation: &Mutation| matches!(mutation.op, Some(Op::Release(_)));
+        if known.record.read_only && !batch.mutations.iter().all(releases) {
             return self.refuse(session, "a read-only session changes nothing".to_owned());
         }
+        self.free_ahead(session, batch)?;
         match self.apply(session, batch) {
+            Ok(outcome) if outcome.batch.bytes() > RECORD_BYTES_MAX => {
+                let bytes = outcome.batch.bytes();
+                self.refuse(session, format!("batch {} changes {bytes} bytes", batch.number))
+            }
             Ok(outcome) => self.applied(session, batch, outcome),
             Err(ApplyError::Store(error)) => Err(error),
             Err(ApplyError::Rule(rule)) => {
                 self.refuse(session, format!("batch {}: {rule}", batch.number))
             }
         }
+    }
+
+    /// Frees most of what a batch cuts off huge files in commits of their own, before it is applied:
+    /// all at once would be more than memory and a record of the journal take. The file keeps its size
+    /// until then; after a crash in between, a part of what was to go is a hole.
+    fn free_ahead(&mut self, session: u64, batch: &Batch) -> Result<(), StoreError> {
+        let Some(volume) = self.sessions.get(&session).map(|known| known.volume) else {
+            return Ok(());
+        };
+        let mut cuts = Vec::new();
+        for mutation in &batch.mutations {
+            match &mutation.op {
+                Some(Op::SetAttributes(set)) => {
+                    cuts.extend(set.size.map(|from| (set.ino, from, None)))
+                }
+                Some(Op::CommitData(data)) => {
+                    let new = |block: &Bytes| data.blocks.iter().any(|made| made.block == *block);
+                    if data.extents.iter().any(|extent| {
+                        !extent.expected_block.is_empty()
+                            || !extent.block.is_empty() && !new(&extent.block)
+                    }) {
+                        // It refers to what is stored: to a block that only the cut-off part names?
+                        break;
+                    }
+                    let holes = data.extents.iter().filter(|e| e.block.is_empty() && !e.zero);
+                    cuts.extend(holes.map(|extent| {
+                        let end = extent.offset.saturating_add(extent.length);
+                        (extent.ino, extent.offset, Some(end))
+                    }));
+                }
+                _ => {}
+            }
+        }
+        for (ino, from, to) in cuts {
+            if self.leases.level(session, &(volume, ino)) != Level::Exclusive {
+                continue;
+            }
+            while self.free_slice_ahead(session, volume, (ino, from, to))? {}
+        }
+        Ok(())
+    }
+
+    fn free_slice_ahead(
+        &mut self,
+        session: u64,
+        volume: VolumeId,
+        (ino, from, to): (u64, u64, Option<u64>),
+    ) -> Result<bool, StoreError> {
+        let Some(mut tx) = self.tx(volume) else { return Ok(false) };
+        match tx.free_slice(ino, from, to.unwrap_or(FILE_BYTES_MAX), FREE_SLICE) {
+            Ok(true) => {}
+            // A rule it breaks it breaks again when the batch is applied.
+            Ok(false) | Err(ApplyError::Rule(_)) => return Ok(false),
+            Err(ApplyError::Store(error)) => return Err(error),
+        }
+        let outcome = tx.finish()?;
+        let seq = self.commit(outcome.batch, Durability::Applied)?;
+        self.pending_deletes += outcome.graves as i64;
+        self.note_recent(session, volume, &[ino], seq);
+        self.note_blocks(volume, outcome.blocks);
+        Ok(true)
     }
 
     fn apply(&self, session: u64, batch: &Batch) -> Result<Outcome, ApplyError> {
@@ -130,7 +202,9 @@ impl Engine {
         self.note_recent(session, volume, &outcome.touched, seq);
         self.note_blocks(volume, outcome.blocks);
         for ino in &outcome.created {
-            self.leases.created(session, &(volume, *ino));
+            for other in self.leases.created(session, &(volume, *ino)) {
+                self.refuse(other, format!("it held inode {ino} before that was made"))?;
+            }
         }
         for ino in &outcome.deleted {
             self.leases.forget(session, &(volume, *ino));

@@ -9,6 +9,7 @@ use us_core::ids::{BlockId, VolumeId};
 use us_proto::v1::provider_down::Event as Down;
 use us_proto::v1::{DeleteFragments, FragmentId};
 
+use super::garbage::SecondLook;
 use super::health::CountedSlice;
 use super::members::{FRAGMENTS_A_MESSAGE, Piece};
 use super::{Durability, Engine, Then};
@@ -25,6 +26,8 @@ const GRAVES_SLICE: usize = 4096;
 const SETTLE_SLICE: usize = 4096;
 /// Keys of a deleted volume removed in one tick.
 const VOLUME_KEYS_SLICE: usize = 4096;
+/// How long a provider may take to confirm deletions before it is asked again.
+const DELETE_ANSWER_MS: u64 = 60_000;
 /// How often the slow chores run.
 const SLOW_TICK_MS: u64 = 500;
 /// How far the stored clock may lag behind while something waits for it.
@@ -56,6 +59,14 @@ impl Engine {
         self.keeping_chores()?;
         self.check_unsettled()?;
         self.expand_graves()?;
+        self.ask_deletes_again()?;
+        self.raise_floor()?;
+        self.retain_chore()?;
+        self.leave_chore()?;
+        self.tell_spread()?;
+        if std::mem::take(&mut self.deletes_wait) {
+            self.send_deletes()?;
+        }
         if self.pending_deletes > 0 && self.clock_ms() > self.clock_stored_ms + CLOCK_LAG_MS {
             self.commit_cluster(Durability::Applied)?;
         }
@@ -112,6 +123,13 @@ impl Engine {
         if last {
             batch.delete(keys::volume(&volume));
             self.volumes.remove(&volume);
+            // None of its sessions is alive: their records go too.
+            let here = self.sessions.iter().filter(|(_, known)| known.volume == volume);
+            let here: Vec<u64> = here.map(|(session, _)| *session).collect();
+            for session in here {
+                batch.delete(keys::session(session));
+                self.sessions.remove(&session);
+            }
         }
         self.commit(batch, Durability::Applied)?;
         Ok(())
@@ -161,7 +179,8 @@ impl Engine {
                 let fragments = (0..8 * asked.fragments.len())
                     .filter(|index| bit(&asked.fragments, *index))
                     .fold(fragments, |both, index| with_bit(&both, index, true));
-                batch.put(key, encode(&HoldingRecord { fragments }));
+                let volume = grave.volume.clone();
+                batch.put(key, encode(&HoldingRecord { fragments, volume }));
             }
             batch.delete(key);
         }
@@ -183,13 +202,31 @@ impl Engine {
         Ok(())
     }
 
-    fn send_deletes_to(&mut self, provider: u32) -> Result<(), StoreError> {
+    /// Sends a provider its next page of deletions.
+    pub(super) fn send_deletes_to(&mut self, provider: u32) -> Result<(), StoreError> {
         let range = KeyRange::prefix(&keys::deletes(provider));
         let pairs = self.store.scan(&range, FRAGMENTS_A_MESSAGE)?;
         let (mut sent, mut fragments) = (Vec::new(), Vec::new());
+        let mut spared = WriteBatch::new();
         for (key, value) in pairs {
-            let held: HoldingRecord = decode(&key, &value)?;
+            let mut held: HoldingRecord = decode(&key, &value)?;
             let Some(block) = keys::last_block(&key) else { continue };
+            match self.look_again(provider, &block, &held)? {
+                SecondLook::Go => {}
+                SecondLook::Wait => {
+                    self.deletes_wait = true;
+                    continue;
+                }
+                SecondLook::Spare { left } if left.is_empty() => {
+                    self.pending_deletes -= 1;
+                    spared.delete(key);
+                    continue;
+                }
+                SecondLook::Spare { left } => {
+                    held.fragments = left;
+                    spared.put(key.clone(), encode(&held));
+                }
+            }
             let indexes = (0..=u8::MAX).filter(|index| bit(&held.fragments, *index as usize));
             let indexes: Vec<u8> = indexes.collect();
             if fragments.len() + indexes.len() > FRAGMENTS_A_MESSAGE {
@@ -200,6 +237,9 @@ impl Engine {
             fragments.extend(named.map(|index| FragmentId { block: block.clone(), index }));
             sent.push(key);
         }
+        if !spared.is_empty() {
+            self.commit(spared, Durability::Applied)?;
+        }
         if sent.is_empty() {
             return Ok(());
         }
@@ -208,8 +248,23 @@ impl Engine {
         let Some(member) = self.members.get_mut(&provider) else { return Ok(()) };
         let Some(conn) = member.conn else { return Ok(()) };
         member.deleting = Some((ticket, sent));
+        member.deleting_since_ms = self.at.now_ms;
         self.tell(conn, Down::Delete(DeleteFragments { ticket, fragments }));
         Ok(())
+    }
+
+    /// Deletions that were not confirmed in time are sent again: to delete twice harms nobody.
+    fn ask_deletes_again(&mut self) -> Result<(), StoreError> {
+        let now_ms = self.now_ms();
+        let late = self.members.values_mut().filter(|member| {
+            member.deleting.is_some() && now_ms >= member.deleting_since_ms + DELETE_ANSWER_MS
+        });
+        let late = late.map(|member| member.deleting = None).count();
+        if late == 0 {
+            return Ok(());
+        }
+        metrics::counter!("us_directory_deletes_repeated_total").increment(late as u64);
+        self.send_deletes()
     }
 
     pub(super) fn deleted(&mut self, provider: u32, ticket: u64) -> Result<(), StoreError> {

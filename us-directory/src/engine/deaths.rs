@@ -15,36 +15,49 @@ impl Engine {
     pub(super) fn check_clocks(&mut self) -> Result<(), StoreError> {
         /// Providers declared dead in one slow tick.
         const DEATHS_MAX: usize = 16;
+        /// Providers looked at in one slow tick; those that are held are not due for a day.
+        const LOOKED_AT_MAX: usize = 64;
         let (clock_ms, clocks) = (self.clock_ms(), self.config.clocks);
         let due: Vec<u32> = self
             .members
             .iter()
             .filter(|(_, member)| member.is_due(clock_ms, &clocks))
             .map(|(provider, _)| *provider)
+            .take(LOOKED_AT_MAX)
             .collect();
         self.tell_silent()?;
-        self.braked = 0;
-        let mut deaths = 0;
-        // Where many are due, each slow tick looks at other ones first.
-        let start = if due.is_empty() { 0 } else { self.next_query as usize % due.len() };
-        for provider in due.iter().cycle().skip(start).take(due.len().min(4 * DEATHS_MAX)) {
-            let Some(member) = self.members.get(provider) else { continue };
+        let (mut deaths, mut held) = (0, WriteBatch::new());
+        for provider in due {
+            let Some(member) = self.members.get(&provider) else { continue };
             let since_ms = member.record.silent_since_ms;
-            let held = clock_ms < since_ms + clocks.brake_ms
+            let is_held = clock_ms < since_ms + clocks.brake_ms
                 && presence::is_departure(
                     self.members.values().filter(|member| !member.record.dead).map(Member::silence),
                     &member.record.site,
                     since_ms,
                     &clocks,
                 );
-            if held {
-                self.braked += 1;
+            if is_held {
+                // Its clock begins anew: who is late when the others are back has a day of its own.
+                let Some(member) = self.members.get_mut(&provider) else { continue };
+                member.braked = true;
+                member.record.back_at_ms = clock_ms;
+                held.put(keys::provider(provider), encode(&member.record));
             } else if deaths < DEATHS_MAX {
                 deaths += 1;
-                self.declare_dead(*provider)?;
+                self.declare_dead(provider)?;
             }
         }
+        if !held.is_empty() {
+            self.commit(held, Durability::Applied)?;
+        }
         Ok(())
+    }
+
+    /// Providers that are silent beyond their time and not given up, because many fell silent together.
+    pub(super) fn braked(&self) -> usize {
+        let silent = self.members.values().filter(|member| !member.online && !member.record.dead);
+        silent.filter(|member| member.braked).count()
     }
 
     /// Notes who has been silent for longer than a moment.
@@ -100,8 +113,8 @@ impl Engine {
             let share =
                 std::mem::take(&mut member.online_ticks) as f64 / self.hour_ticks.max(1) as f64;
             // Of an hour that no directory saw whole nothing is known.
-            if whole && !first && !member.record.dead {
-                presence::learn(&mut member.record, learnt, share.min(1.0));
+            let is_news = whole && !first && !member.record.dead;
+            if is_news && presence::learn(&mut member.record, learnt, share.min(1.0)) {
                 batch.put(keys::provider(*provider), encode(&member.record));
             }
         }

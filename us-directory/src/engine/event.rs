@@ -8,6 +8,7 @@ use us_proto::v1::{
     RepairStatus, SessionDown, SessionUp, StatusReply, VolumeInfo,
 };
 
+use super::garbage::{FsckBasis, Stray, Verdict};
 use super::health::CountedSlice;
 use super::keeping::ImagePlan;
 use crate::recovery::{ImageBlock, ImageRun};
@@ -113,6 +114,17 @@ pub enum Question {
         r: u32,
         /// 0: no limit.
         quota_bytes: u64,
+        /// Repair begins when no more than so many can be lost; `None`: as soon as one is.
+        repair_at: Option<u32>,
+    },
+    /// Changes a volume's settings.
+    SetVolume {
+        /// Its name.
+        name: String,
+        /// As for [`Question::CreateVolume`]; `None`: as it is.
+        repair_at: Option<u32>,
+        /// 0: no limit; `None`: as it is.
+        quota_bytes: Option<u64>,
     },
     /// All volumes.
     ListVolumes,
@@ -146,6 +158,31 @@ pub enum Question {
     WhatIf {
         /// Which.
         without: Vec<u32>,
+    },
+    /// What a check of everything starts from.
+    FsckBasis,
+    /// What to think of fragments that a provider holds and nothing is known to name.
+    Judge {
+        /// Who holds them.
+        provider: u32,
+        /// The fragments.
+        strays: Vec<Stray>,
+        /// Orphans are to be deleted, and what is wanted taken over.
+        mend: bool,
+    },
+    /// Asks a provider after fragments it seems not to have; what it lacks is made again.
+    Doubt {
+        /// Who should have them.
+        provider: u32,
+        /// The fragments.
+        pieces: Vec<(VolumeId, us_core::ids::BlockId, u8)>,
+    },
+    /// Writes anew who holds these blocks, and lets go of those that nothing refers to.
+    Mend {
+        /// Their volume.
+        volume: VolumeId,
+        /// The block, and a provider that may be listed wrongly for it.
+        blocks: Vec<(us_core::ids::BlockId, u32)>,
     },
     /// A page of the log.
     Events {
@@ -203,6 +240,10 @@ pub enum Answer {
     Repair(RepairStatus),
     /// How blocks would be.
     WhatIf(BlockSummary),
+    /// What a check of everything starts from.
+    FsckBasis(Box<FsckBasis>),
+    /// What to think of each.
+    Verdicts(Vec<Verdict>),
     /// A page of the log.
     Events(Vec<ClusterEvent>),
     /// The state of a durable commit, and its number.
@@ -259,6 +300,8 @@ impl std::fmt::Debug for Answer {
             Self::Count(count) => f.debug_tuple("Count").field(count).finish(),
             Self::Repair(status) => f.debug_tuple("Repair").field(status).finish(),
             Self::WhatIf(summary) => f.debug_tuple("WhatIf").field(summary).finish(),
+            Self::FsckBasis(basis) => f.debug_tuple("FsckBasis").field(&basis.floor).finish(),
+            Self::Verdicts(all) => f.debug_tuple("Verdicts").field(&all.len()).finish(),
             Self::Events(events) => f.debug_tuple("Events").field(events).finish(),
             Self::Backup(_, seq) => f.debug_tuple("Backup").field(seq).finish(),
             Self::Plan(plan) => f.debug_tuple("Plan").field(plan).finish(),

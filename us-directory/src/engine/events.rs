@@ -43,6 +43,16 @@ pub(super) enum EventKind {
     VolumeMade = 12,
     /// A volume was removed.
     VolumeRemoved = 13,
+    /// Fragments that nothing names were told to be deleted, or taken over where they were missed.
+    Garbage = 14,
+    /// A provider does not follow its retain list.
+    RetainRefused = 15,
+    /// Blocks are placed with less spread than they should have, or no longer.
+    Placement = 16,
+    /// A provider has left for good.
+    ProviderLeft = 17,
+    /// A volume's settings were changed.
+    VolumeChanged = 18,
 }
 
 impl EventKind {
@@ -62,6 +72,11 @@ impl EventKind {
             11 => "damage",
             12 => "volume-made",
             13 => "volume-removed",
+            14 => "garbage",
+            15 => "retain-refused",
+            16 => "placement",
+            17 => "provider-left",
+            18 => "volume-changed",
             _ => "unknown",
         }
     }

@@ -8,6 +8,7 @@ use std::collections::{BTreeSet, HashSet};
 
 use bytes::Bytes;
 use us_core::daemon::logging::RequestId;
+use us_core::limits::SESSION_LEASES_MAX;
 use us_proto::v1::fetch::Want;
 use us_proto::v1::session_down::Event as Down;
 use us_proto::v1::{
@@ -16,7 +17,7 @@ use us_proto::v1::{
 };
 
 use super::leases::{InodeKey, Level};
-use super::{ConnId, Engine, PARKED_MAX, SESSION_LEASES_MAX};
+use super::{ConnId, Engine, PARKED_MAX};
 use crate::keys;
 use crate::namespace::{CHUNK_BYTES, S_IFDIR, S_IFMT};
 use crate::records::{
@@ -560,6 +561,11 @@ impl Engine {
             }
         }
         self.lock_waiters.retain(|waiter| waiter.conn != conn);
+    }
+
+    /// Requests that wait may wait so much longer.
+    pub(super) fn parked_longer(&mut self, by_ms: u64) {
+        self.parked.values_mut().for_each(|parked| parked.deadline_ms += by_ms);
     }
 
     /// Ends requests that waited too long, and shuts out those in the way that are silent.

@@ -109,6 +109,8 @@ pub struct Counts {
     signatures: HashMap<Signature, i64>,
     inline: i64,
     crowded: i64,
+    /// Fragments expected at each provider.
+    fragments: HashMap<u32, i64>,
     /// The stored blocks are all counted.
     pub complete: bool,
 }
@@ -147,6 +149,9 @@ impl Counts {
 
     fn change_signature(&mut self, signature: Signature, by: i64) {
         self.crowded += if signature.is_crowded() { by } else { 0 };
+        for (provider, _) in &signature.fragments {
+            *self.fragments.entry(*provider).or_default() += by;
+        }
         match self.signatures.entry(signature) {
             Entry::Occupied(entry) if *entry.get() + by == 0 => {
                 entry.remove();
@@ -170,6 +175,11 @@ impl Counts {
     /// Whether fragments of some block share a provider.
     pub fn has_crowds(&self) -> bool {
         self.crowded > 0
+    }
+
+    /// Fragments expected at a provider.
+    pub fn fragments_at(&self, provider: u32) -> u64 {
+        self.fragments.get(&provider).map_or(0, |count| (*count).max(0) as u64)
     }
 
     /// How many distinct signatures there are.

@@ -107,7 +107,8 @@ impl Authority for EngineAuthority<'_> {
         Vec::new()
     }
     fn provider_exists(&self, provider: u32) -> bool {
-        self.0.members.contains_key(&provider)
+        // One that has left may still be named by a place leased before: its fragment is made again.
+        provider > 0 && provider < self.0.cluster.next_provider
     }
     fn birth_given(&self, birth: u64) -> bool {
         birth > 0 && birth < self.0.cluster.births_end
@@ -317,7 +318,7 @@ impl Engine {
 
     /// A provider says which run's records it has. Only an old copy of the data directory can be
     /// behind that.
-    pub(super) fn run_seen(&self, provider: u32, held: Option<&RecordsHeld>) {
+    pub(super) fn run_seen(&mut self, provider: u32, held: Option<&RecordsHeld>) {
         let own = (self.cluster.incarnation, self.cluster.run);
         if let Some(held) = held.filter(|held| (held.incarnation, held.run) > own) {
             tracing::error!(
@@ -327,6 +328,8 @@ impl Engine {
                 "this provider has records of a later directory: the data directory here is an old \
                  copy. Stop, and use `us-directory restore`"
             );
+            // What the later directory committed is not known here: none of it is garbage, ever.
+            self.cluster.spare_births(u64::MAX);
         }
     }
 
@@ -422,6 +425,8 @@ impl Engine {
 
     /// What the image's job is to do now, if anything.
     pub(super) fn plan_image(&mut self) -> Result<Option<ImagePlan>, StoreError> {
+        // The job asks when it has nothing under way: what an attempt before leased is not used.
+        self.births.image = None;
         let reachable = self.members.values().filter(|member| member.is_usable()).count();
         let Some(keeping) = &self.keeping else { return Ok(None) };
         let root = &keeping.root;
@@ -458,6 +463,8 @@ impl Engine {
             self.effects.push(Effect::Answer { ask, answer });
             return Ok(());
         };
+        // What was leased for an image is committed when the whole of it is written, or never.
+        self.births.image.get_or_insert(self.next_birth);
         let leased = self.choose_places(code, count)?;
         self.then(self.births_promised, Then::Answer(ask, Answer::Placements(leased)))
     }
@@ -524,6 +531,7 @@ impl Engine {
         let seq = self.commit(outcome.batch, Durability::Durable)?;
         self.note_blocks(volume, outcome.blocks);
         let covers_seq = root.covers_seq;
+        self.births.image = None;
         if let Some(keeping) = &mut self.keeping {
             keeping.root = root;
             keeping.records_missing = false;

@@ -163,9 +163,15 @@ impl Leases {
         self.put(session, key, level, grant)
     }
 
-    /// The session made the inode: it is its own, under grant 0.
-    pub fn created(&mut self, session: u64, key: &InodeKey) {
+    /// The session made the inode: it is its own, under grant 0. Whoever held what did not exist has
+    /// broken a rule: it loses that and is named.
+    pub fn created(&mut self, session: u64, key: &InodeKey) -> Vec<u64> {
+        let holders = self.holders.get(key).into_iter().flatten();
+        let others: Vec<u64> =
+            holders.map(|holder| holder.session).filter(|other| *other != session).collect();
+        others.iter().for_each(|other| self.remove(*other, key));
         self.put(session, key, Level::Exclusive, 0);
+        others
     }
 
     /// The session held this before the directory restarted. `false`: another's is in the way.

@@ -23,6 +23,13 @@ pub(super) struct LockWaiter {
     deadline_ms: u64,
 }
 
+impl LockWaiter {
+    /// It may wait so much longer.
+    pub fn wait_longer(&mut self, by_ms: u64) {
+        self.deadline_ms = self.deadline_ms.saturating_add(by_ms);
+    }
+}
+
 impl Engine {
     pub(super) fn lock(
         &mut self,

@@ -53,12 +53,20 @@ pub(super) struct Member {
     pub records_held: Option<RecordsHeld>,
     /// Deletions it was sent and has not confirmed: the ticket and the keys.
     pub deleting: Option<(u64, Vec<Bytes>)>,
+    /// When it was sent them.
+    pub deleting_since_ms: u64,
     /// The log says that it is silent.
     pub told_silent: bool,
+    /// It was due, and fell silent together with many.
+    pub braked: bool,
     /// How long it said it would be away; 0: it did not.
     pub away_ms: u64,
     /// Slow ticks of this hour in which it was online.
     pub online_ticks: u64,
+    /// It leaves, and since then nothing is left there.
+    pub empty_since_ms: Option<u64>,
+    /// When it was last told how far its leaving is.
+    pub told_left_ms: u64,
 }
 
 impl Member {
@@ -74,9 +82,13 @@ impl Member {
             root_stored: 0,
             records_held: None,
             deleting: None,
+            deleting_since_ms: 0,
             told_silent: false,
+            braked: false,
             away_ms: 0,
             online_ticks: 0,
+            empty_since_ms: None,
+            told_left_ms: 0,
         }
     }
 
@@ -124,7 +136,7 @@ impl Member {
 /// Fragments a provider was asked about.
 #[derive(Debug)]
 pub(super) struct Query {
-    provider: u32,
+    pub provider: u32,
     pieces: Vec<Piece>,
     /// Of a sweep of a suspect provider: where it goes on.
     sweep: Option<(VolumeId, Bytes)>,
@@ -183,6 +195,7 @@ impl Engine {
             Up::RootStored(root) => self.root_stored(provider, root.sequence),
             Up::RecordsStored(stored) => self.records_stored(provider, &stored),
             Up::Rebuilt(reply) => self.rebuilt(provider, &reply)?,
+            Up::Retain(reply) => self.retain_reply(provider, &reply)?,
         }
         Ok(())
     }
@@ -193,9 +206,10 @@ impl Engine {
         if hello.store.len() != 16 || hello.address.is_empty() {
             return self.refuse_provider(conn, "a hello without store or address");
         }
-        let found = self.members.iter().find(|(_, m)| m.record.key_hash == peer.key_hash);
+        let known = self.provider_of_key.get(&peer.key_hash[..]).copied();
+        let found = known.and_then(|known| Some((known, self.members.get(&known)?)));
         let (provider, mut record) = match found {
-            Some((provider, member)) => (*provider, member.record.clone()),
+            Some((provider, member)) => (provider, member.record.clone()),
             None if self.members.len() >= PROVIDERS_MAX => {
                 return self.refuse_provider(conn, "too many providers");
             }
@@ -204,7 +218,8 @@ impl Engine {
                 self.cluster.next_provider += 1;
                 let key_hash = peer.key_hash.clone().into();
                 let store = hello.store.clone();
-                (provider, ProviderRecord { key_hash, store, ..Default::default() })
+                let retained_ms = self.clock_ms();
+                (provider, ProviderRecord { key_hash, store, retained_ms, ..Default::default() })
             }
         };
         let same_cookie = hello.cookie == record.cookie || hello.cookie == record.cookie_sent;
@@ -238,6 +253,7 @@ impl Engine {
         let mut batch = member_batch(provider, &record);
         batch.put(keys::cluster(), encode(&self.cluster));
         let now_ms = self.now_ms();
+        self.provider_of_key.insert(record.key_hash.clone(), provider);
         let member =
             self.members.entry(provider).or_insert_with(|| Member::restored(record.clone()));
         member.record = record;
@@ -250,6 +266,7 @@ impl Engine {
         member.deleting = None;
         member.online = false;
         member.told_silent = false;
+        member.braked = false;
         let old = member.conn.replace(conn);
         if let Some(old) = old {
             self.connections.remove(&old);
@@ -311,11 +328,12 @@ impl Engine {
         if self.totals_have_crowds() {
             self.scan_blocks();
         }
-        self.send_deletes()
+        self.send_deletes_to(provider)
     }
 
     fn report(&mut self, provider: u32, report: ProviderReport) -> Result<(), StoreError> {
         let Some(member) = self.members.get_mut(&provider) else { return Ok(()) };
+        let leaving = report.leaving;
         member.promised_bytes /= 2;
         member.report = ProviderReport { note: text(report.note.clone()), ..report };
         let report = member.report.clone();
@@ -328,7 +346,7 @@ impl Engine {
             self.commit(batch, Durability::Applied)?;
         }
         self.note_provider(provider);
-        Ok(())
+        self.leave(provider, leaving)
     }
 
     pub(super) fn provider_gone(&mut self, conn: ConnId, provider: u32) -> Result<(), StoreError> {
@@ -407,13 +425,24 @@ impl Engine {
         pieces: Vec<Piece>,
         sweep: Option<(VolumeId, Bytes)>,
     ) {
+        // What a restored directory still knows may have been deleted since its backup.
+        let bring_back = sweep.is_some();
+        self.query_with(provider, pieces, sweep, bring_back);
+    }
+
+    /// As [`Engine::query`]; with `bring_back` what lies in the provider's trash comes out of it.
+    pub(super) fn query_with(
+        &mut self,
+        provider: u32,
+        pieces: Vec<Piece>,
+        sweep: Option<(VolumeId, Bytes)>,
+        bring_back: bool,
+    ) {
         let member = self.members.get(&provider).filter(|member| member.online);
         let Some(conn) = member.and_then(|member| member.conn) else { return };
         let query = self.next_query;
         self.next_query += 1;
         let fragments = pieces.iter().map(piece_message).collect();
-        // What a restored directory still knows may have been deleted since its backup.
-        let bring_back = sweep.is_some();
         self.queries.insert(query, Query { provider, pieces, sweep });
         self.tell(conn, Down::Check(CheckFragments { query, fragments, bring_back }));
     }

@@ -81,6 +81,7 @@ impl Engine {
             let request = PlacementRequest { code, fragment_bytes, seed };
             match self.placer.choose(&request) {
                 Ok(placement) => {
+                    self.note_spread(placement.degraded);
                     self.promise(&placement.providers, fragment_bytes);
                     let providers = placement.providers.iter().map(|provider| provider.0).collect();
                     reply.leases.push(PlacementLease { birth: self.next_birth, providers });
@@ -162,8 +163,10 @@ impl Engine {
         let full = ranges.len() >= INODE_RANGES_MAX;
         match ranges.last_mut().filter(|last| last.first + last.count == first) {
             Some(last) => last.count += u64::from(count),
+            // The oldest is long used up: a mount creates from the newest it has heard of.
             None if full => {
-                return self.refuse(session, "too many ranges of inode numbers".to_owned());
+                ranges.remove(0);
+                ranges.push(InodeRange { first, count: u64::from(count) });
             }
             None => ranges.push(InodeRange { first, count: u64::from(count) }),
         }

@@ -28,6 +28,8 @@ pub const HOURS: usize = 168;
 const HOUR_MS: u64 = 3_600_000;
 /// How much of an hour's share the last week decides.
 const LEARN: f64 = 0.25;
+/// Weeks from which on it does.
+const LEARN_WEEKS: u32 = 4;
 /// From this share on an hour counts as one in which the provider is on.
 const USUALLY_ON: u8 = 128;
 /// Weeks after which a profile is believed.
@@ -71,8 +73,9 @@ pub fn hour_of_week(unix_ms: u64) -> usize {
     ((unix_ms / HOUR_MS + 3 * 24) % HOURS as u64) as usize
 }
 
-/// Notes the share of the hour of the week `hour` in which a provider was online.
-pub fn learn(record: &mut ProviderRecord, hour: usize, share: f64) {
+/// Notes the share of the hour of the week `hour` in which a provider was online; false where that
+/// is no news.
+pub fn learn(record: &mut ProviderRecord, hour: usize, share: f64) -> bool {
     let mut profile = record.profile.to_vec();
     if profile.len() != HOURS {
         profile = vec![(share * 255.0) as u8; HOURS];
@@ -83,8 +86,12 @@ pub fn learn(record: &mut ProviderRecord, hour: usize, share: f64) {
     let weeks = f64::from(record.profile_hours / HOURS as u32);
     let weight = (1.0 / (weeks + 1.0)).max(LEARN);
     profile[hour] = (known + (share * 255.0 - known) * weight).round().clamp(0.0, 255.0) as u8;
+    // Hours are counted only as far as they change anything.
+    let hours = (record.profile_hours + 1).min(LEARN_WEEKS * HOURS as u32);
+    let is_news = profile[..] != record.profile[..] || hours != record.profile_hours;
     record.profile = profile.into();
-    record.profile_hours = record.profile_hours.saturating_add(1);
+    record.profile_hours = hours;
+    is_news
 }
 
 /// How long after `unix_ms` the profile expects the provider to be on: 0 where it should be on now,
@@ -242,9 +249,22 @@ mod tests {
     }
 
     #[test]
+    fn a_week_like_the_others_is_no_news() {
+        let mut record = ProviderRecord::default();
+        let mut news = 0;
+        for hour in 0..10 * HOURS {
+            news += usize::from(learn(&mut record, hour % HOURS, 1.0));
+        }
+        assert_eq!((news, record.profile_hours), (LEARN_WEEKS as usize * HOURS, 4 * 168));
+        assert!(learn(&mut record, 5, 0.0), "a change is");
+    }
+
+    #[test]
     fn nothing_is_believed_of_a_week() {
         let mut record = ProviderRecord::default();
-        (0..HOURS).for_each(|hour| learn(&mut record, hour, f64::from(u8::from(hour < 50))));
+        for hour in 0..HOURS {
+            learn(&mut record, hour, f64::from(u8::from(hour < 50)));
+        }
         assert_eq!(expected_back_ms(&record, MONDAY_MS + 60 * HOUR_MS), 0);
     }
 

@@ -53,6 +53,11 @@ const SCAN_SLICE: usize = 1024;
 /// How long a block waits after its first failed repair; doubles up to the last.
 const RETRY_FIRST_MS: u64 = 1_000;
 const RETRY_LAST_MS: u64 = 5 * 60_000;
+/// Orders that fail one after the other before a provider gets none for a while.
+const FAILING_ORDERS: u32 = 3;
+const FAILING_PAUSE_MS: u64 = 60_000;
+/// Failures of one block's repair before it takes a worse place than the best.
+const PATIENCE_FAILURES: u32 = 4;
 /// The rate shown is a mean over about this time.
 const RATE_MS: f64 = 10_000.0;
 
@@ -70,12 +75,23 @@ struct Scanning {
     scan: Scan,
     volumes: VecDeque<VolumeId>,
     after: Option<Bytes>,
+    /// It was asked for again meanwhile: when it has seen everything it begins anew.
+    again: bool,
 }
 
 /// A repair that failed, and when it is tried again.
 #[derive(Debug, Default)]
 struct Setback {
     failures: u32,
+    until_ms: u64,
+    /// Who was to make the fragment and could not.
+    tried: Vec<u32>,
+}
+
+/// A rebuilder whose orders fail one after the other.
+#[derive(Debug, Default)]
+struct Failing {
+    orders: u32,
     until_ms: u64,
 }
 
@@ -87,8 +103,11 @@ pub(super) struct Repairs {
     scans: VecDeque<Scanning>,
     setbacks: HashMap<BlockKey, Setback>,
     later: BTreeSet<(u64, BlockKey)>,
+    failing: HashMap<u32, Failing>,
     /// Providers that are dead or being emptied: new blocks there need a look.
     pub unwell: HashSet<u32>,
+    /// Of the providers being emptied those of which the log has not said that they are.
+    pub drains: BTreeSet<u32>,
     /// Blocks and fragment bytes made since the start.
     done: (u64, u64),
     /// Of the blocks: those the log has told of.
@@ -103,6 +122,11 @@ pub(super) struct Repairs {
 impl Repairs {
     pub fn new(limits: RepairLimits) -> Self {
         Self { jobs: Jobs::new(limits), ..Self::default() }
+    }
+
+    /// Whether blocks wait that can be repaired, or are under way, or will be tried again.
+    pub fn is_busy(&self) -> bool {
+        !self.queue.is_empty() || !self.jobs.is_empty() || !self.later.is_empty()
     }
 
     fn forget(&mut self, key: &BlockKey) {
@@ -120,6 +144,33 @@ impl Repairs {
         setback.failures += 1;
         setback.until_ms = now_ms + wait_ms.min(RETRY_LAST_MS);
         self.later.insert((setback.until_ms, key));
+    }
+
+    /// An order failed for a reason that may lie with its rebuilder: another is tried next.
+    fn blame(&mut self, key: BlockKey, target: u32, now_ms: u64) {
+        let tried = &mut self.setbacks.entry(key).or_default().tried;
+        if !tried.contains(&target) {
+            tried.push(target);
+        }
+        let failing = self.failing.entry(target).or_default();
+        failing.orders = failing.orders.saturating_add(1);
+        if failing.orders >= FAILING_ORDERS {
+            failing.until_ms = now_ms + FAILING_PAUSE_MS;
+        }
+    }
+
+    /// Whether a block's repair has failed often enough to take a worse place for it.
+    fn has_waited_long(&self, key: &BlockKey) -> bool {
+        self.setbacks.get(key).is_some_and(|setback| setback.failures >= PATIENCE_FAILURES)
+    }
+
+    /// Who is not asked to make a fragment of the block while anybody else can be.
+    fn to_avoid(&self, key: &BlockKey, now_ms: u64) -> Vec<u32> {
+        let mut avoid: Vec<u32> =
+            self.setbacks.get(key).map_or_else(Vec::new, |setback| setback.tried.clone());
+        let failing = self.failing.iter().filter(|(_, failing)| failing.until_ms > now_ms);
+        avoid.extend(failing.map(|(provider, _)| *provider));
+        avoid
     }
 
     /// What had failed and has waited long enough.
@@ -224,9 +275,13 @@ impl Engine {
     }
 
     fn begin_scan(&mut self, scan: Scan) {
-        self.repairs.scans.retain(|scanning| scanning.scan != scan);
+        // Not from the start: what lies at the end would never be seen where this is asked for often.
+        if let Some(running) = self.repairs.scans.iter_mut().find(|found| found.scan == scan) {
+            running.again = true;
+            return;
+        }
         let volumes = self.volumes.keys().copied().collect();
-        self.repairs.scans.push_back(Scanning { scan, volumes, after: None });
+        self.repairs.scans.push_back(Scanning { scan, volumes, after: None, again: false });
     }
 
     /// Whether blocks that need repair may still be found.
@@ -236,7 +291,12 @@ impl Engine {
 
     fn scan_slice(&mut self) -> Result<(), StoreError> {
         let Some(mut scanning) = self.repairs.scans.pop_front() else { return Ok(()) };
-        let Some(volume) = scanning.volumes.front().copied() else { return Ok(()) };
+        let Some(volume) = scanning.volumes.front().copied() else {
+            if scanning.again {
+                self.begin_scan(scanning.scan);
+            }
+            return Ok(());
+        };
         let prefix = match scanning.scan {
             Scan::Holdings(provider) => keys::holdings(&volume, provider),
             Scan::Blocks => keys::tag(&volume, b'b'),
@@ -261,6 +321,8 @@ impl Engine {
         }
         if !scanning.volumes.is_empty() {
             self.repairs.scans.push_front(scanning);
+        } else if scanning.again {
+            self.begin_scan(scanning.scan);
         }
         Ok(())
     }
@@ -293,6 +355,7 @@ impl Engine {
         for ticket in self.repairs.jobs.overdue(now_ms) {
             if let Some(job) = self.repairs.jobs.end(ticket) {
                 self.repairs.failed += 1;
+                self.repairs.blame(job.key, job.target, now_ms);
                 self.repairs.set_back(job.key, now_ms);
                 let conn = self.members.get(&job.target).and_then(|member| member.conn);
                 if let Some(conn) = conn {
@@ -320,6 +383,7 @@ impl Engine {
             .increment(1);
         if label == RebuildStatus::Ok {
             self.repairs.setbacks.remove(&job.key);
+            self.repairs.failing.remove(&provider);
             self.repairs.note_done(now_ms, job.fragment_bytes * job.wanted.len() as u64);
             self.commit_repair(&job)?;
         } else {
@@ -328,6 +392,12 @@ impl Engine {
                 block = %job.key.1, provider, status = label.as_str_name(), detail = %reply.detail,
                 "a repair failed"
             );
+            // Without right sources too: it may be the one who does not reach them. One that is busy is
+            // waited for once.
+            let again = self.repairs.setbacks.contains_key(&job.key);
+            if label != RebuildStatus::Busy || again {
+                self.repairs.blame(job.key, provider, now_ms);
+            }
             self.repairs.set_back(job.key, now_ms);
         }
         // More of the block may be wanting, and there is room for others.

@@ -4,11 +4,12 @@ use std::collections::{HashSet, VecDeque};
 
 use bytes::Bytes;
 use us_core::ids::VolumeId;
+use us_core::limits::{LEASES_MESSAGE_MAX, SESSION_LEASES_MAX};
 use us_proto::v1::session_down::Event as Down;
 use us_proto::v1::session_up::Event as Up;
 use us_proto::v1::{
-    Durable, EndReason, LeaseReturn, OpenSession, Recall, Reclaim, Renewed, SessionEnded,
-    SessionOpened, SessionUp,
+    Durable, EndReason, InodeLease, LeaseReturn, OpenSession, Recall, Reclaim, Renewed,
+    SessionEnded, SessionOpened, SessionUp,
 };
 
 use super::leases::{InodeKey, Level, Returned};
@@ -17,10 +18,10 @@ use crate::keys;
 use crate::records::{SessionRecord, encode, volume_id};
 use crate::store::{Durability, KeyRange, Seq, StoreError};
 
-/// The most leases one message may reclaim or return.
-const LEASES_A_MESSAGE_MAX: usize = 65_536;
 /// The most sessions one open may replace.
 const REPLACES_MAX: usize = 64;
+/// Fenced sessions that are remembered.
+const FENCED_KEPT_MAX: usize = 1024;
 /// The longest host name kept.
 const HOST_BYTES_MAX: usize = 256;
 
@@ -277,24 +278,16 @@ impl Engine {
     }
 
     fn reclaim(&mut self, session: u64, reclaim: &Reclaim) -> Result<(), StoreError> {
-        let Some(known) = self.sessions.get_mut(&session) else { return Ok(()) };
-        let volume = known.volume;
-        if reclaim.leases.len() > LEASES_A_MESSAGE_MAX {
+        let Some(known) = self.sessions.get(&session) else { return Ok(()) };
+        if known.unclaimed.is_none() {
+            let detail = "leases are claimed once, when a session is resumed".to_owned();
+            return self.refuse(session, detail);
+        }
+        if reclaim.leases.len() > LEASES_MESSAGE_MAX {
             return self.refuse(session, "too many leases in one message".to_owned());
         }
         for lease in &reclaim.leases {
-            if lease.open {
-                known.open.insert(lease.ino);
-            }
-            let key = (volume, lease.ino);
-            // What it claims counts, not what was granted last: that answer may not have arrived.
-            if known.unclaimed.as_mut().is_some_and(|unclaimed| unclaimed.remove(&key)) {
-                self.leases.forget(session, &key);
-            }
-            let level = Level::from_wire(lease.level);
-            let more = level > self.leases.level(session, &key);
-            if more && !self.leases.reclaim(session, &key, level, lease.grant) {
-                let detail = format!("inode {} was leased to another meanwhile", lease.ino);
+            if let Some(detail) = self.reclaim_one(session, lease)? {
                 return self.refuse(session, detail);
             }
         }
@@ -302,6 +295,53 @@ impl Engine {
             self.claimed(session);
         }
         Ok(())
+    }
+
+    /// One lease claimed again; what is wrong with it where that ends the session.
+    ///
+    /// What it claims counts, not what was granted last: that answer may not have arrived. More than
+    /// was granted it can hold only of an inode it is about to create (again), and of any where this
+    /// run of the directory has granted nothing to it yet.
+    fn reclaim_one(
+        &mut self,
+        session: u64,
+        lease: &InodeLease,
+    ) -> Result<Option<String>, StoreError> {
+        let Some(known) = self.sessions.get_mut(&session) else { return Ok(None) };
+        let key = (known.volume, lease.ino);
+        let first = !known.claimed;
+        let mut ranges = known.record.inodes.iter();
+        let own = ranges.any(|range| key.1 >= range.first && key.1 - range.first < range.count);
+        if lease.open {
+            known.open.insert(key.1);
+        }
+        let too_many = known.open.len() > SESSION_LEASES_MAX;
+        let listed = known.unclaimed.as_mut().is_some_and(|unclaimed| unclaimed.remove(&key));
+        let granted = self.leases.level(session, &key);
+        if listed {
+            self.leases.forget(session, &key);
+        }
+        let level = Level::from_wire(lease.level);
+        if too_many || self.leases.count(session) >= SESSION_LEASES_MAX {
+            return Ok(Some("too many leases".to_owned()));
+        }
+        if level <= self.leases.level(session, &key) {
+            return Ok(None);
+        }
+        if level > granted {
+            let exists = self.store.get(&keys::inode(&key.0, key.1))?.is_some();
+            if exists && !first {
+                return Ok(Some(format!("inode {} was never leased to it", key.1)));
+            }
+            if !exists && !own {
+                // Deleted by its own batch, whose answer did not arrive.
+                return Ok(None);
+            }
+        }
+        if !self.leases.reclaim(session, &key, level, lease.grant) {
+            return Ok(Some(format!("inode {} was leased to another meanwhile", key.1)));
+        }
+        Ok(None)
     }
 
     /// The session has said all it holds.
@@ -326,7 +366,7 @@ impl Engine {
     fn lease_return(&mut self, session: u64, returned: &LeaseReturn) -> Result<(), StoreError> {
         let Some(known) = self.sessions.get_mut(&session) else { return Ok(()) };
         let volume = known.volume;
-        if returned.leases.len() > LEASES_A_MESSAGE_MAX {
+        if returned.leases.len() > LEASES_MESSAGE_MAX {
             return self.refuse(session, "too many leases in one message".to_owned());
         }
         for lease in &returned.leases {
@@ -335,6 +375,9 @@ impl Engine {
             } else {
                 known.open.remove(&lease.ino);
             }
+        }
+        if known.open.len() > SESSION_LEASES_MAX {
+            return self.refuse(session, "too many open inodes".to_owned());
         }
         for lease in &returned.leases {
             let key = (volume, lease.ino);
@@ -372,6 +415,7 @@ impl Engine {
         let fenced = matches!(end.reason, EndReason::Fenced);
         known.record.fenced = fenced;
         let record = known.record.clone();
+        let forgotten = self.fenced_long_ago();
         let Some(mut tx) = self.tx(volume) else { return Ok(()) };
         let range = KeyRange::prefix(&keys::orphans(&volume, session));
         let orphans = tx.scan(&range, usize::MAX)?;
@@ -390,11 +434,24 @@ impl Engine {
         } else {
             tx.delete(keys::session(session));
         }
+        forgotten.iter().for_each(|old| tx.delete(keys::session(*old)));
         let outcome = tx.finish()?;
         let seq = self.commit(outcome.batch, Durability::Durable)?;
+        forgotten.iter().for_each(|old| drop(self.sessions.remove(old)));
         self.pending_deletes += outcome.graves as i64;
         self.note_blocks(volume, outcome.blocks);
         self.then(seq, Then::Ended { session, end })
+    }
+
+    /// Fenced sessions beyond those that are kept so that their mounts hear why: numbers are given
+    /// once, so one that is not known is refused all the same.
+    fn fenced_long_ago(&self) -> Vec<u64> {
+        let fenced = self
+            .sessions
+            .iter()
+            .filter(|(_, known)| known.record.fenced && !known.ending && known.conn.is_none());
+        let fenced: Vec<u64> = fenced.map(|(session, _)| *session).collect();
+        fenced[..fenced.len().saturating_sub(FENCED_KEPT_MAX)].to_vec()
     }
 
     /// The end of a session is durable.

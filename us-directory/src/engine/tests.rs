@@ -21,8 +21,11 @@ use crate::store::memory::MemoryStore;
 
 mod basics;
 mod crash;
+mod garbage;
 mod keeping;
+mod leaving;
 mod repair;
+mod routes;
 mod simulation;
 
 /// Counts up: distinct, and the same in every run.
@@ -141,7 +144,8 @@ impl World {
     }
 
     pub fn volume(&mut self, name: &str, s: u32, r: u32) {
-        let question = Question::CreateVolume { name: name.to_owned(), s, r, quota_bytes: 0 };
+        let question =
+            Question::CreateVolume { name: name.to_owned(), s, r, quota_bytes: 0, repair_at: None };
         assert!(matches!(self.ask(question), Answer::Volume(_)));
     }
 

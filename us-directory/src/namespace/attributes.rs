@@ -4,7 +4,7 @@ use us_proto::v1::{RemoveXattr, SetAttributes, SetXattr};
 
 use super::{
     ApplyError, Authority, FILE_BYTES_MAX, NAME_HASH_BYTES, Rule, S_IFDIR, S_IFMT, S_IFREG,
-    SEALED_XATTR_BYTES_MAX, Tx, XATTR_BYTES_MAX, at_most,
+    SEALED_XATTR_BYTES_MAX, SEALED_XATTRS_BYTES_MAX, Tx, at_most,
 };
 use crate::keys;
 use bytes::Bytes;
@@ -66,11 +66,11 @@ impl Tx<'_> {
         let record = self.inode_mut(set.ino)?;
         let freed = before.as_ref().map_or(0, |xattr| xattr.sealed.len() as u64);
         record.xattr_bytes = record.xattr_bytes.saturating_sub(freed) + set.sealed.len() as u64;
-        if record.xattr_bytes > XATTR_BYTES_MAX {
+        if record.xattr_bytes > SEALED_XATTRS_BYTES_MAX as u64 {
             return Err(Rule::TooLong {
                 field: "xattrs of an inode",
                 bytes: record.xattr_bytes,
-                bytes_max: XATTR_BYTES_MAX,
+                bytes_max: SEALED_XATTRS_BYTES_MAX as u64,
             }
             .into());
         }

@@ -65,7 +65,10 @@ impl Tx<'_> {
         providers.sort_unstable();
         providers.dedup();
         for provider in providers {
-            let record = HoldingRecord { fragments: held_by(&commit.providers, provider) };
+            let record = HoldingRecord {
+                fragments: held_by(&commit.providers, provider),
+                ..Default::default()
+            };
             self.put(keys::holding(&self.volume, provider, &block), &record);
         }
         self.set_block(&block, Some(record))?;
@@ -155,12 +158,49 @@ impl Tx<'_> {
                 let key = keys::holding(&self.volume, provider, block);
                 match held_by(&providers, provider) {
                     none if none.is_empty() => self.delete(key),
-                    fragments => self.put(key, &HoldingRecord { fragments }),
+                    fragments => self.put(key, &HoldingRecord { fragments, ..Default::default() }),
                 }
             }
             self.bury_fragment(block, index, from)?;
         }
         Ok(true)
+    }
+
+    /// Writes anew which fragments of a block its providers, and `provider`, hold by its record, and
+    /// ends it where nothing refers to it. Returns whether anything was wrong.
+    ///
+    /// # Errors
+    /// [`ApplyError`] when the store fails.
+    pub fn mend_block(&mut self, block: &BlockId, provider: u32) -> Result<bool, ApplyError> {
+        let record = self.block(block)?.cloned();
+        let mut providers = record.as_ref().map_or_else(Vec::new, |known| known.providers.clone());
+        let named = providers.clone();
+        providers.push(provider);
+        providers.sort_unstable();
+        providers.dedup();
+        let mut mended = false;
+        for provider in providers.into_iter().filter(|provider| *provider != 0) {
+            let key = keys::holding(&self.volume, provider, block);
+            let right = held_by(&named, provider);
+            let listed: Option<HoldingRecord> = self.read(&key)?;
+            if listed.map(|held| held.fragments).unwrap_or_default() == right {
+                continue;
+            }
+            mended = true;
+            match right.is_empty() {
+                true => self.delete(key),
+                false => {
+                    let right = HoldingRecord { fragments: right, ..Default::default() };
+                    self.put(key, &right);
+                }
+            }
+        }
+        if record.is_some_and(|record| record.references == 0) {
+            self.unreferenced.insert(*block);
+            self.bury()?;
+            mended = true;
+        }
+        Ok(mended)
     }
 
     /// One fragment lies where no record names it: it goes when it is due.

@@ -311,7 +311,7 @@ impl Tx<'_> {
         if rename.from_dir == rename.to_dir && rename.from_hash == rename.to_hash {
             return Ok(());
         }
-        if moved_dir {
+        if moved_dir && rename.from_dir != rename.to_dir {
             self.refuse_loop(rename.ino, rename.to_dir)?;
         }
         if rename.exchange {
@@ -377,7 +377,7 @@ impl Tx<'_> {
             return Ok(());
         }
         let other_dir = is_dir(self.inode(other)?.ok_or(Rule::NoInode { ino: other })?);
-        if other_dir {
+        if other_dir && rename.from_dir != rename.to_dir {
             self.refuse_loop(other, rename.from_dir)?;
         }
         self.remove_name(rename.from_dir, &rename.from_hash, from, rename.time)?;

@@ -29,6 +29,33 @@ impl Tx<'_> {
         Ok(freed)
     }
 
+    /// Frees `limit` whole chunks of a file between two bytes. False, and nothing is done, where no more
+    /// than that are mapped.
+    ///
+    /// # Errors
+    /// [`ApplyError`] when the store fails.
+    pub fn free_slice(
+        &mut self,
+        ino: u64,
+        from: u64,
+        to: u64,
+        limit: usize,
+    ) -> Result<bool, ApplyError> {
+        let (first, end) = (from.div_ceil(CHUNK_BYTES), to / CHUNK_BYTES);
+        if first >= end {
+            return Ok(false);
+        }
+        let chunks = self.mapped_chunks(ino, first, end, limit + 1)?;
+        if chunks.len() <= limit {
+            return Ok(false);
+        }
+        for chunk in &chunks[..limit] {
+            self.write_range(ino, chunk * CHUNK_BYTES, CHUNK_BYTES, Place::Hole)?;
+            self.bury()?;
+        }
+        Ok(true)
+    }
+
     /// Frees up to `limit` chunks of a volume that is being deleted, whatever file they are of.
     /// Returns how many.
     ///

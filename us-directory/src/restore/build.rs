@@ -151,6 +151,8 @@ fn renew(dir: &Path, cluster: [u8; 16], renewal: &Renewal<'_>) -> anyhow::Result
     counters.next_session += SESSIONS_JUMP;
     counters.next_provider += PROVIDERS_JUMP;
     counters.births_end += BIRTHS_JUMP;
+    // Blocks that were committed after what is restored here have births from the floor on.
+    counters.spare_births(counters.births_end);
     if renewal.lossy {
         counters.sessions_lost_below = counters.next_session;
     }

@@ -24,10 +24,11 @@ use bytes::Bytes;
 use imbl::OrdMap;
 use parking_lot::{Condvar, Mutex};
 use redb::{Database, ReadOnlyTable, ReadableDatabase, ReadableTable, TableDefinition};
+use us_core::daemon::disk::sync_path;
 
 use super::journal::{
-    FileTag, JournalFile, cut, encode_body, encode_record, file_path, list_files, read_file,
-    sync_dir,
+    BODY_BYTES_MAX, FileTag, JournalFile, cut, encode_body, encode_record, file_path, list_files,
+    read_file, sync_dir,
 };
 use super::records::JournalRecords;
 use super::{
@@ -566,6 +567,8 @@ fn open_database(dir: &Path, cache_bytes: usize) -> Result<(Database, Arc<str>),
     if !existed {
         sync_dir(dir)?;
     }
+    // As of the journal: what a killed commit left in the page cache is not believed yet.
+    sync_path(&path).map_err(|error| StoreError::io("sync", &path, error))?;
     Ok((database, name))
 }
 
@@ -616,6 +619,9 @@ fn replay(dir: &Path, checkpoint: Seq, overlay: &mut Overlay) -> Result<(Seq, u6
                 detail: "records are missing between two files",
             });
         }
+        // A kill leaves records in the page cache: they are on the disk before they are believed,
+        // told to anybody, and followed by another file.
+        sync_path(path).map_err(|error| StoreError::io("sync", path, error))?;
         let replayed = read_file(path, *first_seq, checkpoint + 1, last)?;
         if replayed.good_bytes == 0 || (last && replayed.batches.is_empty()) {
             // A file in the making, or one that holds nothing we need: the next takes its place.
@@ -637,6 +643,7 @@ fn replay(dir: &Path, checkpoint: Seq, overlay: &mut Overlay) -> Result<(Seq, u6
         }
     }
     debug_assert!(!file_path(dir, seq + 1).exists(), "the next file is free");
+    sync_dir(dir)?;
     Ok((seq, journal_bytes))
 }
 
@@ -675,6 +682,8 @@ impl MetaStore for EmbeddedStore {
             return Ok(self.seq);
         }
         let body = encode_body(&batch);
+        // A longer one would be acknowledged and not read back.
+        assert!(body.len() <= BODY_BYTES_MAX, "a commit of {} bytes", body.len());
         self.journal_bytes += body.len() as u64 + 64;
         self.seq += 1;
         self.queue.push(Command::Append { seq: self.seq, body, durable })?;

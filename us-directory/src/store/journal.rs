@@ -31,6 +31,7 @@ use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
 use crc_fast::{CrcAlgorithm, Digest, checksum};
+use us_core::daemon::disk;
 
 use super::{KEY_BYTES_MAX, Seq, StoreError, VALUE_BYTES_MAX, WriteBatch};
 
@@ -42,8 +43,8 @@ pub const FILE_HEADER_BYTES: usize = 64;
 /// Bytes of a record's header.
 pub const RECORD_HEADER_BYTES: usize = 48;
 const REMOVED: u32 = u32::MAX;
-/// The longest body read: more than any batch makes.
-const BODY_BYTES_MAX: usize = 512 << 20;
+/// The longest body, written or read: more than any batch makes.
+pub const BODY_BYTES_MAX: usize = 512 << 20;
 
 /// What ties the records of a file to it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -331,7 +332,7 @@ pub fn cut(path: &Path, bytes: u64) -> Result<(), StoreError> {
     OpenOptions::new()
         .write(true)
         .open(path)
-        .and_then(|file| file.set_len(bytes).and_then(|()| file.sync_all()))
+        .and_then(|file| file.set_len(bytes).and_then(|()| disk::sync_all(&file, path)))
         .map_err(|error| StoreError::io("cut the torn tail of", path, error))
 }
 
@@ -350,9 +351,11 @@ impl JournalFile {
     /// [`StoreError::Io`].
     pub fn create(dir: &Path, tag: FileTag, first_seq: Seq) -> Result<Self, StoreError> {
         let path = file_path(dir, first_seq);
-        let mut file = File::create(&path).map_err(|error| StoreError::io("make", &path, error))?;
+        let mut options = OpenOptions::new();
+        let made = options.read(true).write(true).create(true).truncate(true).open(&path);
+        let mut file = made.map_err(|error| StoreError::io("make", &path, error))?;
         file.write_all(&encode_header(tag, first_seq))
-            .and_then(|()| file.sync_all())
+            .and_then(|()| disk::sync_all(&file, &path))
             .map_err(|error| StoreError::io("write", &path, error))?;
         sync_dir(dir)?;
         Ok(Self { file, path, tag })
@@ -376,6 +379,7 @@ impl JournalFile {
     /// # Errors
     /// [`StoreError::Io`]: nothing more must be written then.
     pub fn sync(&mut self) -> Result<(), StoreError> {
-        self.file.sync_data().map_err(|error| StoreError::io("sync", &self.path, error))
+        let synced = disk::sync_data(&self.file, &self.path);
+        synced.map_err(|error| StoreError::io("sync", &self.path, error))
     }
 }

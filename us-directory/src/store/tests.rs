@@ -287,3 +287,31 @@ fn a_store_is_opened_once() {
     let (_store, _) = open(dir.path(), SMALL).unwrap();
     assert!(matches!(open(dir.path(), SMALL), Err(StoreError::InUse { .. })));
 }
+
+/// A directory was killed between the `write` of its last commits and their fdatasync. The next run
+/// read them from the page cache, told a mount that they were durable, and synced only its own new
+/// file. Then the power went: the old file was short, a file followed it, and the directory never
+/// started again. Now a start syncs what it reads before it says anything.
+#[test]
+fn what_a_start_calls_durable_survives_the_power() {
+    let ours = |path: &Path| path.file_name().unwrap().to_str().unwrap().starts_with("journal-");
+    let root = tempfile::tempdir().unwrap();
+    let image = root.path().join("image");
+    let states = killed_store(&image, 6);
+    let (_, journal) = list_files(&image).unwrap().pop().unwrap();
+    let whole = std::fs::metadata(&journal).unwrap().len();
+    for synced in (super::journal::FILE_HEADER_BYTES as u64..=whole).step_by(7) {
+        let dir = root.path().join("cut");
+        copy(&image, &dir);
+        let platter = us_core::daemon::disk::Platter::hold(&dir).unwrap();
+        platter.unsynced_behind(&dir.join(journal.file_name().unwrap()), synced);
+        let (store, heard) = open(&dir, NO_CHECKPOINT).unwrap();
+        heard.wait(6);
+        drop(store);
+        platter.cut(ours).unwrap();
+        let (store, _) = open(&dir, NO_CHECKPOINT).unwrap();
+        assert_eq!(contents(&store), states[6], "{synced} of {whole} bytes were synced");
+        drop((store, platter));
+        std::fs::remove_dir_all(&dir).unwrap();
+    }
+}

@@ -12,6 +12,7 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
+use us_core::daemon::disk;
 use us_proto::v1::{RecordPart, RecordsHeld, StoreRecords, StoreRoot};
 
 use super::format::{
@@ -156,6 +157,8 @@ impl RecordLog {
 
     fn load(&mut self, number: u32, last: bool) -> Result<(), LogError> {
         let path = path_of(&self.dir, number);
+        // What a kill left in the page cache is on the disk before anybody hears that it is here.
+        disk::sync_path(&path).map_err(|error| LogError::io("sync", &path, error))?;
         let bytes = fs::read(&path).map_err(|error| LogError::io("read", &path, error))?;
         let bytes = Bytes::from(bytes);
         let Some((_, label)) = decode_header(&bytes).filter(|(named, _)| *named == number) else {
@@ -173,8 +176,10 @@ impl RecordLog {
         if at < bytes.len() && last {
             tracing::warn!(path = %path.display(), bytes = bytes.len() - at, "torn tail cut");
             let cut = OpenOptions::new().write(true).open(&path);
-            cut.and_then(|file| file.set_len(at as u64).and_then(|()| file.sync_all()))
-                .map_err(|error| LogError::io("cut", &path, error))?;
+            cut.and_then(|file| {
+                file.set_len(at as u64).and_then(|()| disk::sync_all(&file, &path))
+            })
+            .map_err(|error| LogError::io("cut", &path, error))?;
             file.bytes = at as u64;
         } else if at < bytes.len() {
             tracing::error!(path = %path.display(), at, "damaged: what follows is not given back");
@@ -258,7 +263,7 @@ impl RecordLog {
         let create = || -> io::Result<File> {
             let mut file = OpenOptions::new().append(true).create_new(true).open(&path)?;
             file.write_all(&encode_header(number, &label))?;
-            file.sync_all()?;
+            disk::sync_all(&file, &path)?;
             File::open(&self.dir)?.sync_all()?;
             Ok(file)
         };
@@ -281,7 +286,8 @@ impl RecordLog {
             return Ok(());
         }
         let Some(current) = &self.current else { return Ok(()) };
-        let synced = current.sync_data();
+        let number = self.files.last().map_or(0, |file| file.number);
+        let synced = disk::sync_data(current, &path_of(&self.dir, number));
         synced.map_err(|error| {
             self.failed = Some(error.to_string());
             LogError::io("sync a file in", &self.dir, error)

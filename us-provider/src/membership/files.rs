@@ -43,8 +43,7 @@ pub enum FileError {
         source: io::Error,
     },
     /// Its bytes are not what was written.
-    #[error("{} is damaged: remove it, and this provider joins as one whose fragments must be \
-             looked at again", path.display())]
+    #[error("{} is damaged", path.display())]
     Damaged {
         /// The file.
         path: PathBuf,

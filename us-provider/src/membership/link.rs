@@ -10,13 +10,15 @@ use us_core::tls::{ExpectedPeer, Identity, Role};
 use us_core::wire::{ConnectError, connect_grpc};
 use us_proto::v1::membership_client::MembershipClient;
 use us_proto::v1::provider_up::Event as Up;
-use us_proto::v1::{FragmentStatus, ProviderReport, ProviderUp};
+use us_proto::v1::{FragmentStatus, InventoryItem, ProviderReport, ProviderUp, RetainPage};
 
+use super::retain::Retaining;
 use super::{About, Effect, FileError, MESSAGE_BYTES_MAX, Member, MembershipFiles};
 use crate::copies::Copies;
 use crate::guest::{Pause, ScrubRequests};
+use crate::leave::Leave;
 use crate::rebuild::{Ended, Rebuilder};
-use crate::service::status_of;
+use crate::service::{inventory_item, status_of};
 use crate::store::{Store, StoreError};
 
 /// Messages waiting to be sent. Who sends waits when there are more.
@@ -29,6 +31,8 @@ const JOIN_TIMEOUT: Duration = Duration::from_secs(10);
 const SEND_TIMEOUT: Duration = Duration::from_secs(20);
 /// The last words get this long.
 const GOODBYE_TIMEOUT: Duration = Duration::from_secs(1);
+/// How often a deletion is tried again that failed for want of space.
+const DELETE_RETRIES: usize = 3;
 /// Damaged fragments named after a welcome, at most; the rest come as scrub finds them again.
 const DAMAGE_MAX: usize = 65_536;
 /// With less than this free, puts are not accepted: a fragment and its segment may not fit.
@@ -52,6 +56,8 @@ pub struct Hands {
     pub store: Store,
     /// The owner's pause, which the directory is told.
     pub pause: Pause,
+    /// The owner's word that it leaves.
+    pub leave: Leave,
     /// Rebuilds.
     pub rebuilder: Rebuilder,
     /// How orders to rebuild ended.
@@ -71,6 +77,9 @@ pub enum LinkEnd {
         /// In its words.
         reason: String,
     },
+    /// It has let go of this provider, as its owner wished.
+    #[error("this provider has left")]
+    Left,
     /// What it gave us cannot be kept.
     #[error(transparent)]
     Files(#[from] FileError),
@@ -108,8 +117,17 @@ impl<E: Into<Lost>> From<E> for StreamEnd {
 /// [`LinkEnd`] when trying again makes no sense.
 pub async fn run(config: LinkConfig, hands: Hands, stop: CancellationToken) -> Result<(), LinkEnd> {
     let files = MembershipFiles::new(hands.store.dir());
-    let member = Member::new(config.about.clone(), files.load_joined()?);
-    let mut link = Link { config, hands, files, member };
+    let joined = match files.load_joined() {
+        // Its key says who it is; without a cookie its fragments are checked before they are believed.
+        Err(error @ FileError::Damaged { .. }) => {
+            tracing::error!(%error, "joining as if for the first time");
+            None
+        }
+        joined => joined?,
+    };
+    let member = Member::new(config.about.clone(), joined);
+    let retaining = Retaining::default();
+    let mut link = Link { config, hands, files, member, retaining };
     loop {
         // Not cancelled inside: `stream` watches `stop` itself and says goodbye.
         match link.stream(&stop).await {
@@ -137,6 +155,7 @@ struct Link {
     hands: Hands,
     files: MembershipFiles,
     member: Member,
+    retaining: Retaining,
 }
 
 impl Link {
@@ -244,12 +263,13 @@ impl Link {
                 }
                 Ok(())
             }
-            Effect::Delete { ticket, ids } => match self.hands.store.delete(ids).await {
+            Effect::Delete { ticket, ids } => match self.delete(ids).await {
                 Ok(deleted) => {
                     metrics::counter!("us_provider_deleted_total").increment(deleted as u64);
                     send(outbox, Member::deleted(ticket)).await
                 }
                 Err(error) => {
+                    // It hears nothing and asks again after a minute.
                     tracing::error!(%error, ticket, "deletion failed; the directory asks again");
                     Ok(())
                 }
@@ -265,6 +285,26 @@ impl Link {
                     Some(message) => send(outbox, message).await,
                     None => Ok(()),
                 }
+            }
+            Effect::Leaving(said) => {
+                let leave = self.hands.leave.clone();
+                let heard = tokio::task::spawn_blocking(move || leave.heard(said)).await;
+                // A task that does not end well was stopped with the runtime.
+                match heard.map_err(|_stopped| StreamEnd::Stopped)? {
+                    Ok(false) => Ok(()),
+                    Ok(true) => Err(StreamEnd::Final(LinkEnd::Left)),
+                    Err(error) => {
+                        tracing::error!(%error, "cannot keep that this provider has left");
+                        Err(StreamEnd::Final(LinkEnd::Left))
+                    }
+                }
+            }
+            Effect::Retain(page) => {
+                let found = self.retain(&page).await?;
+                for message in Member::retain(&page, &found) {
+                    send(outbox, message).await?;
+                }
+                Ok(())
             }
             Effect::CancelRebuild(ticket) => {
                 self.hands.rebuilder.cancel(ticket);
@@ -283,6 +323,41 @@ impl Link {
                 Ok(())
             }
         }
+    }
+
+    /// Deletes; on a full disk once more, alone: then no put is in the batch that does not fit.
+    async fn delete(&self, ids: Vec<FragmentId>) -> Result<usize, StoreError> {
+        let mut result = self.hands.store.delete(ids.clone()).await;
+        for _ in 0..DELETE_RETRIES {
+            if !matches!(result, Err(StoreError::NoSpace { .. })) {
+                break;
+            }
+            result = self.hands.store.delete(ids.clone()).await;
+        }
+        result
+    }
+
+    /// What is here beyond a list, when its last page has come.
+    async fn retain(
+        &mut self,
+        page: &RetainPage,
+    ) -> Result<Result<Option<Vec<InventoryItem>>, String>, StreamEnd> {
+        let held = self.hands.copies.held().await.records;
+        let (page, mut retaining) = (page.clone(), std::mem::take(&mut self.retaining));
+        let (retaining, found) = self
+            .blocking(move |store| {
+                let found = retaining.page(store, held.as_ref(), &page);
+                (retaining, found)
+            })
+            .await?;
+        self.retaining = retaining;
+        Ok(match found {
+            Ok(unlisted) => Ok(unlisted.map(|all| all.iter().map(inventory_item).collect())),
+            Err(error) => {
+                tracing::warn!(%error, "a retain list is not followed");
+                Err(error.to_string())
+            }
+        })
     }
 
     /// How fragments are; what is wanted and lies in the trash comes back.
@@ -326,13 +401,13 @@ impl Link {
 
     fn report(&self) -> ProviderReport {
         let (uplink_bytes_per_s, downlink_bytes_per_s) = self.member.about.line;
-        let report = report(&self.hands.store, &self.hands.pause);
+        let report = report(&self.hands.store, &self.hands.pause, &self.hands.leave);
         ProviderReport { uplink_bytes_per_s, downlink_bytes_per_s, ..report }
     }
 }
 
 /// What the provider says of itself now.
-pub(crate) fn report(store: &Store, pause: &Pause) -> ProviderReport {
+pub(crate) fn report(store: &Store, pause: &Pause, leave: &Leave) -> ProviderReport {
     let state = store.state();
     let note = if pause.is_on() {
         "paused by its owner".to_owned()
@@ -351,6 +426,7 @@ pub(crate) fn report(store: &Store, pause: &Pause) -> ProviderReport {
         damaged: state.damaged,
         accepts_puts: note.is_empty(),
         note,
+        leaving: leave.is_on(),
         ..ProviderReport::default()
     }
 }

@@ -35,8 +35,11 @@ impl RecoveryService {
     fn send_all(&self, pages: &Pages) -> Result<(), Status> {
         let failed = |error: &dyn std::error::Error| Status::unavailable(error.to_string());
         let files = MembershipFiles::new(&self.data);
-        let joined = files.load_joined().map_err(|error| failed(&error))?;
-        // A damaged root must not hide the records.
+        // A damaged membership or root must not hide the records.
+        let joined = files.load_joined().unwrap_or_else(|error| {
+            tracing::error!(%error, "whose provider this is cannot be said");
+            None
+        });
         let root = files.load_root().unwrap_or_else(|error| {
             tracing::error!(%error, "the directory's root cannot be given back");
             None

@@ -65,27 +65,48 @@ pub struct Scrubbed {
 }
 
 impl Store {
-    /// Purges what is due, and compacts or removes one segment. Blocks.
+    /// Purges what is due, looks whether a disk in trouble works again, and compacts or removes one
+    /// segment: each whatever became of the others. Blocks.
     ///
     /// # Errors
-    /// [`StoreError`] of the step that failed; what was done before it stays done.
+    /// [`StoreError`] of the first step that failed; what the others did stays done.
     pub fn maintain(&self, limits: &MaintainLimits) -> Result<Maintained, StoreError> {
-        let mut done = Maintained { purged: self.purge_due(limits)?, ..Maintained::default() };
-        if self.handle.shared.trouble.lock().is_some() {
+        let mut done = Maintained::default();
+        let purged = self.purge_due(limits).map(|purged| done.purged = purged);
+        let probed = if self.handle.shared.trouble.lock().is_some() {
             // Does the disk work again? If so this clears the trouble.
-            self.ask_blocking(|reply| Command::Probe { reply })?;
-        }
-        let (chosen, dead_last) = {
-            let accounts = self.handle.shared.accounts.lock();
-            (choose(&accounts), dead_last(&accounts))
+            self.ask_blocking(|reply| Command::Probe { reply })
+        } else {
+            Ok(())
         };
-        if let Some(number) = chosen {
-            self.compact(number, limits.copy_bytes_max, &mut done)?;
-        } else if let Some(number) = dead_last {
+        let compacted = self.compact_one(limits.copy_bytes_max, &mut done);
+        purged.and(probed).and(compacted).map(|()| done)
+    }
+
+    fn compact_one(&self, copy_bytes_max: u64, done: &mut Maintained) -> Result<(), StoreError> {
+        let shared = &self.handle.shared;
+        let (chosen, dead_last) = {
+            let accounts = shared.accounts.lock();
+            let stuck = shared.stuck.lock();
+            let is_stuck = |number: u32, account: &SegmentAccount| {
+                stuck.get(&number) == Some(&(account.live.records + account.trashed.records))
+            };
+            (choose(&accounts, is_stuck), dead_last(&accounts))
+        };
+        if chosen.is_none() && dead_last.is_some() {
             self.ask_blocking(|reply| Command::Seal { reply })?;
-            self.compact(number, limits.copy_bytes_max, &mut done)?;
         }
-        Ok(done)
+        let Some(number) = chosen.or(dead_last) else { return Ok(()) };
+        let compacted = self.compact(number, copy_bytes_max, done);
+        if compacted.is_err()
+            || *done == (Maintained { purged: done.purged, ..Maintained::default() })
+        {
+            // Something in it can be neither moved nor dropped. The others have their turn.
+            let account = shared.accounts.lock().segment(number);
+            let records = account.live.records + account.trashed.records;
+            shared.stuck.lock().insert(number, records);
+        }
+        compacted
     }
 
     /// Purges the trash before its time if less than `limits.pressure_bytes` is free: somebody waits
@@ -184,8 +205,9 @@ impl Store {
         let record = match shared.read_payload(&found, id) {
             Ok(record) => record,
             Err(error) => {
+                // It stays, and the segment with it; what lies behind it is moved.
                 tracing::warn!(%id, %error, path = %segment.path.display(), "cannot be moved");
-                return Err(error);
+                return Ok(0);
             }
         };
         if known.is_none() && verify_record(record.clone(), id).is_err() {
@@ -219,7 +241,13 @@ impl Store {
                 match self.read_record(id) {
                     Ok(_) | Err(StoreError::NotFound { .. }) => {}
                     Err(error @ (StoreError::Index(_) | StoreError::Closed)) => return Err(error),
-                    Err(_) => done.damaged += 1,
+                    Err(_) => {
+                        done.damaged += 1;
+                        if entry.damaged {
+                            // Known, but perhaps not to the directory: only so many are named at once.
+                            self.handle.shared.note_damage(id);
+                        }
+                    }
                 }
                 if done.bytes >= bytes_max {
                     break;
@@ -232,14 +260,16 @@ impl Store {
 
 /// The segment whose compaction gives back the most: all dead, or at least half of what it takes.
 /// Never the last one, which is being written.
-fn choose(accounts: &Accounts) -> Option<u32> {
+fn choose(accounts: &Accounts, is_stuck: impl Fn(u32, &SegmentAccount) -> bool) -> Option<u32> {
     let last = accounts.segments().last().map(|(number, _)| number);
     let worth = |account: &SegmentAccount| {
         account.is_dead() || account.dead_bytes() * 2 >= account.used_bytes()
     };
     accounts
         .segments()
-        .filter(|(number, account)| Some(*number) != last && worth(account))
+        .filter(|(number, account)| {
+            Some(*number) != last && worth(account) && !is_stuck(*number, account)
+        })
         .max_by_key(|(_, account)| (account.is_dead(), account.dead_bytes()))
         .map(|(number, _)| number)
 }

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use tokio::sync::Semaphore;
+use us_core::daemon::disk;
 use us_core::daemon::files::{Access, DirLock, write_atomic};
 use us_core::fragment::FragmentHeader;
 use us_core::ids::{FragmentId, VolumeId};
@@ -68,6 +69,7 @@ pub(super) fn open(dir: &Path, options: StoreOptions) -> Result<Handle, OpenErro
         segments,
         accounts: Mutex::new(accounts),
         trouble: Mutex::new(None),
+        stuck: Mutex::default(),
         fresh_damage: Mutex::new(Vec::new()),
     });
     let damaged = shared.index.damaged(super::space::FRESH_DAMAGE_MAX)?;
@@ -229,6 +231,12 @@ impl<'a> Walk<'a> {
         is_last: bool,
     ) -> Result<u64, OpenError> {
         let failed = |action, source| OpenError::Io { action, path: segment.path.clone(), source };
+        // A kill, or a failed fdatasync, leaves records in the page cache. They are on the disk before
+        // they are indexed: a put that meets one of them is answered at once.
+        if segment.file_bytes().map_err(|source| failed("measure", source))? > from {
+            disk::sync_data(&segment.file, &segment.path)
+                .map_err(|source| failed("sync", source))?;
+        }
         let mut scanner = Scanner::new(Arc::clone(segment), from, depth)
             .map_err(|source| failed("read", source))?;
         let mut end = from;
@@ -257,7 +265,8 @@ impl<'a> Walk<'a> {
         if is_last {
             if file_bytes > end {
                 self.recovery.cut_bytes += file_bytes - end;
-                let cut = segment.file.set_len(end).and_then(|()| segment.file.sync_all());
+                let cut = segment.file.set_len(end);
+                let cut = cut.and_then(|()| disk::sync_all(&segment.file, &segment.path));
                 cut.map_err(|source| failed("cut", source))?;
             }
         } else {
@@ -307,8 +316,11 @@ impl<'a> Walk<'a> {
                 if current.is_some_and(|entry| entry.seq <= envelope.seq) {
                     self.staged.set(id, current, None);
                 }
-                if self.options.punch_holes {
-                    self.accounts.punch(segment, envelope.padded_bytes() - kept_bytes());
+                let body = envelope.offset + kept_bytes();
+                let end = envelope.offset + envelope.padded_bytes();
+                // Where the file system has no holes the bytes are dead, not given back.
+                if self.segments.open(segment)?.is_hole(body, end) {
+                    self.accounts.punch(segment, end - body);
                 }
             }
             Content::Trash(ids) => self.set_trashed(&ids, envelope)?,

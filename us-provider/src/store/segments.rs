@@ -15,6 +15,7 @@ use rustix::buffer::spare_capacity;
 use super::format::{
     ENVELOPE_BYTES, Envelope, SEGMENT_HEADER_BYTES, Salt, SegmentHeader, SegmentHeaderError,
 };
+use us_core::daemon::disk;
 use us_core::daemon::files::sync_dir;
 
 /// Segment files open at a time.
@@ -51,6 +52,16 @@ impl Segment {
         }
         buffer.truncate(bytes);
         Ok(buffer)
+    }
+
+    /// Whether nothing is stored between two offsets; not where the file system does not say.
+    pub fn is_hole(&self, from: u64, to: u64) -> bool {
+        match rustix::fs::seek(&self.file, rustix::fs::SeekFrom::Data(from)) {
+            Ok(data) => data >= to,
+            // No data up to the end of the file.
+            Err(rustix::io::Errno::NXIO) => true,
+            Err(_) => false,
+        }
     }
 
     /// Bytes the file has.
@@ -148,7 +159,7 @@ impl Segments {
             let mut options = OpenOptions::new();
             let file = options.read(true).write(true).create_new(true).open(&path)?;
             write_all_at(&file, &header.encode(), 0)?;
-            file.sync_all()?;
+            disk::sync_all(&file, &path)?;
             sync_dir(&self.dir)?;
             Ok(file)
         };

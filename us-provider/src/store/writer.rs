@@ -16,6 +16,7 @@ mod batch;
 mod control;
 mod stage;
 
+use std::collections::BTreeSet;
 use std::io;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
@@ -23,6 +24,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
+use us_core::daemon::disk;
 use us_core::fragment::FragmentHeader;
 use us_core::ids::FragmentId;
 
@@ -100,13 +102,16 @@ pub(super) struct Writer {
     broken: Option<StoreError>,
     /// Segments whose accounts changed outside a batch.
     touched: Vec<u32>,
+    /// Segments in which a purge has failed: what is purged there now only becomes dead bytes.
+    unburied: BTreeSet<u32>,
 }
 
 impl Writer {
     pub(super) fn new(shared: Arc<Shared>, start: Start) -> Self {
         let active = start.active.map(|(segment, offset)| Active { segment, offset });
         let Start { next_segment, next_seq, .. } = start;
-        Self { shared, active, next_segment, next_seq, broken: None, touched: Vec::new() }
+        let (broken, touched, unburied) = (None, Vec::new(), BTreeSet::new());
+        Self { shared, active, next_segment, next_seq, broken, touched, unburied }
     }
 
     /// Works until every sender is gone, then closes the index.
@@ -209,7 +214,7 @@ impl Writer {
         }
         metrics::histogram!("us_provider_write_seconds").record(begun.elapsed().as_secs_f64());
         let begun = Instant::now();
-        if let Err(error) = self.sync(&active.segment.file) {
+        if let Err(error) = self.sync(&active.segment) {
             let error = failed("sync", error);
             self.abandon();
             return Err(error);
@@ -222,12 +227,12 @@ impl Writer {
         Ok(())
     }
 
-    fn sync(&self, file: &std::fs::File) -> io::Result<()> {
+    fn sync(&self, segment: &Segment) -> io::Result<()> {
         #[cfg(test)]
         if self.shared.options.fail_sync.load(std::sync::atomic::Ordering::Relaxed) {
             return Err(io::Error::from_raw_os_error(libc::EIO));
         }
-        Ok(rustix::fs::fdatasync(file)?)
+        disk::sync_data(&segment.file, &segment.path)
     }
 
     /// Brings index and accounts up to what is durable.
@@ -257,9 +262,13 @@ impl Writer {
         })
     }
 
-    /// Never writes to the active segment again.
+    /// Never writes to the active segment again. What was refused is cut off it, so that no later
+    /// start finds it.
     fn abandon(&mut self) {
         let Some(active) = self.active.take() else { return };
+        if let Err(error) = active.segment.file.set_len(active.offset) {
+            tracing::error!(%error, path = %active.segment.path.display(), "cannot be cut");
+        }
         let mut accounts = self.shared.accounts.lock();
         let bytes = active.segment.file_bytes().unwrap_or(active.offset).max(active.offset);
         accounts.set_end(active.segment.number, bytes);

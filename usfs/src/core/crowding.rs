@@ -10,13 +10,14 @@ use std::ops::Range;
 
 use bytes::Bytes;
 use us_core::ids::Ino;
+use us_core::limits::{CHUNK_BYTES, CHUNK_EXTENTS_MAX};
 
 use super::{Core, Now, ReadPiece, Stall, Stop};
-use crate::data::{CHUNK_BYTES, Extent, FileData, MapSource, Place, Ticket};
+use crate::data::{Extent, FileData, MapSource, Place, Ticket};
 use crate::fs::FsError;
 
-/// The most extents a chunk may come to have.
-const CHUNK_EXTENTS_MAX: usize = 1000;
+/// The most extents a commit of blocks may leave a chunk with.
+const COMMITTED_EXTENTS_MAX: usize = CHUNK_EXTENTS_MAX - 24;
 /// From here on it is written anew in the background.
 const CHUNK_EXTENTS_MANY: usize = 500;
 
@@ -48,7 +49,7 @@ impl Core {
                 return Err(super::files::want_map(ino, chunk..chunk + 1));
             }
             let there = extents_in(data, chunk_range(chunk));
-            if there + extents + 1 > CHUNK_EXTENTS_MAX {
+            if there + extents + 1 > COMMITTED_EXTENTS_MAX {
                 if there < CHUNK_EXTENTS_MANY {
                     return Err(FsError::NotSupported.into());
                 }
@@ -74,7 +75,7 @@ impl Core {
         }
         let full: Vec<u64> = flying
             .iter()
-            .filter(|(chunk, pieces)| extents_after(data, **chunk, pieces) > CHUNK_EXTENTS_MAX)
+            .filter(|(chunk, pieces)| extents_after(data, **chunk, pieces) > COMMITTED_EXTENTS_MAX)
             .map(|(chunk, _)| *chunk)
             .collect();
         if full.is_empty() {

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use us_core::disk::BlockInfo;
 use us_core::ids::{BlockId, Ino};
+use us_core::limits::{CHUNK_BYTES, ZERO_EXTENT_BYTES_MAX};
 use us_proto::v1;
 use us_proto::v1::mutation::Op;
 
@@ -13,14 +14,14 @@ use super::flush::extent_write;
 use super::node::{Level, Node};
 use super::{Core, Now, Stall, Stop, Want, change_time};
 use crate::attributes::FileKind;
-use crate::data::{self, CHUNK_BYTES, ClonePlan, Extent, FileData, MapSource, Place, Seek};
+use crate::data::{self, ClonePlan, Extent, FileData, MapSource, Place, Seek};
 use crate::fs::{AllocateMode, FILE_BYTES_MAX, FsError, Handle, SeekFor};
 
 /// Chunks of a map asked for at once, at least and at most.
 const MAP_CHUNKS_MIN: u64 = 64;
 const MAP_CHUNKS_MAX: u64 = 256;
-/// The longest extent of zeros in one mutation, and the longest clone of one call.
-const EXTENT_BYTES_MAX: u64 = 1 << 30;
+/// The longest clone of one call.
+const CLONE_BYTES_MAX: u64 = 1 << 30;
 
 /// A piece of what a read answers.
 #[derive(Clone, Debug)]
@@ -337,7 +338,7 @@ impl Core {
         }
         let target_size = self.need_file(target, Level::Exclusive)?;
         let size = self.need_file(source, Level::Shared)?;
-        let end = from.1.saturating_add(bytes.min(EXTENT_BYTES_MAX)).min(size);
+        let end = from.1.saturating_add(bytes.min(CLONE_BYTES_MAX)).min(size);
         let bytes = end.saturating_sub(from.1);
         let target_end = to.1.checked_add(bytes).filter(|end| *end <= FILE_BYTES_MAX);
         let target_end = target_end.ok_or(FsError::TooLarge)?;
@@ -429,7 +430,7 @@ pub(super) fn want_map(ino: Ino, chunks: Range<u64>) -> Stop {
 /// The extent in parts that one mutation may carry.
 fn split(extent: &Extent) -> impl Iterator<Item = Extent> + use<> {
     let Extent { offset, bytes, place } = *extent;
-    let step = if place == Place::Hole { u64::MAX } else { EXTENT_BYTES_MAX };
+    let step = if place == Place::Hole { u64::MAX } else { ZERO_EXTENT_BYTES_MAX };
     let starts = std::iter::successors(Some(0u64), move |at| at.checked_add(step));
     starts.take_while(move |at| *at < bytes).map(move |at| Extent {
         offset: offset + at,

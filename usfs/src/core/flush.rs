@@ -376,13 +376,12 @@ impl Core {
     }
 
     /// What the directory may know of the file's size and times with what is committed now: the
-    /// size ends before the first byte that is not committed.
+    /// size ends before the first byte of which no version is committed.
     pub(super) fn growth(&mut self, ino: Ino) -> Option<v1::FileGrowth> {
         let node = self.nodes.get_mut(&ino)?;
         let (data, attributes) = (node.data.as_deref()?, node.attributes?);
         let from = node.logged_size;
-        let pending = [data.dirty().next_at(from), data.in_flight().next_at(from)];
-        let end = pending.into_iter().flatten().min().unwrap_or(u64::MAX);
+        let end = data.first_uncommitted(from).unwrap_or(u64::MAX);
         node.logged_size = end.min(attributes.size).max(from);
         Some(v1::FileGrowth {
             ino: ino.0,

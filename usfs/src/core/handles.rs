@@ -106,20 +106,26 @@ impl Core {
         Opened { handle: Handle(self.handles_made), keep_cache }
     }
 
-    /// Closes a handle. The last one of an inode without a name lets go of the inode.
+    /// Closes a handle.
     pub fn close(&mut self, handle: Handle) -> Option<Ino> {
         let file = self.handles.remove(&handle.0)?;
         let node = self.nodes.get_mut(&file.ino)?;
         node.handles = node.handles.saturating_sub(1);
-        if node.handles > 0 {
-            return Some(file.ino);
-        }
-        let unlinked = node.attributes.is_some_and(|attributes| attributes.nlink == 0);
-        if unlinked || std::mem::take(&mut node.told_open) {
-            self.append(Op::Release(v1::Release { ino: file.ino.0 }), &[]);
-        }
-        self.drop_if_gone(file.ino);
+        self.release_if_unused(file.ino);
         Some(file.ino)
+    }
+
+    /// The last handle was closed, or the kernel forgot the inode: when both are so, an inode
+    /// without a name is let go of. The directory hears it if it was told that the inode is open.
+    pub(super) fn release_if_unused(&mut self, ino: Ino) {
+        let Some(node) = self.nodes.get_mut(&ino).filter(|node| !node.is_referred()) else {
+            return;
+        };
+        let unlinked = node.attributes.is_some_and(|attributes| attributes.nlink == 0);
+        if std::mem::take(&mut node.told_open) || unlinked {
+            self.append(Op::Release(v1::Release { ino: ino.0 }), &[]);
+        }
+        self.drop_if_gone(ino);
     }
 
     /// An error of writing that this handle has not reported yet.
@@ -133,21 +139,21 @@ impl Core {
         Some(error.error.clone())
     }
 
-    /// Frees what a removed inode holds once nobody has it open, and forgets it once the kernel has.
+    /// Forgets a removed inode and what it holds once nobody can reach it: no handle is open, and
+    /// the kernel has forgotten it. Until then it can be changed and opened anew (a working
+    /// directory that was removed, a descriptor opened with `O_PATH`).
     pub(super) fn drop_if_gone(&mut self, ino: Ino) {
-        let Some(node) = self.nodes.get_mut(&ino) else { return };
-        let unlinked = node.attributes.is_some_and(|attributes| attributes.nlink == 0);
-        if node.handles > 0 || !unlinked {
-            let idle = !node.is_referred() && node.lease.level == Level::None;
-            if idle && node.data.is_none() {
+        let Some(node) = self.nodes.get_mut(&ino).filter(|node| !node.is_referred()) else {
+            return;
+        };
+        if node.attributes.is_none_or(|attributes| attributes.nlink > 0) {
+            if node.lease.level == Level::None && node.data.is_none() {
                 self.nodes.remove(&ino);
             }
             return;
         }
         self.discard_data(ino);
-        if self.nodes.get(&ino).is_some_and(|node| node.lookups == 0)
-            && let Some(node) = self.nodes.remove(&ino)
-        {
+        if let Some(node) = self.nodes.remove(&ino) {
             self.note_let_go(ino, node.lease);
         }
     }

@@ -1,6 +1,7 @@
 //! Giving leases back: recalls, reclaims after a new connection, and letting go of what is not used.
 
 use us_core::ids::Ino;
+use us_core::limits::LEASES_MESSAGE_MAX;
 use us_proto::v1;
 use us_proto::v1::session_up::Event;
 
@@ -8,8 +9,6 @@ use super::node::{Lease, Level, Node};
 use super::{Core, Now};
 use crate::session::log::LogPosition;
 
-/// Leases in one message.
-const LEASES_MESSAGE_MAX: usize = 4096;
 /// How long a recall waits for the operation that asked for the lease.
 pub const PIN: std::time::Duration = std::time::Duration::from_millis(200);
 
@@ -76,11 +75,11 @@ impl Core {
         let returned = v1::InodeLease {
             ino: ino.0,
             level: node.lease.level.to_proto(),
-            open: node.handles > 0,
+            open: node.is_referred(),
             grant: node.lease.grant.max(grant),
         };
         if node.lease.level == Level::None {
-            node.told_open = node.handles > 0;
+            node.told_open = node.is_referred();
             node.drop_cached();
         }
         self.drop_if_gone(ino);
@@ -125,7 +124,7 @@ impl Core {
             held.then(|| v1::InodeLease {
                 ino: ino.0,
                 level: node.lease.level.to_proto(),
-                open: node.handles > 0,
+                open: node.is_referred(),
                 grant: node.lease.grant,
             })
         };
@@ -134,7 +133,7 @@ impl Core {
         let replayed: Vec<_> =
             self.let_go.iter().filter(|gone| gone.at > applied).copied().collect();
         for LetGo { ino, lease, .. } in replayed {
-            let now = self.nodes.get(&ino).map(|node| (node.lease, node.handles > 0));
+            let now = self.nodes.get(&ino).map(|node| (node.lease, node.is_referred()));
             let (now, open) = now.unwrap_or_default();
             if now.level >= lease.level {
                 continue;

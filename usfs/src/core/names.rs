@@ -6,6 +6,7 @@
 
 use bytes::Bytes;
 use us_core::ids::Ino;
+use us_core::limits::DEPTH_MAX;
 use us_core::name::NameHash;
 use us_proto::v1;
 use us_proto::v1::mutation::Op;
@@ -67,7 +68,7 @@ impl Core {
     pub fn forget(&mut self, ino: Ino, lookups: u64) {
         if let Some(node) = self.nodes.get_mut(&ino) {
             node.lookups = node.lookups.saturating_sub(lookups);
-            self.drop_if_gone(ino);
+            self.release_if_unused(ino);
         }
     }
 
@@ -260,7 +261,7 @@ impl Core {
         }
         let parent = *self.attributes_mut(dir);
         let time = change_time(now, &parent).max(self.attributes_mut(ino).ctime);
-        let open = self.nodes.get(&ino).is_some_and(|node| node.handles > 0);
+        let open = self.nodes.get(&ino).is_some_and(Node::is_referred);
         let (name_hash, _) = self.seal_name(dir, name)?;
         let unlink = v1::Unlink {
             dir: dir.0,
@@ -314,9 +315,9 @@ impl Core {
         if moved.0 == other {
             return Ok(Renamed { moved: moved.0, replaced: None });
         }
-        self.check_no_loop(moved, to.0)?;
+        self.check_no_loop(moved, from.0, to.0)?;
         if let (RenameMode::Exchange, Some(replaced)) = (mode, replaced) {
-            self.check_no_loop(replaced, from.0)?;
+            self.check_no_loop(replaced, to.0, from.0)?;
             return self.exchange(now, from, to, moved, replaced);
         }
         if let Some(replaced) = replaced {
@@ -345,7 +346,7 @@ impl Core {
         let time = self.time_of_all(now, &[from.0, to.0, moved.0, other]);
         let (from_hash, _) = self.seal_name(from.0, from.1)?;
         let (to_hash, to_sealed_name) = self.seal_name(to.0, to.1)?;
-        let replaced_open = self.nodes.get(&other).is_some_and(|node| node.handles > 0);
+        let replaced_open = self.nodes.get(&other).is_some_and(Node::is_referred);
         let rename = v1::Rename {
             from_dir: from.0.0,
             from_hash,
@@ -428,17 +429,25 @@ impl Core {
         }
     }
 
-    /// A directory must not be moved into itself. The kernel has checked what it knows; this checks
-    /// what the mount knows.
-    fn check_no_loop(&self, moved: (Ino, FileKind), dir: Ino) -> Result<(), Stop> {
-        let mut at = dir;
-        while moved.1 == FileKind::Directory && at != Ino::ROOT && at.0 != 0 {
-            if at == moved.0 {
+    /// A directory must not be moved into itself. The kernel has checked what it knows, and may know
+    /// a place from before another mount's rename: so every directory above the new one is looked at
+    /// under a lease. That lease goes back behind the log, and what moves needs it, so the directory
+    /// sees the same when it applies the rename.
+    fn check_no_loop(&mut self, moved: (Ino, FileKind), from: Ino, to: Ino) -> Result<(), Stop> {
+        if moved.1 != FileKind::Directory || from == to {
+            return Ok(());
+        }
+        let mut above = to;
+        for _ in 0..DEPTH_MAX {
+            if above == moved.0 {
                 return Err(FsError::Invalid("a directory cannot move into itself").into());
             }
-            at = self.nodes.get(&at).map_or(Ino(0), |node| node.parent);
+            if above == Ino::ROOT {
+                return Ok(());
+            }
+            above = self.need(above, Level::Shared)?.parent;
         }
-        Ok(())
+        Err(FsError::TooDeep.into())
     }
 
     fn check_empty(&mut self, dir: Ino) -> Result<(), Stop> {

@@ -183,7 +183,7 @@ pub struct Node {
     pub target: Option<Bytes>,
     /// Names, of a directory.
     pub names: Option<Box<DirNames>>,
-    /// Where a directory lies.
+    /// Where a directory lies, while the lease says so.
     pub parent: Ino,
     /// Bytes, of a regular file.
     pub data: Option<Box<FileData>>,
@@ -195,7 +195,8 @@ pub struct Node {
     pub lookups: u64,
     /// Open handles.
     pub handles: u32,
-    /// A lease was returned while the inode was open: the directory must hear of the last close.
+    /// A lease was returned while the inode was in use, so the directory keeps it also without a
+    /// name: it must hear when nobody uses it any more.
     pub told_open: bool,
     /// The kernel may keep pages from before: nothing was recalled since they were read.
     pub kernel_cache_valid: bool,
@@ -244,11 +245,13 @@ impl Node {
         self.xattrs = None;
         self.target = None;
         self.names = None;
+        self.parent = Ino(0);
         self.data = None;
         self.kernel_cache_valid = false;
     }
 
-    /// Names the kernel or a program still uses it by.
+    /// Whether a program or the kernel can still reach it, with or without a name. What the
+    /// protocol calls open: the directory keeps such an inode when its last name goes.
     pub const fn is_referred(&self) -> bool {
         self.lookups > 0 || self.handles > 0
     }

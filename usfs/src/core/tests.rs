@@ -131,6 +131,14 @@ fn names_are_made_and_moved_in_memory_and_logged_in_order() {
     assert_eq!(names.order.keys().copied().collect::<Vec<_>>(), [2]);
 }
 
+fn sizes(ops: Vec<Op>) -> Vec<u64> {
+    let size = |op| match op {
+        Op::CommitData(commit) => commit.files.first().map(|file| file.size),
+        _ => None,
+    };
+    ops.into_iter().filter_map(size).collect()
+}
+
 #[test]
 fn a_size_never_runs_ahead_of_committed_data() {
     let mut core = core();
@@ -140,13 +148,6 @@ fn a_size_never_runs_ahead_of_committed_data() {
     let late = core.seal_file(at(3), ino, FlushReason::Commit);
     core.write(at(3), handle, 0, b"early", false).unwrap();
     store(&mut core, &late[0]);
-    let sizes = |ops: Vec<Op>| -> Vec<u64> {
-        let size = |op| match op {
-            Op::CommitData(commit) => commit.files.first().map(|file| file.size),
-            _ => None,
-        };
-        ops.into_iter().filter_map(size).collect()
-    };
     assert_eq!(sizes(mutations(&mut core)), [0], "bytes 0..5 are not committed");
     let early = core.seal_file(at(3), ino, FlushReason::Commit);
     store(&mut core, &early[0]);
@@ -303,4 +304,173 @@ fn appends_go_to_the_true_end_and_memory_is_bounded() {
     assert_eq!(core.getattr(at(3), ino).unwrap().attributes.size, 6);
     let big = vec![0; 1 << 20];
     assert_eq!(core.write(at(3), handle, 0, &big, false), Err(Stop::Stall(Stall::Space)));
+}
+
+fn make_dir(core: &mut Core, name: &[u8]) -> Ino {
+    let new = NewNode { kind: FileKind::Directory, permissions: 0o755, rdev: 0, target: &[] };
+    let made = core.make_entry(at(2), Caller::default(), Ino::ROOT, name, new);
+    made.unwrap().attributes.ino
+}
+
+/// `mkdir d; cd d; rmdir ../d; chmod 700 .` once ended the session of every user of the mount: the
+/// directory had removed the inode and its lease, because nobody had a handle on it.
+#[test]
+fn a_removed_working_directory_can_be_changed_until_the_kernel_forgets_it() {
+    let mut core = core();
+    give_root(&mut core);
+    let dir = make_dir(&mut core, b"d");
+    core.unlink(at(3), Ino::ROOT, b"d", true).unwrap();
+    let change = SetAttributes { mode: Some(0o700), ..SetAttributes::default() };
+    assert_eq!(core.setattr(at(4), dir, None, change).unwrap().attributes.nlink, 0);
+    core.set_xattr(at(4), dir, b"user.x", b"y", crate::fs::XattrMode::Set).unwrap();
+    core.forget(dir, 1);
+    assert!(core.getattr(at(5), dir).is_err());
+    let logged = mutations(&mut core);
+    let kept = |op: &Op| matches!(op, Op::Unlink(unlink) if unlink.open);
+    assert_eq!(logged.iter().position(kept), Some(1), "{logged:?}");
+    assert!(matches!(logged.last(), Some(Op::Release(release)) if release.ino == dir.0));
+}
+
+/// A descriptor opened with `O_PATH` is no handle of ours; what it reaches was read as zeros once its
+/// name was gone.
+#[test]
+fn an_unlinked_file_that_the_kernel_knows_keeps_its_bytes() {
+    let mut core = core();
+    give_root(&mut core);
+    let (ino, handle) = file(&mut core, b"a");
+    core.write(at(3), handle, 0, b"abc", false).unwrap();
+    core.close(handle);
+    core.unlink(at(3), Ino::ROOT, b"a", false).unwrap();
+    let again = core.open(at(4), ino, RW).unwrap().handle;
+    let plan = core.read(at(4), again, 0, 3).unwrap();
+    assert!(matches!(&plan.pieces[..], [ReadPiece::Bytes(bytes)] if bytes == &b"abc"[..]));
+    core.forget(ino, 1);
+    core.close(again);
+    assert_eq!(core.uncommitted_bytes(), 0);
+    assert!(matches!(mutations(&mut core).last(), Some(Op::Release(_))));
+}
+
+/// The return of a lease waits behind the log, the `Release` of a last close does not wait behind the
+/// return: it once came first, and the inode counted as open for as long as the mount lived.
+#[test]
+fn a_lease_goes_back_with_what_is_true_when_it_is_sent() {
+    let mut core = core();
+    give_root(&mut core);
+    let (ino, handle) = file(&mut core, b"a");
+    assert_eq!(core.finish_recall(recall(ino)), FinishedRecall::Returned);
+    core.close(handle);
+    core.forget(ino, 1);
+    let returned = outgoing(&mut core).into_iter().find_map(|event| match event {
+        Up::LeaseReturn(returned) => returned.leases.first().copied(),
+        _ => None,
+    });
+    assert!(!returned.unwrap().open);
+}
+
+/// The mount counted names and values, the directory their sealed bytes: sixteen large attributes
+/// passed here and ended the session there.
+#[test]
+fn extended_attributes_are_counted_as_they_are_stored() {
+    let mut core = core();
+    give_root(&mut core);
+    let (ino, _) = file(&mut core, b"a");
+    let value = vec![7; 65_520];
+    let mut set = |number: usize| {
+        let name = format!("user.x{number:02}");
+        core.set_xattr(at(3), ino, name.as_bytes(), &value, crate::fs::XattrMode::Set)
+    };
+    let stored = (0..16).take_while(|number| set(*number).is_ok()).count();
+    assert_eq!(stored, 15);
+    assert!(matches!(set(16), Err(Stop::Fail(FsError::NoSpace(_)))));
+    let sealed = mutations(&mut core).into_iter().map(|op| match op {
+        Op::SetXattr(set) => set.sealed.len(),
+        _ => 0,
+    });
+    assert!(sealed.sum::<usize>() <= us_core::limits::SEALED_XATTRS_BYTES_MAX);
+}
+
+fn rename_dir(core: &mut Core, from: (Ino, &[u8]), to: (Ino, &[u8])) -> Result<Renamed, Stop> {
+    core.rename(at(9), from, to, RenameMode::Replace)
+}
+
+/// The directory looks at so many parents; a rename below more of them ended the session.
+#[test]
+fn a_directory_is_not_moved_below_more_parents_than_the_directory_looks_at() {
+    let mut core = core();
+    give_root(&mut core);
+    let inodes = v1::InodesLeased { request: 0, first: 1000, count: 10_000 };
+    core.on_down(at(1), Down::Inodes(inodes));
+    make_dir(&mut core, b"moved");
+    let new = NewNode { kind: FileKind::Directory, permissions: 0o755, rdev: 0, target: &[] };
+    let mut deep = vec![Ino::ROOT];
+    for _ in 0..=us_core::limits::DEPTH_MAX {
+        let dir = *deep.last().unwrap();
+        deep.push(core.make(at(2), Caller::default(), dir, b"x", new).unwrap());
+    }
+    let max = us_core::limits::DEPTH_MAX;
+    let too_deep = rename_dir(&mut core, (Ino::ROOT, b"moved"), (deep[max], b"moved"));
+    assert_eq!(too_deep, Err(Stop::Fail(FsError::TooDeep)));
+    assert!(rename_dir(&mut core, (Ino::ROOT, b"moved"), (deep[max - 1], b"moved")).is_ok());
+    // Within one directory nothing can come to lie in itself.
+    core.make(at(2), Caller::default(), deep[max], b"y", new).unwrap();
+    assert!(rename_dir(&mut core, (deep[max], b"y"), (deep[max], b"z")).is_ok());
+}
+
+/// Mount A: `mv /x/a /y/b/a`. Mount B, which knew `a` below `x`: `mv /y/b /x/a/c/d`. Its kernel and its
+/// cache saw no loop; the directory did, and ended B's session.
+#[test]
+fn a_directory_is_moved_only_where_every_parent_is_known_under_a_lease() {
+    let mut core = core();
+    give_root(&mut core);
+    let (b, a) = (make_dir(&mut core, b"b"), make_dir(&mut core, b"a"));
+    let new = NewNode { kind: FileKind::Directory, permissions: 0o755, rdev: 0, target: &[] };
+    let c = core.make(at(2), Caller::default(), a, b"c", new).unwrap();
+    assert_eq!(core.finish_recall(recall(a)), FinishedRecall::Returned);
+    let want = Want::Inode { ino: a, level: Level::Shared };
+    let moved = rename_dir(&mut core, (Ino::ROOT, b"b"), (c, b"b"));
+    assert_eq!(moved, Err(Stop::Stall(Stall::Fetch(want.clone()))));
+    answer(&mut core, &want, |fetched| {
+        fetched.leases = vec![lease(a.0, Level::Shared, 9)];
+        fetched.inodes = vec![v1::Inode { ino: a.0, parent: b.0, nlink: 3, ..root() }];
+    });
+    let moved = rename_dir(&mut core, (Ino::ROOT, b"b"), (c, b"b"));
+    assert!(matches!(moved, Err(Stop::Fail(FsError::Invalid(_)))), "{moved:?}");
+}
+
+/// One thread syncs a file, another rewrites the same bytes meanwhile. What was synced is committed,
+/// and lay behind the end of the file after a crash: the newer version held the size back.
+#[test]
+fn a_byte_that_is_rewritten_holds_no_size_back_once_it_is_committed() {
+    let mut core = core();
+    give_root(&mut core);
+    let (ino, handle) = file(&mut core, b"a");
+    core.write(at(3), handle, 0, &[1; 100], false).unwrap();
+    let synced = core.seal_file(at(3), ino, FlushReason::Durable);
+    core.write(at(3), handle, 0, &[2; 60], false).unwrap();
+    let newer = core.seal_file(at(3), ino, FlushReason::Commit);
+    core.write(at(3), handle, 40, &[3; 80], false).unwrap();
+    store(&mut core, &synced[0]);
+    assert_eq!(sizes(mutations(&mut core)), [100], "bytes from 100 on were never committed");
+    store(&mut core, &newer[0]);
+    assert_eq!(sizes(mutations(&mut core)), [100]);
+    let last = core.seal_file(at(3), ino, FlushReason::Commit);
+    store(&mut core, &last[0]);
+    assert_eq!(sizes(mutations(&mut core)), [120]);
+}
+
+/// Zeros that were allocated in advance are no version of what is written over them.
+#[test]
+fn allocated_zeros_do_not_count_as_written() {
+    let mut core = core();
+    give_root(&mut core);
+    let (ino, handle) = file(&mut core, b"a");
+    let keep = crate::fs::AllocateMode::Allocate { keep_size: true };
+    core.allocate(at(3), handle, 0, 200, keep).unwrap();
+    core.write(at(3), handle, 0, &[1; 50], false).unwrap();
+    core.write(at(3), handle, 100, &[1; 50], false).unwrap();
+    let first = core.seal_file(at(3), ino, FlushReason::Commit);
+    core.write(at(3), handle, 150, &[1; 10], false).unwrap();
+    mutations(&mut core);
+    store(&mut core, &first[0]);
+    assert_eq!(sizes(mutations(&mut core)), [150]);
 }

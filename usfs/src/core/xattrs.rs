@@ -5,6 +5,8 @@ use std::collections::BTreeMap;
 
 use bytes::Bytes;
 use us_core::ids::Ino;
+use us_core::limits::SEALED_XATTRS_BYTES_MAX;
+use us_core::name::sealed_xattr_bytes;
 use us_proto::v1;
 use us_proto::v1::mutation::Op;
 
@@ -14,8 +16,6 @@ use super::{Core, Now, Stall, Stop, Want, change_time};
 use crate::attributes::FileKind;
 use crate::fs::{FsError, NAME_BYTES_MAX, XATTR_BYTES_MAX, XattrMode};
 
-/// The most bytes of extended attributes an inode can have: the set is loaded whole.
-const XATTRS_BYTES_MAX: usize = 1 << 20;
 /// The longest list of names the system call can return.
 const XATTR_LIST_BYTES_MAX: usize = 64 << 10;
 
@@ -69,9 +69,10 @@ impl Core {
             _ => {}
         }
         let others = xattrs.iter().filter(|(other, _)| other.as_slice() != name);
-        let total: usize = others.clone().map(|(name, value)| name.len() + value.len()).sum();
+        let sealed = |name: &[u8], value: &[u8]| sealed_xattr_bytes(name.len(), value.len());
+        let total: usize = others.clone().map(|(name, value)| sealed(name, value)).sum();
         let names: usize = others.map(|(name, _)| name.len() + 1).sum();
-        if total + name.len() + value.len() > XATTRS_BYTES_MAX
+        if total + sealed(name, value) > SEALED_XATTRS_BYTES_MAX
             || names + name.len() + 1 > XATTR_LIST_BYTES_MAX
         {
             return Err(FsError::NoSpace("of extended attributes".to_owned()).into());

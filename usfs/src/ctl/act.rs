@@ -324,6 +324,9 @@ pub(super) fn provider_note(provider: &v1::ProviderStatus) -> String {
         let back = human_duration(Duration::from_secs(provider.back_in_s));
         notes.push(format!("expected in {back}"));
     }
+    if provider.metapeer > 0 {
+        notes.push(format!("metapeer {}", provider.metapeer));
+    }
     if provider.damaged > 0 {
         notes.push(format!("{} damaged fragments", provider.damaged));
     }

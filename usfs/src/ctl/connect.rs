@@ -17,6 +17,8 @@ use crate::places::UpRecord;
 
 /// How long the directory may take for one answer.
 const ANSWER: Duration = Duration::from_secs(20);
+/// How long a check may be silent: it may have to wait for a provider.
+const FSCK_SILENCE: Duration = Duration::from_secs(180);
 /// The largest answer: the status of some 10^5 providers.
 const REPLY_BYTES_MAX: usize = 64 << 20;
 
@@ -88,14 +90,27 @@ impl Admin {
         name: &str,
         code: Code,
         quota: Option<Size>,
+        repair_at: Option<u32>,
     ) -> anyhow::Result<v1::VolumeInfo> {
         let request = v1::CreateVolumeRequest {
             name: name.to_owned(),
             s: code.s() as u32,
             r: code.r() as u32,
             quota_bytes: quota.map_or(0, Size::bytes),
+            repair_at,
         };
         answer(self.client.create_volume(request)).await
+    }
+
+    /// Changes a volume's settings.
+    ///
+    /// # Errors
+    /// When the directory refuses, or does not answer.
+    pub async fn set_volume(
+        &mut self,
+        request: v1::SetVolumeRequest,
+    ) -> anyhow::Result<v1::VolumeInfo> {
+        answer(self.client.set_volume(request)).await
     }
 
     /// The volumes.
@@ -156,6 +171,14 @@ impl Admin {
         Ok(answer(self.client.give_up(v1::GiveUpRequest { provider })).await?.fragments)
     }
 
+    /// Checks everything.
+    ///
+    /// # Errors
+    /// When the directory refuses, or does not answer.
+    pub async fn fsck(&mut self, request: v1::FsckRequest) -> anyhow::Result<FsckStream> {
+        Ok(FsckStream(answer(self.client.fsck(request)).await?))
+    }
+
     /// How blocks would be without some providers.
     ///
     /// # Errors
@@ -183,6 +206,24 @@ impl Admin {
     pub async fn block(&mut self, block: BlockId) -> anyhow::Result<v1::WhereBlock> {
         let request = v1::BlockRequest { block: block.as_bytes().to_vec().into() };
         answer(self.client.block(request)).await
+    }
+}
+
+/// What a check says as it goes on.
+#[derive(Debug)]
+pub struct FsckStream(tonic::Streaming<v1::FsckReply>);
+
+impl FsckStream {
+    /// The next word; `None` at the end.
+    ///
+    /// # Errors
+    /// When the directory fails, or falls silent.
+    pub async fn next(&mut self) -> anyhow::Result<Option<v1::fsck_reply::Event>> {
+        match tokio::time::timeout(FSCK_SILENCE, self.0.message()).await {
+            Err(_elapsed) => bail!("the directory fell silent in the middle of the check"),
+            Ok(Err(status)) => bail!("the directory says: {}", status.message()),
+            Ok(Ok(reply)) => Ok(reply.and_then(|reply| reply.event)),
+        }
     }
 }
 

@@ -46,6 +46,7 @@ pub(super) fn status(reply: &v1::StatusReply) -> Value {
         "uptime_s": reply.uptime_s,
         "capacity_bytes": reply.capacity_bytes,
         "used_bytes": reply.used_bytes,
+        "placement": placement(&reply.placement.clone().unwrap_or_default()),
         "blocks": {
             "total": blocks.total,
             "inline": blocks.inline,
@@ -73,6 +74,18 @@ pub(super) fn status(reply: &v1::StatusReply) -> Value {
             "image_sequence": journal.image_sequence,
             "bytes": journal.bytes,
         },
+    })
+}
+
+fn placement(placement: &v1::PlacementStatus) -> Value {
+    json!({
+        "degraded": placement.degraded,
+        "detail": placement.detail,
+        "degraded_blocks": placement.degraded_blocks,
+        "fragments": placement.fragments,
+        "metapeers": placement.metapeers,
+        "smallest": placement.smallest,
+        "largest": placement.largest,
     })
 }
 
@@ -122,6 +135,7 @@ pub(super) fn volume(volume: &v1::VolumeInfo) -> Value {
         "blocks": volume.blocks,
         "private": volume.private,
         "quota_bytes": volume.quota_bytes,
+        "repair_at": volume.repair_at,
     })
 }
 

@@ -1,4 +1,4 @@
-//! `usctl plan`: which code a swarm needs. Asks nobody.
+//! `usctl plan`: which code a swarm needs, and the lines over it. Asks nobody.
 
 use std::fmt::Write as _;
 
@@ -8,6 +8,10 @@ use us_core::durability::plan::{Churn, Outlook, Target};
 use us_core::geometry::Code;
 
 use super::JsonArgs;
+
+mod lines;
+
+pub(super) use lines::{LinesArgs, lines};
 
 const HOURS_A_YEAR: f64 = 365.0 * 24.0;
 

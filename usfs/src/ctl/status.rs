@@ -114,6 +114,7 @@ fn write_text(out: &mut String, reply: &v1::StatusReply) -> std::fmt::Result {
         let count = reply.braked;
         writeln!(out, "           {count} providers fell silent together: not taken for dead yet")?;
     }
+    write_placement(out, &reply.placement.clone().unwrap_or_default())?;
     let (used, capacity) = (Size(reply.used_bytes), Size(reply.capacity_bytes));
     writeln!(out, "Space      {used} used of {capacity} that providers offer, fragments counted")?;
     let journal = reply.journal.clone().unwrap_or_default();
@@ -164,6 +165,24 @@ fn write_blocks(out: &mut String, blocks: &v1::BlockSummary) -> std::fmt::Result
         write!(out, "; {} damaged fragments", blocks.damaged_fragments)?;
     }
     writeln!(out)
+}
+
+/// How blocks are spread, where there is something to say.
+fn write_placement(out: &mut String, placement: &v1::PlacementStatus) -> std::fmt::Result {
+    if placement.degraded {
+        writeln!(out, "Placement  degraded: {}", placement.detail)?;
+    }
+    let (width, metapeers) = (placement.fragments, placement.metapeers);
+    let (smallest, largest) = (placement.smallest, placement.largest);
+    // Metapeers of one provider each are the providers.
+    if metapeers > 0 && largest > 1 {
+        writeln!(
+            out,
+            "Metapeers  {metapeers} of {smallest} to {largest} providers, for blocks of {width} \
+             fragments"
+        )?;
+    }
+    Ok(())
 }
 
 /// How many copies of the directory's journal there are, and who has the others.
@@ -220,6 +239,19 @@ mod tests {
         assert!(text_with.contains("2 copies (also with provider0)"), "{text_with}");
         assert!(text.contains("absent") && text.contains("1 min 15 s ago"), "{text}");
         assert!(lines.len() < 24, "one screen");
+        assert!(!text.contains("Placement") && !text.contains("Metapeers"), "{text}");
+        let placement = v1::PlacementStatus {
+            degraded: true,
+            detail: "one provider holds 2 fragments of a block".into(),
+            fragments: 6,
+            metapeers: 9,
+            smallest: 2,
+            largest: 3,
+            ..Default::default()
+        };
+        let text = to_text(&v1::StatusReply { placement: Some(placement), ..reply });
+        assert!(text.contains("Placement  degraded: one provider holds 2"), "{text}");
+        assert!(text.contains("9 of 2 to 3 providers"), "{text}");
     }
 
     #[test]

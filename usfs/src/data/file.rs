@@ -4,8 +4,9 @@ use std::ops::Range;
 
 use bytes::Bytes;
 use us_core::ids::BlockId;
+use us_core::limits::CHUNK_BYTES;
 
-use super::map::{CHUNK_BYTES, Extent, FileMap, MapSource, Place};
+use super::map::{Extent, FileMap, MapPiece, MapSource, Place};
 use super::{DirtyBuffer, InFlight, SealedPiece, Ticket};
 
 /// A piece of what a read must return.
@@ -236,6 +237,25 @@ impl FileData {
             };
         }
         Seek::At(size)
+    }
+
+    /// The first byte at or after `offset` that was written and of which no version is committed.
+    /// A byte that is rewritten while an older version of it is in the map is committed, for whoever
+    /// waited for that version.
+    pub fn first_uncommitted(&self, offset: u64) -> Option<u64> {
+        let mut at = offset;
+        loop {
+            let pending = [self.dirty.next_at(at), self.in_flight.next_at(at)];
+            let start = pending.into_iter().flatten().min()?;
+            let ends = [self.dirty.dirty_until(start), self.in_flight.end_at(start)];
+            at = ends.into_iter().flatten().max()?;
+            let committed =
+                |piece: &MapPiece| matches!(piece.source, MapSource::Place(Place::Block { .. }));
+            let pieces = self.map.lookup(start..at);
+            if let Some(piece) = pieces.iter().find(|piece| !committed(piece)) {
+                return Some(piece.range.start);
+            }
+        }
     }
 
     /// What a clone of `range` of this file refers to.

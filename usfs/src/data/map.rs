@@ -8,11 +8,9 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 
 use us_core::ids::BlockId;
+use us_core::limits::CHUNK_BYTES;
 
 use super::intervals::{Divide, IntervalMap};
-
-/// Bytes of a file that one chunk of its map covers.
-pub const CHUNK_BYTES: u64 = 4 << 20;
 
 /// What a run of a file's bytes is.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]

@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use bytes::Bytes;
 use proptest::prelude::*;
 use us_core::ids::{BlockId, Ino};
+use us_core::limits::CHUNK_BYTES;
 
 use super::*;
 

@@ -38,7 +38,15 @@ impl Fs {
 
     /// The kernel forgets `lookups` of the lookups it counted.
     pub fn forget(&self, ino: Ino, lookups: u64) {
-        self.shared.lock().core.forget(ino, lookups);
+        let logged = {
+            let mut state = self.shared.lock();
+            let before = state.core.log_end();
+            state.core.forget(ino, lookups);
+            state.core.log_end() != before
+        };
+        if logged {
+            self.shared.outgoing.notify_one();
+        }
     }
 
     /// Attributes.

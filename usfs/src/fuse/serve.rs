@@ -141,6 +141,7 @@ pub(super) fn refuse<R: Refuse>(operation: &'static str, ino: INodeNo, error: &F
         | FsError::Invalid(_)
         | FsError::NotPermitted
         | FsError::ReadOnly
+        | FsError::TooDeep
         | FsError::TooLarge
         | FsError::TooManyLinks
         | FsError::NoXattr

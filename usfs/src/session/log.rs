@@ -11,18 +11,15 @@
 use std::collections::VecDeque;
 
 use prost::Message;
+use us_core::limits::{BATCH_MUTATIONS_MAX, BATCH_TRACES_MAX};
 use us_proto::v1;
 
-/// The most mutations in a batch.
-pub const BATCH_MUTATIONS_MAX: usize = 4096;
 /// The most encoded bytes in a batch, with room for the envelope.
 pub const BATCH_BYTES_MAX: usize = (4 << 20) - (64 << 10);
 /// The most encoded bytes the log may hold; above it, operations wait.
 pub const LOG_BYTES_MAX: usize = 64 << 20;
 /// How many batches may be on their way unapplied before small ones are gathered.
 const UNAPPLIED_BATCHES_MAX: u64 = 3;
-/// The most requests a batch names for the logs.
-const TRACES_MAX: usize = 64;
 
 /// The place of a mutation in the log; the first is 1.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
@@ -73,7 +70,7 @@ impl SessionLog {
     /// What was appended last comes from this request: for the directory's logs.
     pub fn note_trace(&mut self, trace: u64) {
         let known = trace == 0 || self.forming.is_empty() || self.traces.last() == Some(&trace);
-        if !known && self.traces.len() < TRACES_MAX {
+        if !known && self.traces.len() < BATCH_TRACES_MAX {
             self.traces.push(trace);
         }
     }
@@ -286,7 +283,7 @@ mod tests {
             log.append(release(trace));
             log.note_trace(trace);
         }
-        assert_eq!(log.take_sendable(true).unwrap().traces.len(), TRACES_MAX);
+        assert_eq!(log.take_sendable(true).unwrap().traces.len(), BATCH_TRACES_MAX);
     }
 
     #[test]

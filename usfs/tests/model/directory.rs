@@ -1,7 +1,7 @@
-//! A directory inside the test: the real engine on a store in memory, with six providers that are
-//! always there, plugged straight into the mounts' [`DirectoryLink`].
+//! A directory inside the test: the real engine on a store in memory, with six providers in memory
+//! that a test can make fail, plugged straight into the mounts' [`DirectoryLink`].
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -10,7 +10,8 @@ use futures::{FutureExt, StreamExt};
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::UnboundedReceiverStream;
-use us_core::disk::memory::MemoryProviders;
+use us_core::disk::memory::{Fault, MemoryProviders};
+use us_core::ids::ProviderId;
 use us_core::placement::Spread;
 use us_directory::engine::{
     AskId, ConnId, Effect, Engine, EngineConfig, Event, Moment, Peer, Question, SystemEntropy,
@@ -22,7 +23,7 @@ use us_proto::v1::provider_up::Event as ProviderSays;
 use usfs::fs::{Fs, MountOptions, SwarmNews};
 use usfs::session::{DirectoryLink, LinkStream, SessionError};
 
-const PROVIDERS: u64 = 6;
+pub const PROVIDERS: u64 = 6;
 const CLUSTER: [u8; 16] = [7; 16];
 
 struct Inner {
@@ -32,10 +33,14 @@ struct Inner {
     outlets: HashMap<ConnId, mpsc::UnboundedSender<v1::SessionDown>>,
     next_conn: u64,
     run: u64,
+    /// When this run began: the engine's time counts from there.
+    started: Instant,
     /// What each provider was given to prove itself with at its next hello.
     cookies: HashMap<u64, bytes::Bytes>,
     /// The providers have said hello: only then they may report.
     joined: bool,
+    /// Those whose stream has ended.
+    absent: BTreeSet<u64>,
     /// What was said lately, for a test that fails.
     trace: VecDeque<String>,
 }
@@ -57,7 +62,6 @@ impl Inner {
 #[derive(Clone)]
 pub struct TestDirectory {
     inner: Arc<Mutex<Inner>>,
-    started: Instant,
     pub swarm: Arc<MemoryProviders>,
 }
 
@@ -95,18 +99,17 @@ impl TestDirectory {
             outlets: HashMap::new(),
             next_conn: 1,
             run: 0,
+            started: Instant::now(),
             cookies: HashMap::new(),
             joined: false,
+            absent: BTreeSet::new(),
             trace: VecDeque::new(),
         };
-        let directory = Self {
-            inner: Arc::new(Mutex::new(inner)),
-            started: Instant::now(),
-            swarm: Arc::new(MemoryProviders::new()),
-        };
+        let directory =
+            Self { inner: Arc::new(Mutex::new(inner)), swarm: Arc::new(MemoryProviders::new()) };
         directory.join_providers();
         let (name, s, r) = ("v".to_owned(), 4, 2);
-        let question = Question::CreateVolume { name, s, r, quota_bytes: 0 };
+        let question = Question::CreateVolume { name, s, r, quota_bytes: 0, repair_at: None };
         directory.step(Event::Ask { ask: AskId(1), question });
         directory.settle();
         let ticking = directory.clone();
@@ -124,22 +127,41 @@ impl TestDirectory {
     }
 
     fn join_providers(&self) {
-        for number in 1..=PROVIDERS {
-            let conn = self.provider_conn(number);
-            let key_hash = vec![number as u8; 32];
-            let peer = Peer { key_hash, name: format!("provider-{number}") };
-            self.step(Event::ProviderConnected { conn, peer });
-            let hello = v1::ProviderHello {
-                address: format!("test:{number}"),
-                store: vec![number as u8; 16].into(),
-                cookie: self.inner.lock().cookies.get(&number).cloned().unwrap_or_default(),
-                report: Some(report()),
-                ..Default::default()
-            };
-            let up = v1::ProviderUp { event: Some(ProviderSays::Hello(hello)) };
-            self.step(Event::Provider { conn, up });
-        }
+        let absent = self.inner.lock().absent.clone();
+        (1..=PROVIDERS).filter(|number| !absent.contains(number)).for_each(|at| self.join(at));
         self.inner.lock().joined = true;
+        self.settle();
+    }
+
+    fn join(&self, number: u64) {
+        let conn = self.provider_conn(number);
+        let key_hash = vec![number as u8; 32];
+        let peer = Peer { key_hash, name: format!("provider-{number}") };
+        self.step(Event::ProviderConnected { conn, peer });
+        let hello = v1::ProviderHello {
+            address: format!("test:{number}"),
+            store: vec![number as u8; 16].into(),
+            cookie: self.inner.lock().cookies.get(&number).cloned().unwrap_or_default(),
+            report: Some(report()),
+            ..Default::default()
+        };
+        let up = v1::ProviderUp { event: Some(ProviderSays::Hello(hello)) };
+        self.step(Event::Provider { conn, up });
+    }
+
+    /// Something goes wrong with one provider (counted from 1); where `leaves`, its stream ends too.
+    pub fn fail_provider(&self, number: u64, fault: Fault, leaves: bool) {
+        self.swarm.set_fault(ProviderId(number as u32), fault);
+        if leaves && self.inner.lock().absent.insert(number) {
+            self.step(Event::Disconnected { conn: self.provider_conn(number) });
+        }
+    }
+
+    /// Everybody is there again and well.
+    pub fn heal_providers(&self) {
+        self.swarm.heal();
+        let absent = std::mem::take(&mut self.inner.lock().absent);
+        absent.into_iter().for_each(|number| self.join(number));
         self.settle();
     }
 
@@ -151,15 +173,16 @@ impl TestDirectory {
         if !self.inner.lock().joined {
             return;
         }
-        for number in 1..=PROVIDERS {
+        let absent = self.inner.lock().absent.clone();
+        for number in (1..=PROVIDERS).filter(|number| !absent.contains(number)) {
             let up = v1::ProviderUp { event: Some(ProviderSays::Report(report())) };
             self.step(Event::Provider { conn: self.provider_conn(number), up });
         }
     }
 
     fn step(&self, event: Event) {
-        let at = Moment { now_ms: self.started.elapsed().as_millis() as u64, unix_ms: 0 };
         let mut inner = self.inner.lock();
+        let at = Moment { now_ms: inner.started.elapsed().as_millis() as u64, unix_ms: 0 };
         if matches!(
             event,
             Event::Session { .. } | Event::SessionConnected { .. } | Event::Disconnected { .. }
@@ -214,6 +237,7 @@ impl TestDirectory {
             inner.history = history;
             inner.outlets.clear();
             inner.run += 1;
+            inner.started = Instant::now();
             inner.joined = false;
             inner.trace("restart".to_owned());
         }

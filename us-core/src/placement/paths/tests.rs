@@ -152,9 +152,8 @@ fn rate() -> impl Strategy<Value = f64> {
 
 fn lines(sites: u32) -> impl Strategy<Value = Vec<Line>> {
     let site = prop::option::of(0..sites.max(1));
-    let one = (rate(), rate(), site).prop_map(move |(up, down, site)| {
-        line(up, down, site.filter(|_| sites > 0))
-    });
+    let one = (rate(), rate(), site)
+        .prop_map(move |(up, down, site)| line(up, down, site.filter(|_| sites > 0)));
     prop::collection::vec(one, 2..7)
 }
 

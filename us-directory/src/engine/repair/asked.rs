@@ -19,10 +19,28 @@ impl Engine {
 
     /// Fragments the directory expects at a provider.
     fn fragments_at(&self, provider: u32) -> u64 {
-        self.totals().fragments.get(&provider).copied().unwrap_or(0)
+        self.counts.fragments_at(provider)
     }
 
     pub(in crate::engine) fn drain(
+        &mut self,
+        provider: u32,
+        undo: bool,
+    ) -> Result<Answer, StoreError> {
+        let Some(member) = self.members.get(&provider) else {
+            return Ok(Self::no_provider(provider));
+        };
+        if undo && member.record.leaving {
+            let detail = format!(
+                "provider {provider} leaves by its owner's word: `us-provider leave --undo` there"
+            );
+            return Ok(Answer::Refused { kind: RefusalKind::Busy, detail });
+        }
+        self.drain_now(provider, undo)
+    }
+
+    /// Begins or ends to empty a provider.
+    pub(in crate::engine) fn drain_now(
         &mut self,
         provider: u32,
         undo: bool,
@@ -42,9 +60,11 @@ impl Engine {
             if !is_dead {
                 self.repairs.unwell.remove(&provider);
             }
+            self.repairs.drains.remove(&provider);
             self.note_event(EventKind::DrainEnded, provider, name)?;
         } else {
             self.repairs.unwell.insert(provider);
+            self.repairs.drains.insert(provider);
             self.note_event(EventKind::DrainBegun, provider, name)?;
         }
         self.note_provider(provider);
@@ -112,20 +132,21 @@ impl Engine {
             && self.repairs.jobs.is_empty()
             && self.repairs.later.is_empty()
             && !self.is_scanning();
-        if !idle || self.repairs.done.0 == self.repairs.told {
+        if !idle {
             return Ok(());
         }
-        let blocks = self.repairs.done.0 - self.repairs.told;
-        self.repairs.told = self.repairs.done.0;
-        self.note_event(EventKind::RepairsDone, 0, format!("{blocks} fragments were made"))?;
-        let drained: Vec<u32> = self
-            .members
-            .iter()
-            .filter(|(_, member)| member.record.draining)
-            .map(|(provider, _)| *provider)
-            .filter(|provider| self.fragments_at(*provider) == 0)
-            .collect();
+        if self.repairs.done.0 > self.repairs.told {
+            let blocks = self.repairs.done.0 - self.repairs.told;
+            self.repairs.told = self.repairs.done.0;
+            self.note_event(EventKind::RepairsDone, 0, format!("{blocks} fragments were made"))?;
+        }
+        if !self.counts.complete || self.repairs.drains.is_empty() {
+            return Ok(());
+        }
+        let empty = |provider: &u32| self.fragments_at(*provider) == 0;
+        let drained: Vec<u32> = self.repairs.drains.iter().copied().filter(empty).collect();
         for provider in drained {
+            self.repairs.drains.remove(&provider);
             self.note_event(EventKind::DrainDone, provider, "nothing is left there".to_owned())?;
         }
         Ok(())

@@ -146,13 +146,7 @@ impl Engine {
         Ok(true)
     }
 
-    fn order(
-        &self,
-        ticket: u64,
-        job: &Job,
-        block: &BlockRecord,
-        route: Route,
-    ) -> RebuildFragments {
+    fn order(&self, ticket: u64, job: &Job, block: &BlockRecord, route: Route) -> RebuildFragments {
         let wanted = |index: u8| job.wanted.iter().any(|(wanted, _)| *wanted == index);
         let places = route.senders.into_iter().chain(route.standby);
         let (holders, sources): (Vec<Place>, Vec<Place>) =

@@ -139,6 +139,11 @@ impl Jobs {
         self.tickets.contains_key(key)
     }
 
+    /// Who is rebuilding fragments of the block.
+    pub fn target_of(&self, key: &BlockKey) -> Option<u32> {
+        Some(self.jobs.get(self.tickets.get(key)?)?.target)
+    }
+
     /// Whether a provider may rebuild one block more.
     pub fn may_rebuild(&self, provider: u32) -> bool {
         self.loads.get(&provider).is_none_or(|load| load.rebuilds < self.limits.target_jobs_max)
@@ -219,6 +224,11 @@ impl Jobs {
     pub fn overdue(&self, now_ms: u64) -> Vec<u64> {
         let late = self.jobs.iter().filter(|(_, job)| job.deadline_ms <= now_ms);
         late.map(|(ticket, _)| *ticket).collect()
+    }
+
+    /// Orders may take so much longer.
+    pub fn wait_longer(&mut self, by_ms: u64) {
+        self.jobs.values_mut().for_each(|job| job.deadline_ms += by_ms);
     }
 
     /// Whether none is under way.

@@ -101,14 +101,17 @@ impl Engine {
         let next = sites.len() as u32;
         let site = (!site.is_empty()).then(|| *sites.entry(site.to_owned()).or_insert(next));
         let now_ms = self.now_ms();
-        Line { up: rate(rates.up(provider, now_ms)), down: rate(rates.down(provider, now_ms)), site }
+        Line {
+            up: rate(rates.up(provider, now_ms)),
+            down: rate(rates.down(provider, now_ms)),
+            site,
+        }
     }
 
     /// The way for one block, with `helpers` in the order in which they should be asked. `None` where
     /// they are too few just now.
     pub(super) fn route(&self, ready: &Ready, helpers: Vec<Place>, target: u32) -> Option<Route> {
-        let (s, fragment_bytes) =
-            (ready.block.s as usize, ready.geometry.fragment_bytes() as u64);
+        let (s, fragment_bytes) = (ready.block.s as usize, ready.geometry.fragment_bytes() as u64);
         let busy: Vec<Place> = ready
             .found
             .sources

@@ -6,6 +6,7 @@ use us_core::placement::{RepairRequest, record_bytes_max};
 
 use super::BlockKey;
 use crate::engine::Engine;
+use crate::engine::members::Member;
 use crate::keys;
 use crate::records::BlockRecord;
 use crate::store::StoreError;
@@ -23,7 +24,8 @@ pub(super) enum Target {
 
 impl Engine {
     /// Where fragment `index` of a block goes: back to its holder where that only lost or damaged
-    /// it, else where the placer puts it, else to whoever holds the least of the block.
+    /// it, else where the placer puts it, else to whoever holds the least of the block. Those who
+    /// could not make it are asked again when there is nobody else.
     pub(super) fn choose_target(
         &mut self,
         key: &BlockKey,
@@ -32,18 +34,44 @@ impl Engine {
         fragment_bytes: u64,
     ) -> Result<Target, StoreError> {
         let needed = record_bytes_max(fragment_bytes);
-        if let Some(target) = self.keep_or_wait(block, index, needed) {
+        let avoid = self.repairs.to_avoid(key, self.at.now_ms);
+        let target = self.target_beside(key, block, index, needed, &avoid)?;
+        if target != Target::None || avoid.is_empty() {
             return Ok(target);
         }
-        if let Some(provider) = self.placed_target(key, block, index, needed)? {
+        if let Some(setback) = self.repairs.setbacks.get_mut(key) {
+            setback.tried.clear();
+        }
+        self.target_beside(key, block, index, needed, &[])
+    }
+
+    fn target_beside(
+        &mut self,
+        key: &BlockKey,
+        block: &BlockRecord,
+        index: usize,
+        needed: u64,
+        avoid: &[u32],
+    ) -> Result<Target, StoreError> {
+        if !avoid.contains(&block.providers[index])
+            && let Some(target) = self.keep_or_wait(block, index, needed)
+        {
+            return Ok(target);
+        }
+        if let Some(provider) = self.placed_target(key, block, index, needed, avoid)? {
             let now = self.repairs.jobs.may_rebuild(provider);
             return Ok(if now { Target::Provider(provider) } else { Target::Later });
         }
-        self.any_target(key, block, index, needed)
+        self.any_target(key, block, index, needed, avoid)
     }
 
     /// The holder itself, where it can take the fragment again, now or soon.
-    pub(super) fn keep_or_wait(&self, block: &BlockRecord, index: usize, needed: u64) -> Option<Target> {
+    pub(super) fn keep_or_wait(
+        &self,
+        block: &BlockRecord,
+        index: usize,
+        needed: u64,
+    ) -> Option<Target> {
         let holder = block.providers[index];
         let member = self.members.get(&holder)?;
         let is_crowded = block
@@ -67,15 +95,17 @@ impl Engine {
         block: &BlockRecord,
         index: usize,
         fragment_bytes: u64,
+        avoid: &[u32],
     ) -> Result<Option<u32>, StoreError> {
         /// Providers that are passed over because they are still deleting something of the block.
         const PASSED_OVER_MAX: usize = 8;
+        let passed_over_max = avoid.len() + PASSED_OVER_MAX;
         let Ok(code) = Code::new(block.s as usize, block.r as usize) else { return Ok(None) };
         let holders: Vec<ProviderId> = block.providers.iter().copied().map(ProviderId).collect();
-        let mut avoid: Vec<ProviderId> = Vec::new();
+        let mut avoid: Vec<ProviderId> = avoid.iter().copied().map(ProviderId).collect();
         let mut seed = [0; 8];
         seed.copy_from_slice(&key.1.as_bytes()[8..]);
-        while avoid.len() < PASSED_OVER_MAX {
+        while avoid.len() < passed_over_max {
             let request = RepairRequest {
                 code,
                 fragment_bytes,
@@ -105,15 +135,19 @@ impl Engine {
         block: &BlockRecord,
         index: usize,
         needed: u64,
+        avoid: &[u32],
     ) -> Result<Target, StoreError> {
-        let fits = |provider: u32| {
-            self.members
-                .get(&provider)
-                .is_some_and(|member| member.takes_new() && member.free_bytes() >= needed)
-        };
         let others = || {
             let holders = block.providers.iter().enumerate();
             holders.filter(move |(at, _)| *at != index).map(|(_, provider)| *provider)
+        };
+        // Before two fragments lie at one provider, those who failed have their second chance.
+        let may_crowd = avoid.is_empty() || self.repairs.has_waited_long(key);
+        let fits = |provider: u32| {
+            let takes = |member: &Member| member.takes_new() && member.free_bytes() >= needed;
+            !avoid.contains(&provider)
+                && self.members.get(&provider).is_some_and(takes)
+                && (may_crowd || others().all(|other| other != provider))
         };
         let site = |provider: u32| self.members.get(&provider).map(|m| m.record.site.as_str());
         let mut best = None;

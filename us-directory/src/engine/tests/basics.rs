@@ -239,6 +239,13 @@ fn dead_blocks_are_deleted_two_lease_times_later_and_until_confirmed() {
         world.provider_says(*conn, PUp::Deleted(DeleteDone { ticket: delete.ticket }));
     }
     assert_eq!(world.status().pending_deletes, 1);
+    // A deletion that failed (a full disk) was never confirmed, and while the stream lived, for weeks,
+    // that provider was told of no other either: a full disk could not get empty.
+    for _ in 0..13 {
+        world.pass(5_000);
+    }
+    let again = deletes(&mut world);
+    assert_eq!(again.iter().map(|(conn, _)| *conn).collect::<Vec<_>>(), [lost_conn]);
     let (_, lost) = *world.providers.iter().find(|(conn, _)| *conn == lost_conn).unwrap();
     let cookie = world.engine.members[&lost].record.cookie.clone();
     let key = world.engine.members[&lost].record.key_hash[0];
@@ -425,4 +432,173 @@ fn locks_wait_and_end_with_their_session() {
     assert_eq!(reply(&mut world, two.conn), None);
     world.says(one.conn, Up::Close(CloseSession {}));
     assert_eq!(reply(&mut world, two.conn), Some(true));
+}
+
+/// The directory's thread was busy for a minute (a huge truncate), or its machine slept. The first
+/// event it took up was a tick, before the reports and renewals that had come meanwhile: every provider
+/// was silent, every mount was shut out.
+#[test]
+fn nobody_is_blamed_for_the_time_the_directory_stood_still() {
+    let mut world = world();
+    let (conn, ..) = world.provider(1, Bytes::new());
+    let (mut one, mut two) = (world.open(1, "v"), world.open(2, "v"));
+    assert!(one.inode(&mut world, 1, Level::Exclusive).is_some());
+    assert!(two.inode(&mut world, 1, Level::Shared).is_none(), "it is the first mount's");
+    let recall = one.recall(&mut world).expect("a recall");
+    world.now_ms += 300_000;
+    world.engine.stood_still(300_000, world.now_ms);
+    world.event(Event::Tick);
+    assert!(world.engine.members.values().all(|member| member.online));
+    assert!(world.engine.sessions.values().all(|known| known.is_alive()));
+    world.provider_says(conn, PUp::Report(report()));
+    one.give_back(&mut world, &recall, false);
+    assert!(two.answer(&mut world).is_some(), "and its question still waits");
+    // Silence is silence again.
+    world.now_ms += 60_000;
+    world.event(Event::Tick);
+    assert!(world.engine.members.values().all(|member| !member.online));
+}
+
+/// A truncate of a huge file was one step, one transaction in memory and one record of the journal: above
+/// 512 MiB it was acknowledged, and not read back at the next start.
+#[test]
+fn a_huge_file_is_cut_in_bounded_commits() {
+    let mut world = world();
+    let mut one = world.open(1, "v");
+    one.inode(&mut world, 1, Level::Exclusive).unwrap();
+    let ino = one.ino();
+    one.change(&mut world, vec![create(1, "a", ino, FILE)]);
+    let zeros =
+        |chunks: u64| ExtentWrite { ino, length: chunks << 22, zero: true, ..Default::default() };
+    let hole = |from: u64, to: u64| {
+        let (offset, length) = (from << 22, (to - from) << 22);
+        ExtentWrite { ino, offset, length, ..Default::default() }
+    };
+    one.change(&mut world, vec![commit(vec![], vec![zeros(2000)])]);
+    let chunks = |world: &World| {
+        let volume = world.engine.sessions[&one.session].volume;
+        let range = KeyRange::prefix(&keys::tag(&volume, b'm'));
+        world.engine.store.scan(&range, usize::MAX).unwrap().len()
+    };
+    assert_eq!(chunks(&world), 2000);
+    let before = world.history.lock().len();
+    let mut mount = one.clone();
+    mount.change(&mut world, vec![commit(vec![], vec![hole(100, 1000)])]);
+    assert_eq!(chunks(&world), 1100);
+    let cut = SetAttributes { ino, size: Some(0), ..Default::default() };
+    mount.change(&mut world, vec![Op::SetAttributes(cut)]);
+    assert_eq!(chunks(&world), 0);
+    let commits = world.history.lock()[before..].to_vec();
+    assert!(commits.len() >= 2 + 3 + 4, "{} commits", commits.len());
+    assert!(commits.iter().all(|commit| commit.len() < 300), "each of them small");
+    let found = mount.inode(&mut world, ino, Level::Exclusive).unwrap();
+    assert_eq!((found.inodes[0].size, found.inodes[0].allocated_bytes), (0, 0));
+}
+
+/// Every fence left a record for ever, and at 16,384 of them nobody could mount any more.
+#[test]
+fn fenced_sessions_are_forgotten_in_the_end() {
+    let mut world = world();
+    let mut last = world.open(1, "v").session;
+    for _ in 0..1500 {
+        let open =
+            OpenSession { volume: "v".to_owned(), replaces: vec![last], ..Default::default() };
+        let conn = world.dial(1, open);
+        let Down::Opened(opened) = world.hear(conn) else { panic!("not opened") };
+        last = opened.session;
+    }
+    assert!(world.engine.sessions.len() < 1100, "{}", world.engine.sessions.len());
+    let range = KeyRange::prefix(&keys::tag(&keys::CLUSTER, b's'));
+    let stored = world.engine.store.scan(&range, usize::MAX).unwrap().len();
+    assert_eq!(stored, world.engine.sessions.len());
+    // One that was forgotten is refused as one that was not.
+    let open =
+        OpenSession { volume: "v".to_owned(), session: 1, incarnation: 1, ..Default::default() };
+    let conn = world.dial(1, open);
+    let Down::Ended(ended) = world.hear(conn) else { panic!("resumed") };
+    assert_eq!(ended.reason, EndReason::Unknown as i32);
+}
+
+fn claims(leases: Vec<InodeLease>) -> Up {
+    Up::Reclaim(Reclaim { leases, last: true })
+}
+
+fn exclusive(ino: u64) -> InodeLease {
+    InodeLease { ino, level: Level::Exclusive.to_wire(), open: false, grant: 0 }
+}
+
+/// A mount claimed the next inode number of another, in the middle of its session; when that other
+/// made the file, an assertion on two EXCLUSIVE leases took the directory down, for every volume.
+/// Claims are for a session that comes back, and only of what it can have.
+#[test]
+fn a_mount_claims_only_what_it_can_have_held() {
+    let mut world = world();
+    let (mut good, bad) = (world.open(1, "v"), world.open(2, "v"));
+    let root = good.inode(&mut world, 1, Level::Exclusive);
+    assert!(root.is_some());
+    let next = good.next_ino;
+    world.says(bad.conn, claims(vec![exclusive(next)]));
+    let ended = |down: &Down| matches!(down, Down::Ended(_)).then_some(());
+    assert_eq!(world.hear_some(bad.conn, ended), Some(()), "out of turn");
+    let ino = good.ino();
+    good.change(&mut world, vec![create(1, "a", ino, FILE)]);
+
+    // Resumed, it may claim; but not what is not there and is not its to make, ...
+    let mut bad = world.open(2, "v");
+    world.event(Event::Disconnected { conn: ConnId(bad.conn) });
+    assert!(matches!(bad.resume(&mut world, "v"), Down::Opened(_)));
+    let (own, next) = (bad.next_ino, good.next_ino);
+    world.says(bad.conn, claims(vec![exclusive(next), exclusive(1 << 40), exclusive(own)]));
+    assert_eq!(world.hear_some(bad.conn, ended), None);
+    let volume = world.engine.sessions[&bad.session].volume;
+    let level = |world: &World, ino| world.engine.leases.level(bad.session, &(volume, ino));
+    assert_eq!((level(&world, next), level(&world, 1 << 40)), (Level::None, Level::None));
+    assert_eq!(level(&world, own), Level::Exclusive);
+    let ino = good.ino();
+    good.change(&mut world, vec![create(1, "b", ino, FILE)]);
+
+    // ... nor what is there and was never granted: changes that are not durable would cross.
+    world.event(Event::Disconnected { conn: ConnId(bad.conn) });
+    assert!(matches!(bad.resume(&mut world, "v"), Down::Opened(_)));
+    good.give_back(&mut world, &Recall { ino, level: Level::None.to_wire(), grant: 0 }, false);
+    world.says(bad.conn, claims(vec![exclusive(ino)]));
+    assert_eq!(world.hear_some(bad.conn, ended), Some(()));
+    let ino = good.ino();
+    good.change(&mut world, vec![create(1, "c", ino, FILE)]);
+}
+
+/// A mount that reads only has a file open that another mount removes. Its `Release`, once refused as
+/// a change, ended its session.
+#[test]
+fn a_read_only_session_may_let_go() {
+    let mut world = world();
+    let open = OpenSession { volume: "v".to_owned(), read_only: true, ..Default::default() };
+    let conn = world.dial(5, open);
+    let mut batch = |number, op| {
+        let mutations = vec![Mutation { op: Some(op) }];
+        world.says(conn, Up::Batch(Batch { number, mutations, traces: vec![] }));
+        world.hear_some(conn, |down| match down {
+            Down::Applied(applied) => Some(Ok(applied.number)),
+            Down::Ended(ended) => Some(Err(ended.reason)),
+            _ => None,
+        })
+    };
+    assert_eq!(batch(1, Op::Release(Release { ino: 77 })), Some(Ok(1)));
+    let change = SetAttributes { ino: 1, mode: Some(0), ..Default::default() };
+    assert_eq!(batch(2, Op::SetAttributes(change)), Some(Err(EndReason::Refused as i32)));
+}
+
+/// Two mounts that create by turns get ranges that do not join. After 1,024 of them (sixteen million
+/// files) the next request once ended the session.
+#[test]
+fn a_session_never_runs_out_of_ranges_of_inode_numbers() {
+    let mut world = world();
+    let (mut one, mut two) = (world.open(1, "v"), world.open(2, "v"));
+    for _ in 0..1100 {
+        one.lease_inodes(&mut world, 1);
+        two.lease_inodes(&mut world, 1);
+    }
+    one.inode(&mut world, 1, Level::Exclusive).unwrap();
+    let ino = one.ino();
+    one.change(&mut world, vec![create(1, "a", ino, FILE)]);
 }

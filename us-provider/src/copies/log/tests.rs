@@ -194,3 +194,19 @@ fn above_its_limit_it_refuses_clearly_and_goes_on_below() {
     let nonsense = StoreRecords { salt: vec![1].into(), ..records(one, 21..=21) };
     assert!(matches!(log.append(&nonsense), Err(LogError::Invalid { .. })));
 }
+
+/// A provider was killed before the fdatasync of records it had taken; the next run said it had them,
+/// the directory acknowledged on its word, and the power took them. Now a start syncs what it reads.
+#[test]
+fn what_a_start_says_it_holds_survives_the_power() {
+    let mut here = Here::new();
+    here.store(label(1, 1, 1), 1..=5);
+    let path = here.files().pop().unwrap();
+    let bytes = fs::metadata(&path).unwrap().len();
+    let platter = disk::Platter::hold(here.data.path()).unwrap();
+    platter.unsynced_behind(&path, bytes - 200);
+    here.again();
+    assert_eq!(here.log.held().unwrap().last_seq, 5);
+    platter.cut(|_| true).unwrap();
+    assert_eq!(here.read(), run_of(1, 1..=5));
+}

@@ -192,3 +192,33 @@ fn a_lost_segment_header_is_replaced_by_the_first_record() {
     assert!(store.recovery().set_aside[0].exists());
     assert_eq!(store.state().fragments, 0);
 }
+
+/// The provider was killed between the write of a fragment and its fdatasync. The next run walked the
+/// record out of the page cache; the client's retry met it and was told "stored" without any sync;
+/// then the power went and the acknowledged fragment with it.
+#[test]
+fn what_was_found_at_a_start_and_acknowledged_survives_the_power() {
+    let image = image();
+    let is_segment = |path: &Path| path.extension().is_some_and(|end| end == "seg");
+    for last in 4..8 {
+        let copy = tempfile::tempdir().unwrap();
+        copy_folder(image.dir.path(), copy.path());
+        std::fs::remove_dir_all(copy.path().join("index")).unwrap();
+        if last % 2 == 0 {
+            copy_folder(&image.early.path().join("index"), &copy.path().join("index"));
+        }
+        let platter = us_core::daemon::disk::Platter::hold(copy.path()).unwrap();
+        platter.unsynced_behind(&segment_paths(copy.path())[0], image.records[last - 1].2);
+        let store = Store::open(copy.path(), one_segment()).unwrap();
+        for (_, record, _) in &image.records {
+            assert_eq!(store.put_blocking(record.clone()).unwrap(), PutOutcome::Present);
+        }
+        drop(store);
+        std::fs::remove_dir_all(copy.path().join("index")).unwrap();
+        platter.cut(is_segment).unwrap();
+        let store = Store::open(copy.path(), one_segment()).unwrap();
+        for (id, record, _) in &image.records {
+            assert!(read_all(&store, *id).unwrap() == *record, "{id}");
+        }
+    }
+}

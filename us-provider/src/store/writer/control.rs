@@ -9,8 +9,9 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use rustix::fs::{FallocateFlags, fallocate, fdatasync};
+use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::Errno;
+use us_core::daemon::disk;
 use us_core::ids::FragmentId;
 
 use super::stage::{answer, kept_bytes};
@@ -93,19 +94,37 @@ impl Writer {
         result
     }
 
-    /// Gives back the space of fragments in the trash.
+    /// Gives back the space of fragments in the trash. One whose record the disk cannot mark is
+    /// forgotten all the same, its bytes are dead; where a whole segment cannot be synced or punched
+    /// its fragments stay, once, and the others go.
     fn purge(&mut self, ids: &[FragmentId]) -> Result<usize, StoreError> {
         let mut batch = Batch::default();
         let trashed = self.select(&mut batch, ids, |entry| entry.trashed_at_s != 0)?;
-        let entries: Vec<_> = trashed.iter().map(|(_, entry)| *entry).collect();
-        self.entomb(&entries)?;
-        let mut staged = Staged::default();
-        for (id, entry) in &trashed {
-            staged.set(*id, Some(*entry), None);
+        let mut by_segment: BTreeMap<u32, Vec<(FragmentId, Entry)>> = BTreeMap::new();
+        for (id, entry) in trashed {
+            by_segment.entry(entry.place.segment).or_default().push((id, entry));
+        }
+        let (mut staged, mut purged, mut failed) = (Staged::default(), 0, None);
+        for (number, trashed) in by_segment {
+            let entries: Vec<_> = trashed.iter().map(|(_, entry)| *entry).collect();
+            if let Err(error) = self.entomb(&entries)
+                && self.unburied.insert(number)
+            {
+                tracing::error!(%error, segment = number, "cannot be purged; once more");
+                failed = Some(error);
+                continue;
+            }
+            purged += trashed.len();
+            for (id, entry) in &trashed {
+                staged.set(*id, Some(*entry), None);
+            }
         }
         self.apply(staged)?;
-        metrics::counter!("us_provider_purged_total").increment(trashed.len() as u64);
-        Ok(trashed.len())
+        metrics::counter!("us_provider_purged_total").increment(purged as u64);
+        match failed {
+            Some(error) if purged == 0 => Err(error),
+            Some(_) | None => Ok(purged),
+        }
     }
 
     /// Buries records that were replaced. A failure costs space, nothing else: it is logged.
@@ -132,17 +151,34 @@ impl Writer {
                 path: segment.path.clone(),
                 source: Arc::new(error),
             };
+            let mut buried = Vec::with_capacity(entries.len());
             for entry in &entries {
-                tombstone(&segment, entry).map_err(|error| failed("mark a record in", error))?;
+                match self.mark(&segment, entry) {
+                    Ok(true) => buried.push(*entry),
+                    Ok(false) => {}
+                    Err(error) => {
+                        let (path, offset) = (segment.path.display(), entry.place.offset);
+                        tracing::error!(%error, %path, offset, "a record cannot be marked as gone");
+                    }
+                }
             }
-            fdatasync(&segment.file).map_err(|error| failed("sync", error.into()))?;
+            disk::sync_data(&segment.file, &segment.path).map_err(|error| failed("sync", error))?;
             let mut punched = 0;
-            for entry in &entries {
+            for entry in &buried {
                 punched += self.punch(&segment, entry).map_err(|error| failed("punch", error))?;
             }
             self.shared.accounts.lock().punch(number, punched);
+            self.touched.push(number);
         }
         Ok(())
+    }
+
+    fn mark(&self, segment: &Segment, entry: &Entry) -> std::io::Result<bool> {
+        #[cfg(test)]
+        if self.shared.options.bad_sectors.lock().contains(&entry.place.offset) {
+            return Err(Errno::IO.into());
+        }
+        tombstone(segment, entry)
     }
 
     /// Gives a record's body back to the file system; says how many bytes that is.
@@ -176,15 +212,18 @@ impl Writer {
     }
 }
 
-/// Makes a fragment's record a tombstone. Whatever stands there that is not this record is left.
-fn tombstone(segment: &Segment, entry: &Entry) -> std::io::Result<()> {
+/// Makes a fragment's record a tombstone; whether it is one now. Whatever stands there that is not this
+/// record is left.
+fn tombstone(segment: &Segment, entry: &Entry) -> std::io::Result<bool> {
     let offset = entry.place.offset;
     let bytes = segment.read(offset, ENVELOPE_BYTES)?;
     match Envelope::decode(&bytes, &segment.salt, offset) {
         Some(envelope) if envelope.kind == RecordKind::Fragment && envelope.seq == entry.seq => {
             let envelope = Envelope { kind: RecordKind::Tombstone, ..envelope };
-            write_all_at(&segment.file, &envelope.encode(), offset)
+            write_all_at(&segment.file, &envelope.encode(), offset).map(|()| true)
         }
-        Some(_) | None => Ok(()),
+        // Of an attempt that did not get further.
+        Some(envelope) => Ok(envelope.kind == RecordKind::Tombstone && envelope.seq == entry.seq),
+        None => Ok(false),
     }
 }

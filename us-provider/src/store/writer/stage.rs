@@ -240,6 +240,8 @@ impl Writer {
             // Moving does not make it better.
             batch.staged().set(header.id(), current, Some(Entry { damaged: true, ..entry }));
         }
+        // A later look at the old segment must not take the old record for one the index has lost.
+        batch.supersede(from);
         Ok(true)
     }
 
