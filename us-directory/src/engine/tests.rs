@@ -26,6 +26,7 @@ mod garbage;
 mod keeping;
 mod leaving;
 mod repair;
+mod routes;
 mod simulation;
 
 /// Counts up: distinct, and the same in every run.

@@ -106,6 +106,9 @@ impl Engine {
     fn begin_repair(&mut self, ready: Ready, helpers: Vec<Place>) -> Result<bool, StoreError> {
         let Ready { key, block, geometry, index, .. } = &ready;
         let (key, index, now_ms) = (*key, *index, self.now_ms());
+        // Those before it may have used up what some can send.
+        let mut helpers = helpers;
+        helpers.retain(|(_, provider)| self.repairs.jobs.may_queue(*provider, now_ms));
         if !ready.is_move() && helpers.len() < block.s as usize {
             return Ok(false);
         }

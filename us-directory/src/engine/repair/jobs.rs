@@ -5,6 +5,8 @@ use std::collections::{BTreeMap, HashMap};
 use super::queue::BlockKey;
 
 const HOUR_MS: u64 = 3_600_000;
+/// How far what is asked of a provider may run ahead of its budget.
+const AHEAD_MS: u64 = 20_000;
 
 /// How much may be under way at once.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -152,6 +154,15 @@ impl Jobs {
         self.loads
             .get(&provider)
             .is_none_or(|load| load.sends < self.limits.sends_max && load.busy_until_ms <= now_ms)
+    }
+
+    /// Whether one that [`Jobs::may_send`] may be asked for one fragment more together with others:
+    /// what is asked of it runs ahead of its budget by a bounded time.
+    pub fn may_queue(&self, provider: u32, now_ms: u64) -> bool {
+        let until_ms = now_ms + AHEAD_MS;
+        self.loads
+            .get(&provider)
+            .is_none_or(|load| load.sends < self.limits.sends_max && load.busy_until_ms <= until_ms)
     }
 
     /// What a provider is doing for repairs: the less the sooner it is asked.

@@ -92,11 +92,11 @@ impl Engine {
         up.map_or(f64::INFINITY, rough)
     }
 
-    /// What a provider's line gives one repair more.
+    /// What a provider's line gives. What else it has to do is left to [`Engine::with_helpers`]: counted
+    /// here too, it would undo what was balanced there.
     fn line(&self, provider: u32, sites: &mut HashMap<String, u32>) -> Line {
         let rates = &self.repairs.rates;
-        let among = (1 + self.repairs.jobs.load(provider)) as f64;
-        let rate = |rate: Option<f64>| rate.map_or(f64::INFINITY, |rate| rough(rate) / among);
+        let rate = |rate: Option<f64>| rate.map_or(f64::INFINITY, rough);
         let site = self.members.get(&provider).map_or("", |member| member.record.site.as_str());
         let next = sites.len() as u32;
         let site = (!site.is_empty()).then(|| *sites.entry(site.to_owned()).or_insert(next));

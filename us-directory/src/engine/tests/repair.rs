@@ -82,6 +82,8 @@ pub(super) struct Swarm {
     /// They report well, take puts, and fail every order.
     broken: BTreeSet<u8>,
     failed_orders: u64,
+    /// Of a block.
+    pub plaintext_bytes: u32,
 }
 
 impl Swarm {
@@ -107,6 +109,7 @@ impl Swarm {
             heard: Vec::new(),
             broken: BTreeSet::new(),
             failed_orders: 0,
+            plaintext_bytes: 8192,
         };
         swarm.mount.inode(&mut swarm.world, 1, Level::Exclusive).unwrap();
         (1..=providers).for_each(|key| swarm.join(key));
@@ -174,7 +177,7 @@ impl Swarm {
                 s: 4,
                 r: 2,
                 page_bytes: 4096,
-                plaintext_bytes: 8192,
+                plaintext_bytes: self.plaintext_bytes,
                 birth,
                 providers: lease.providers.clone(),
                 durable: vec![0b11_1111].into(),
