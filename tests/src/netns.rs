@@ -125,16 +125,8 @@ impl Net {
         }
         // The machine's own end lies outside; its other end takes it along.
         let host = format!("us{pid}h{number}");
-<<<<<<< HEAD
-        ip(&[
-            "-n", &hub, "link", "add", "host", "type", "veth", "peer", "name", &host, "netns", "1",
-        ]);
-||||||| 281f108
-        ip(&["-n", &hub, "link", "add", "host", "type", "veth", "peer", "name", &host, "netns", "1"]);
-=======
         let end = ["peer", "name", &host, "netns", &pid.to_string()];
         ip(&[&["-n", &hub, "link", "add", "host", "type", "veth"][..], &end[..]].concat());
->>>>>>> heal
         net.plug(&hub, "host", "b0", None);
         ip(&["address", "add", &format!("{}.1/24", net.subnet), "dev", &host]);
         ip(&["link", "set", &host, "up"]);

@@ -476,10 +476,22 @@ impl Run {
     fn judged(&mut self, provider: u32, stray: &Stray, verdict: Verdict) -> Result<(), FsckError> {
         let (kind, detail) = match verdict {
             Verdict::Named => return Ok(()),
-            Verdict::Young => return Ok(self.summary.young += 1),
-            Verdict::Dying => return Ok(self.summary.dying += 1),
-            Verdict::Spared => return Ok(self.summary.spared += 1),
-            Verdict::Busy => return Ok(self.summary.busy += 1),
+            Verdict::Young => {
+                self.summary.young += 1;
+                return Ok(());
+            }
+            Verdict::Dying => {
+                self.summary.dying += 1;
+                return Ok(());
+            }
+            Verdict::Spared => {
+                self.summary.spared += 1;
+                return Ok(());
+            }
+            Verdict::Busy => {
+                self.summary.busy += 1;
+                return Ok(());
+            }
             Verdict::Orphan => (FsckKind::OrphanFragment, "nothing names it"),
             Verdict::Wanted => (FsckKind::StrayFragment, "its block lacks it where it should lie"),
         };
@@ -536,7 +548,7 @@ impl Expected {
                 }
             }
             from = 0;
-            self.block = self.holdings.next()?;
+            self.block = self.holdings.next_block()?;
             if self.block.is_none() {
                 self.head = None;
                 return Ok(());

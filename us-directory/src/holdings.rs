@@ -85,7 +85,7 @@ impl Holdings {
     ///
     /// # Errors
     /// [`StoreError`].
-    pub fn next(&mut self) -> Result<Option<Held>, StoreError> {
+    pub fn next_block(&mut self) -> Result<Option<Held>, StoreError> {
         let Some(Reverse((block, at))) = self.heads.pop() else { return Ok(None) };
         let cursor = &mut self.cursors[at];
         let (_, fragments) = cursor.page.pop_front().expect("its head came from here");

@@ -32,6 +32,9 @@ mod space;
 mod writer;
 
 #[cfg(test)]
+#[path = "../samples/record.rs"]
+pub(crate) mod record;
+#[cfg(test)]
 mod tests;
 
 use std::fmt;

@@ -37,6 +37,7 @@ const RW: OpenFlags = OpenFlags {
     truncate: false,
     sync: false,
     exclusive: false,
+    no_atime: false,
 };
 
 /// One process on one mount, and its part of the kernel: what it has looked up and opened.

@@ -146,13 +146,8 @@ impl Blocks {
     }
 
     /// Blocks in all.
-    pub fn len(&self) -> usize {
+    pub fn count(&self) -> usize {
         self.distinct.len()
-    }
-
-    /// Whether there is none.
-    pub fn is_empty(&self) -> bool {
-        self.distinct.is_empty()
     }
 
     /// Blocks of which s fragments can be reached.
@@ -171,7 +166,8 @@ impl Blocks {
     }
 
     /// Whether an intact copy of the fragment is left.
-    pub fn has(&self, fragment: Fragment) -> bool {
+    #[cfg(test)]
+    fn has(&self, fragment: Fragment) -> bool {
         self.copies[self.at(fragment).1][0] > 0
     }
 
@@ -179,7 +175,7 @@ impl Blocks {
     pub fn intact_mean_and_least(&self) -> (f64, usize) {
         let weighed: usize = self.by_intact.iter().enumerate().map(|(left, n)| left * n).sum();
         let least = self.by_intact.iter().position(|blocks| *blocks > 0).unwrap_or(0);
-        (weighed as f64 / self.len().max(1) as f64, least)
+        (weighed as f64 / self.count().max(1) as f64, least)
     }
 }
 

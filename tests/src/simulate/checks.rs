@@ -291,7 +291,7 @@ impl Swarm<'_> {
 
     /// New blocks lie as they should.
     pub(super) fn check_placements(&mut self) -> anyhow::Result<()> {
-        for block in 0..self.blocks.len() as u32 {
+        for block in 0..self.blocks.count() as u32 {
             let homes = self.living_homes(block, None);
             let distinct: BTreeSet<u32> = homes.iter().copied().collect();
             let room = self.machines.len() >= self.scenario.code.fragments();

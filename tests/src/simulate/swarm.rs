@@ -279,7 +279,7 @@ impl<'s> Swarm<'s> {
     fn sample(&mut self) -> anyhow::Result<()> {
         let now_ms = self.directory.now_ms;
         let (intact_mean, intact_least) = self.blocks.intact_mean_and_least();
-        let blocks = self.blocks.len().max(1) as f64;
+        let blocks = self.blocks.count().max(1) as f64;
         self.report.samples.push(Sample {
             at_ms: now_ms,
             online: self.machines.iter().filter(|machine| machine.conn.is_some()).count(),

@@ -78,7 +78,7 @@ impl Engine {
     fn begin_list(&mut self, provider: u32) -> Result<(), StoreError> {
         let volumes: Vec<VolumeId> = self.volumes.keys().copied().collect();
         let mut holdings = Holdings::new(self.store.snapshot(), volumes, provider)?;
-        let head = holdings.next()?;
+        let head = holdings.next_block()?;
         let list = self.next_query;
         self.next_query += 1;
         self.retain = Some(Retain {
@@ -109,7 +109,7 @@ impl Engine {
         {
             let block = Bytes::copy_from_slice(held.block.as_bytes());
             entries.push(RetainEntry { block, fragments: held.fragments });
-            retain.head = retain.holdings.next()?;
+            retain.head = retain.holdings.next_block()?;
         }
         retain.entries += entries.len() as u64;
         retain.is_last_sent = retain.head.is_none();

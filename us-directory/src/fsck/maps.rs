@@ -23,6 +23,9 @@ use crate::records::{
 };
 use crate::store::{KeyRange, Pair, StoreError, View};
 
+/// A block, and what is wrong with the map of it.
+type Wrong = (BlockId, (FsckKind, String));
+
 /// Keys of one kind read together.
 const PAGE: usize = 1024;
 
@@ -122,12 +125,7 @@ impl Maps<'_> {
     }
 
     /// What is wrong with one chunk's map.
-    fn chunk(
-        &mut self,
-        map: &ChunkRecord,
-        ino: u64,
-        chunk: u64,
-    ) -> Result<Vec<(BlockId, (FsckKind, String))>, StoreError> {
+    fn chunk(&mut self, map: &ChunkRecord, ino: u64, chunk: u64) -> Result<Vec<Wrong>, StoreError> {
         let mut wrong = Vec::new();
         let mut bytes: BTreeMap<BlockId, (u64, u64)> = BTreeMap::new();
         let mut end = 0;

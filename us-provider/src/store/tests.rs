@@ -13,9 +13,7 @@ use us_core::ids::FragmentId;
 
 use super::{ReadRequest, Store, StoreOptions};
 
-#[path = "../../samples/record.rs"]
-mod record;
-use record::{sample, sample_id};
+use super::record::{sample, sample_id};
 
 /// A clock that tests move.
 #[derive(Clone, Default)]

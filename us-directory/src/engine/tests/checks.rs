@@ -136,7 +136,7 @@ fn holdings_come_in_the_order_of_the_providers_index() {
     let provider = swarm.disks[&4].id;
     let mut holdings = Holdings::new(engine.store.snapshot(), volumes, provider).unwrap();
     let mut found = Vec::new();
-    while let Some(held) = holdings.next().unwrap() {
+    while let Some(held) = holdings.next_block().unwrap() {
         let indexes = (0..6u32).filter(|index| bit(&held.fragments, *index as usize));
         let block = Bytes::copy_from_slice(held.block.as_bytes());
         found.extend(indexes.map(|index| (block.clone(), index)));

@@ -147,7 +147,7 @@ fn the_only_copy_of_what_a_block_lacks_is_taken_over() {
     assert_eq!(judge(&mut swarm, other, &strays, true), [Verdict::Busy]);
     swarm.world.now_ms += DAY_MS;
     // Dead, but nothing was made again yet.
-    while swarm.world.engine.members[&record.providers[2]].record.dead == false {
+    while !swarm.world.engine.members[&record.providers[2]].record.dead {
         swarm.world.pass(500);
         swarm.world.says(swarm.mount.conn, Up::Renew(Renew {}));
     }

@@ -5,9 +5,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::store::StoreOptions;
 
-#[path = "../../../samples/record.rs"]
-mod record;
-use record::{sample, sample_id};
+use crate::store::record::{sample, sample_id};
 
 /// A store with blocks 1 to `count`, whose births are their numbers.
 fn store(dir: &std::path::Path, count: u64) -> Store {
