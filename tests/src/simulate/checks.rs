@@ -18,6 +18,9 @@ use super::life::{HOUR_MS, Presence};
 use super::scenario::Scenario;
 use super::swarm::Swarm;
 
+/// How far what a provider is asked to send may run ahead of its rate, as docs/configuration.md has it.
+const AHEAD_MS: u64 = 20_000;
+
 /// What the checkers remember.
 #[derive(Debug)]
 pub(super) struct Checks {
@@ -201,15 +204,16 @@ impl Swarm<'_> {
             0 => self.fragment_bytes(),
             parts => self.fragment_bytes() * parts / senders.len().max(1) as u64,
         };
+        let rate = self.repair_rate();
         for sender in senders {
             let sends = self.checks.sends.entry(sender).or_default();
             *sends += 1;
             ensure!(*sends <= limits.sends_max, "provider {sender} is to send {sends} at once");
             self.report.sends_max = self.report.sends_max.max(*sends);
-            if let Some(takes_ms) = (bytes * 1000).checked_div(limits.send_bytes_per_s_max) {
+            if let Some(takes_ms) = (bytes * 1000).checked_div(rate) {
                 let until_ms = self.checks.sending_until_ms.entry(sender).or_default();
-                // One fragment may be asked for ahead.
-                ensure!(*until_ms <= now_ms + takes_ms, "provider {sender} is over its rate");
+                // What is asked for may run so far ahead, and no further.
+                ensure!(*until_ms <= now_ms + AHEAD_MS, "provider {sender} is over its rate");
                 *until_ms = now_ms.max(*until_ms) + takes_ms;
             }
         }
@@ -217,6 +221,16 @@ impl Swarm<'_> {
             self.check_target(block, *wanted as usize, machine)?;
         }
         Ok(())
+    }
+
+    /// Bytes a second that one provider may be asked to send, by the limit of all and by its share of
+    /// what owners say of their lines; 0: no limit.
+    fn repair_rate(&self) -> u64 {
+        let limits = self.checks.limits;
+        let stated = if self.scenario.states_line { self.scenario.line.up as u64 } else { 0 };
+        let share = stated * limits.uplink_percent_max / 100;
+        let rates = [limits.send_bytes_per_s_max, share];
+        rates.into_iter().filter(|rate| *rate > 0).min().unwrap_or(0)
     }
 
     /// The homes of a block's fragments but `except`, where they still live.
