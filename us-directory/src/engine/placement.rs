@@ -83,8 +83,10 @@ impl Engine {
                 Ok(placement) => {
                     self.note_spread(placement.degraded);
                     self.promise(&placement.providers, fragment_bytes);
+                    let sites = placement.providers.iter().map(|id| self.site_number(*id));
+                    let sites = sites.collect();
                     let providers = placement.providers.iter().map(|provider| provider.0).collect();
-                    reply.leases.push(PlacementLease { birth: self.next_birth, providers });
+                    reply.leases.push(PlacementLease { birth: self.next_birth, providers, sites });
                     self.next_birth += 1;
                 }
                 Err(error) => {
@@ -100,6 +102,13 @@ impl Engine {
             self.births_promised = self.commit_cluster(Durability::Durable)?;
         }
         Ok(reply)
+    }
+
+    /// A number for a provider's labelled site, for those who have to put a fragment elsewhere; 0:
+    /// it has no label.
+    fn site_number(&self, provider: ProviderId) -> u32 {
+        let field = self.placer.landscape().field();
+        field.node(provider).map_or(0, |node| field.known(node).place.index() as u32)
     }
 
     /// Tells the placer how a provider is now.

@@ -320,6 +320,7 @@ impl Engine {
         let granted = self.leases.level(session, &key);
         if listed {
             self.leases.forget(session, &key);
+            self.wake_inode(&key);
         }
         let level = Level::from_wire(lease.level);
         if too_many || self.leases.count(session) >= SESSION_LEASES_MAX {

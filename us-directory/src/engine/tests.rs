@@ -52,6 +52,8 @@ pub(super) struct World {
     pub to_providers: HashMap<u64, VecDeque<PDown>>,
     answers: VecDeque<Answer>,
     pub providers: Vec<(u64, u32)>,
+    /// What the owners of all providers state of their lines, up and down, bytes a second.
+    pub line: (u64, u64),
 }
 
 fn engine_on(store: MemoryStore) -> Engine {
@@ -73,6 +75,7 @@ impl World {
             to_providers: HashMap::new(),
             answers: VecDeque::new(),
             providers: Vec::new(),
+            line: (0, 0),
         };
         world.make_durable();
         world
@@ -127,7 +130,9 @@ impl World {
     pub fn pass(&mut self, ms: u64) {
         self.now_ms += ms;
         for (conn, _) in self.providers.clone() {
-            self.provider_says(conn, PUp::Report(report()));
+            let (uplink_bytes_per_s, downlink_bytes_per_s) = self.line;
+            let line = ProviderReport { uplink_bytes_per_s, downlink_bytes_per_s, ..report() };
+            self.provider_says(conn, PUp::Report(line));
         }
         self.event(Event::Tick);
     }

@@ -19,7 +19,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use us_core::disk::{
     BlockDirectory, BlockInfo, Damage, DiskConfig, LinksConfig, PlacementError, PlacementLease,
-    ProviderLinks, StoredBlock, VirtualDisk,
+    ProviderLinks, SiteNumber, StoredBlock, VirtualDisk,
 };
 use us_core::geometry::Code;
 use us_core::ids::{Birth, BlockId, ClusterId, ProviderId};
@@ -230,6 +230,7 @@ impl BlockDirectory for Places {
             let leases = leased.leases.into_iter().map(|lease| PlacementLease {
                 birth: Birth(lease.birth),
                 providers: lease.providers.into_iter().map(ProviderId).collect(),
+                sites: lease.sites.into_iter().map(SiteNumber).collect(),
             });
             let mut ahead = self.ahead.lock();
             ahead.extend(leases);

@@ -643,3 +643,18 @@ fn a_session_never_runs_out_of_ranges_of_inode_numbers() {
     let ino = one.ino();
     one.change(&mut world, vec![create(1, "a", ino, FILE)]);
 }
+
+/// A lease was asked back while its mount had no connection. The mount had let go of it already and
+/// claimed no more than the open file; who waited for the lease was never told.
+#[test]
+fn what_a_resumed_session_lets_go_of_is_given_to_who_waits() {
+    let mut world = world();
+    let (mut one, mut two) = (world.open(1, "v"), world.open(2, "v"));
+    assert!(one.inode(&mut world, 1, Level::Exclusive).is_some());
+    world.event(Event::Disconnected { conn: ConnId(one.conn) });
+    assert!(two.inode(&mut world, 1, Level::Exclusive).is_none(), "it is the first mount's");
+    assert!(matches!(one.resume(&mut world, "v"), Down::Opened(_)));
+    let nothing = InodeLease { ino: 1, level: Level::None.to_wire(), open: true, grant: 1 << 40 };
+    world.says(one.conn, claims(vec![nothing]));
+    assert!(two.answer(&mut world).is_some());
+}

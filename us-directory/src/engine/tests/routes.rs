@@ -5,16 +5,10 @@ use std::collections::BTreeMap;
 use super::repair::Swarm;
 use super::*;
 
+/// A whole block in 4+2.
+const BLOCK_BYTES: u32 = 4_128_768;
 const DAY_MS: u64 = 24 * 3_600_000;
 const MINUTE_MS: u64 = 60_000;
-
-/// The owners of all say what their lines give.
-fn state_lines(swarm: &mut Swarm, uplink_bytes_per_s: u64, downlink_bytes_per_s: u64) {
-    for conn in swarm.disks.values().filter_map(|disk| disk.conn).collect::<Vec<_>>() {
-        let line = ProviderReport { uplink_bytes_per_s, downlink_bytes_per_s, ..report() };
-        swarm.world.provider_says(conn, PUp::Report(line));
-    }
-}
 
 /// A provider dies; the first orders that leave then.
 fn orders_after_a_death(swarm: &mut Swarm) -> Vec<RebuildFragments> {
@@ -34,14 +28,14 @@ fn lines_say_by_which_way_fragments_travel() {
     let lan = 1_250_000;
     let cases = [
         (0, 0, RebuildPath::Star),
-        (16_000, lan, RebuildPath::Star),
+        (16_000, lan, RebuildPath::RotatedStar),
         (lan, lan, RebuildPath::Chain),
     ];
     for (up, down, path) in cases {
         let mut swarm = Swarm::new(8);
-        swarm.plaintext_bytes = 4 << 20;
+        swarm.plaintext_bytes = BLOCK_BYTES;
         swarm.write(12);
-        state_lines(&mut swarm, up, down);
+        swarm.world.line = (up, down);
         let orders = orders_after_a_death(&mut swarm);
         assert!(orders.iter().all(|order| order.path() == path), "{up} {down}: {orders:?}");
         swarm.run(30 * MINUTE_MS);
@@ -68,9 +62,9 @@ fn helpers_are_chosen_for_many_blocks_together() {
 #[test]
 fn a_stated_uplink_is_shared_with_its_owner() {
     let mut swarm = Swarm::new(8);
-    swarm.plaintext_bytes = 4 << 20;
+    swarm.plaintext_bytes = BLOCK_BYTES;
     swarm.write(20);
-    state_lines(&mut swarm, 128 << 10, 1 << 30);
+    swarm.world.line = (128 << 10, 1 << 30);
     orders_after_a_death(&mut swarm);
     swarm.run(MINUTE_MS);
     // Half of it: a fragment of a MiB takes 16 s; what is asked may run 20 s ahead.
