@@ -58,7 +58,7 @@ pub use error::{FragmentFailure, FragmentLoss, PlacementError, ReadError, Retry,
 pub use links::{FetchedSlots, LinksConfig, ProviderAddress, ProviderLinks};
 pub use margin::{durable_after_loss, margin_holds};
 pub use read_ahead::{ReadAhead, ReadAheadLimits};
-pub use seams::{BlockDirectory, Damage, FragmentTransport, PlacementLease, SlotRange};
+pub use seams::{BlockDirectory, Damage, FragmentTransport, PlacementLease, SiteNumber, SlotRange};
 pub use store::LateFragments;
 
 use crate::code::ErasureCode;

@@ -18,7 +18,7 @@ use super::life::{HOUR_MS, Presence};
 use super::scenario::Scenario;
 use super::swarm::Swarm;
 
-/// How far what a provider is asked to send may run ahead of its rate, as docs/configuration.md has it.
+/// How far what a provider is asked to send may run ahead of its rate (docs/configuration.md).
 const AHEAD_MS: u64 = 20_000;
 
 /// What the checkers remember.
@@ -223,7 +223,7 @@ impl Swarm<'_> {
         Ok(())
     }
 
-    /// Bytes a second that one provider may be asked to send, by the limit of all and by its share of
+    /// Bytes a second one provider may be asked to send, by the limit of all and by its share of
     /// what owners say of their lines; 0: no limit.
     fn repair_rate(&self) -> u64 {
         let limits = self.checks.limits;

@@ -345,6 +345,7 @@ impl BlockDirectory for MemoryDirectory {
             Ok(PlacementLease {
                 birth: Birth(known.leases),
                 providers: (0..self.code.fragments() as u64).map(at).collect(),
+                sites: Vec::new(),
             })
         };
         futures::future::ready(lease).boxed()

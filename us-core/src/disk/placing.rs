@@ -7,7 +7,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::{
-    Acknowledge, FragmentBits, FragmentFailure, FragmentLoss, Retry, StoreError, margin_holds,
+    Acknowledge, FragmentBits, FragmentFailure, FragmentLoss, PlacementLease, Retry, SiteNumber,
+    StoreError, margin_holds,
 };
 use crate::geometry::Code;
 use crate::ids::{BlockId, FragmentId, ProviderId};
@@ -38,8 +39,12 @@ pub(super) struct Placing {
     pub durable: FragmentBits,
     /// Providers that failed for this block: not asked again.
     failed: BTreeSet<ProviderId>,
-    /// Providers that may be asked.
-    candidates: BTreeSet<ProviderId>,
+    /// Providers that may be asked, with their sites, as they were leased.
+    candidates: Vec<(ProviderId, SiteNumber)>,
+    /// The most fragments that the directory gave one labelled site of any lease.
+    site_most: usize,
+    /// Places that were given up for being slow: the fragment may still get there.
+    slow: BTreeSet<(usize, ProviderId)>,
     extra_leases: usize,
     losses: BTreeMap<(usize, ProviderId), FragmentFailure>,
 }
@@ -49,19 +54,23 @@ impl Placing {
         block: BlockId,
         code: Code,
         acknowledge: Acknowledge,
-        providers: Vec<ProviderId>,
+        lease: &PlacementLease,
     ) -> Self {
-        Self {
+        let mut placing = Self {
             block,
             code,
             acknowledge,
-            candidates: providers.iter().copied().collect(),
-            providers,
+            candidates: Vec::new(),
+            site_most: 1,
+            slow: BTreeSet::new(),
+            providers: lease.providers.clone(),
             durable: FragmentBits::EMPTY,
             failed: BTreeSet::new(),
             extra_leases: 0,
             losses: BTreeMap::new(),
-        }
+        };
+        placing.leased(lease);
+        placing
     }
 
     /// An error when the margin would not hold with every fragment at its place.
@@ -85,12 +94,14 @@ impl Placing {
         if failure.retry() != Retry::SamePeerLater {
             self.failed.insert(provider);
         }
+        self.slow.remove(&(index, provider));
         self.losses.insert((index, provider), failure);
     }
 
     /// A put takes too long: the provider gets nothing more of this block.
     pub fn slow(&mut self, index: usize, provider: ProviderId, waited_ms: u64) {
         self.failed.insert(provider);
+        self.slow.insert((index, provider));
         self.losses.insert((index, provider), FragmentFailure::Timeout { waited_ms });
     }
 
@@ -108,21 +119,50 @@ impl Placing {
         self.durable.count() == self.code.fragments()
     }
 
-    /// More providers to choose from.
-    pub fn leased(&mut self, providers: &[ProviderId]) {
-        self.candidates.extend(providers);
+    /// More providers to choose from. What the lease gives one site is what a site may hold now.
+    pub fn leased(&mut self, lease: &PlacementLease) {
+        let sites = lease.sites.iter().copied().chain(std::iter::repeat(SiteNumber::UNLABELLED));
+        let mut held: BTreeMap<SiteNumber, usize> = BTreeMap::new();
+        for (provider, site) in lease.providers.iter().copied().zip(sites) {
+            if site != SiteNumber::UNLABELLED {
+                *held.entry(site).or_default() += 1;
+            }
+            if self.candidates.iter().all(|(known, _)| *known != provider) {
+                self.candidates.push((provider, site));
+            }
+        }
+        self.site_most = held.into_values().fold(self.site_most, usize::max);
     }
 
-    /// Where to put fragment `index` now: where the fewest fragments of the block are.
+    /// Fragments but `index` that are in `site`, or may still get there.
+    fn in_site(&self, index: usize, site: SiteNumber) -> usize {
+        if site == SiteNumber::UNLABELLED {
+            return 0;
+        }
+        let is_here = |provider: &ProviderId| self.candidates.contains(&(*provider, site));
+        let others = self.providers.iter().enumerate().filter(|(at, _)| *at != index);
+        let held = others.filter(|(at, place)| {
+            let slow = self.slow.range((*at, ProviderId(0))..=(*at, ProviderId(u32::MAX)));
+            let may_come = || slow.map(|(_, place)| place).any(|place| is_here(place));
+            is_here(place) || !self.durable.contains(*at) && may_come()
+        });
+        held.count()
+    }
+
+    /// Where to put fragment `index` now: where the fewest fragments of the block are, at the
+    /// provider and in its site.
     pub fn replace(&mut self, index: usize) -> Replacement {
-        let held = |provider: &ProviderId| {
+        let held = |provider: ProviderId| {
             let others = self.providers.iter().enumerate();
-            others.filter(|(at, place)| *at != index && *place == provider).count()
+            others.filter(|(at, place)| *at != index && **place == provider).count()
         };
-        let usable = self.candidates.difference(&self.failed);
-        let best = usable.map(|provider| (held(provider), *provider)).min();
+        let usable = self.candidates.iter().filter(|(provider, _)| !self.failed.contains(provider));
+        let ranked = usable
+            .map(|(provider, site)| ((held(*provider), self.in_site(index, *site)), *provider));
+        // Of equals the first one leased: leases spread what they give.
+        let best = ranked.min_by_key(|(rank, _)| *rank);
         match best {
-            Some((0, provider)) => {
+            Some(((0, in_site), provider)) if in_site < self.site_most => {
                 self.providers[index] = provider;
                 Replacement::Put(provider)
             }
@@ -181,11 +221,20 @@ impl Placing {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ids::Birth;
 
     fn placing(places: [u32; 6]) -> Placing {
         let block = BlockId::from_bytes([1; 16]);
         let code = Code::new(4, 2).unwrap();
-        Placing::new(block, code, Acknowledge::Margin, places.map(ProviderId).to_vec())
+        Placing::new(block, code, Acknowledge::Margin, &lease(&places, &[]))
+    }
+
+    fn lease(places: &[u32], sites: &[u32]) -> PlacementLease {
+        PlacementLease {
+            birth: Birth(1),
+            providers: places.iter().copied().map(ProviderId).collect(),
+            sites: sites.iter().copied().map(SiteNumber).collect(),
+        }
     }
 
     #[test]
@@ -193,7 +242,7 @@ mod tests {
         let mut placing = placing([1, 2, 3, 4, 5, 6]);
         placing.failed(2, ProviderId(3), FragmentFailure::NoSpace);
         assert_eq!(placing.replace(2), Replacement::Lease);
-        placing.leased(&[ProviderId(3), ProviderId(9)]);
+        placing.leased(&lease(&[3, 9], &[]));
         assert_eq!(placing.replace(2), Replacement::Put(ProviderId(9)));
     }
 
@@ -207,6 +256,49 @@ mod tests {
         assert!(!placing.is_acknowledged(), "provider 2 holds two of the five");
         placing.stored(5, ProviderId(6), false);
         assert!(placing.is_acknowledged());
+    }
+
+    /// Providers of five sites died under load, and fragments went to whoever had the least number:
+    /// three of one block lay in one site, whose loss with r = 2 left the block unreadable.
+    #[test]
+    fn a_failed_place_is_given_up_for_one_in_an_emptier_site() {
+        let block = BlockId::from_bytes([1; 16]);
+        let first = lease(&[1, 6, 2, 3, 4, 5], &[1, 1, 2, 3, 4, 5]);
+        let code = Code::new(4, 2).unwrap();
+        let mut placing = Placing::new(block, code, Acknowledge::Margin, &first);
+        placing.failed(2, ProviderId(2), FragmentFailure::Busy);
+        placing.slow(2, ProviderId(2), 900);
+        assert_eq!(placing.replace(2), Replacement::Lease);
+        // Site 1 is full; of the others site 2 has nothing else of the block.
+        placing.leased(&lease(&[11, 13, 12], &[1, 3, 2]));
+        assert_eq!(placing.replace(2), Replacement::Put(ProviderId(12)));
+        // Provider 2 may still store its fragment: site 2 counts as if it held it.
+        placing.slow(3, ProviderId(3), 900);
+        assert_eq!(placing.replace(3), Replacement::Put(ProviderId(13)));
+        placing.failed(3, ProviderId(13), FragmentFailure::NoSpace);
+        placing.failed(3, ProviderId(12), FragmentFailure::NoSpace);
+        placing.leased(&lease(&[14, 15], &[1, 4]));
+        assert_eq!(placing.replace(3), Replacement::Put(ProviderId(15)));
+    }
+
+    #[test]
+    fn a_full_site_takes_one_more_only_where_no_lease_names_another() {
+        let block = BlockId::from_bytes([1; 16]);
+        let first = lease(&[1, 2, 3, 4, 5, 6], &[1, 2, 3, 4, 5, 6]);
+        let code = Code::new(4, 2).unwrap();
+        let mut placing = Placing::new(block, code, Acknowledge::Margin, &first);
+        placing.slow(0, ProviderId(1), 900);
+        for _ in 0..EXTRA_LEASES_MAX {
+            assert_eq!(placing.replace(0), Replacement::Lease);
+            placing.leased(&lease(&[12], &[2]));
+        }
+        assert_eq!(placing.replace(0), Replacement::Put(ProviderId(12)));
+        // The directory knows now that a site is gone: it gives two to another.
+        let mut placing = Placing::new(block, code, Acknowledge::Margin, &first);
+        placing.slow(0, ProviderId(1), 900);
+        assert_eq!(placing.replace(0), Replacement::Lease);
+        placing.leased(&lease(&[12, 22], &[2, 2]));
+        assert_eq!(placing.replace(0), Replacement::Put(ProviderId(12)));
     }
 
     #[test]

@@ -16,6 +16,18 @@ pub struct PlacementLease {
     pub birth: Birth,
     /// One provider a fragment, in the order of the fragments. One may appear more than once.
     pub providers: Vec<ProviderId>,
+    /// The site of each; empty where the directory does not say.
+    pub sites: Vec<SiteNumber>,
+}
+
+/// A labelled site, by a number that means something only beside others of the same directory;
+/// 0: no label, so that nobody is known to be close.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Debug)]
+pub struct SiteNumber(pub u32);
+
+impl SiteNumber {
+    /// Of providers without a label.
+    pub const UNLABELLED: Self = Self(0);
 }
 
 /// A fragment a reader could not use.

@@ -122,7 +122,7 @@ impl Shared {
         deadline: Instant,
     ) -> Result<StoredBlock, StoreError> {
         let (code, acknowledge) = (self.code.code(), self.config.acknowledge);
-        let placing = Placing::new(encoded.block, code, acknowledge, lease.providers);
+        let placing = Placing::new(encoded.block, code, acknowledge, &lease);
         placing.check()?;
         let (answer, answered) = oneshot::channel();
         let (progress, late) = watch::channel(FragmentBits::EMPTY);
@@ -337,7 +337,7 @@ impl Puts {
             Event::Lease(lease) => {
                 self.leasing = None;
                 match lease {
-                    Ok(lease) => self.placing.leased(&lease.providers),
+                    Ok(lease) => self.placing.leased(&lease),
                     Err(_) => self.placing.no_more_leases(),
                 }
                 for index in std::mem::take(&mut self.waiting) {

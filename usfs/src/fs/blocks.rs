@@ -9,7 +9,7 @@ use futures::FutureExt;
 use futures::future::BoxFuture;
 use us_core::daemon::logging::RequestId;
 use us_core::disk::{
-    BlockDirectory, BlockInfo, Damage, FragmentFailure, PlacementError, PlacementLease,
+    BlockDirectory, BlockInfo, Damage, FragmentFailure, PlacementError, PlacementLease, SiteNumber,
 };
 use us_core::ids::{Birth, BlockId, ProviderId};
 use us_proto::v1;
@@ -59,6 +59,7 @@ impl Blocks {
         leased.extend(answer.leases.iter().map(|lease| PlacementLease {
             birth: Birth(lease.birth),
             providers: lease.providers.iter().copied().map(ProviderId).collect(),
+            sites: lease.sites.iter().copied().map(SiteNumber).collect(),
         }));
         let detail = answer.error;
         leased.pop_front().ok_or(if answer.no_space {
