@@ -330,6 +330,7 @@ impl Swarm {
             path: path.into(),
             deadline_ms: 60_000,
             bytes_per_s_max: 0,
+            patience_ms: 0,
             holders: Vec::new(),
         }
     }

@@ -143,7 +143,7 @@ impl Placing {
         let others = self.providers.iter().enumerate().filter(|(at, _)| *at != index);
         let held = others.filter(|(at, place)| {
             let slow = self.slow.range((*at, ProviderId(0))..=(*at, ProviderId(u32::MAX)));
-            let may_come = || slow.map(|(_, place)| place).any(|place| is_here(place));
+            let may_come = || slow.map(|(_, place)| place).any(is_here);
             is_here(place) || !self.durable.contains(*at) && may_come()
         });
         held.count()

@@ -110,6 +110,8 @@ pub struct Order {
     pub path: Path,
     /// How long it may take from its receipt.
     pub deadline: Duration,
+    /// No source is late before.
+    pub patience: Duration,
     /// Bytes to be received in a second at most.
     pub bytes_per_s_max: Option<NonZeroU64>,
 }
@@ -151,6 +153,7 @@ impl Order {
             sources,
             path,
             deadline,
+            patience: Duration::from_millis(order.patience_ms),
             bytes_per_s_max: NonZeroU64::new(order.bytes_per_s_max),
         })
     }

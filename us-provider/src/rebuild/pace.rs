@@ -38,13 +38,16 @@ impl Bucket {
 #[derive(Clone, Debug)]
 pub struct Patience {
     most: Duration,
+    least: Duration,
     slowest: Option<Duration>,
 }
 
 impl Patience {
-    /// For an order that may take `deadline` in all: a quarter of it while nobody has answered.
-    pub fn new(deadline: Duration) -> Self {
-        Self { most: deadline / 4, slowest: None }
+    /// For an order that may take `deadline` in all: a quarter of it while nobody has answered. Never
+    /// less than `asked`, which the directory knows of slow lines, but at most half of it.
+    pub fn new(deadline: Duration, asked: Duration) -> Self {
+        let least = asked.min(deadline / 2);
+        Self { most: (deadline / 4).max(least), least, slowest: None }
     }
 
     /// Somebody answered in good time.
@@ -55,7 +58,9 @@ impl Patience {
     /// How long from the asking on.
     pub fn now(&self) -> Duration {
         match self.slowest {
-            Some(slowest) => (slowest * SLOWER_MAX).max(PATIENCE_MIN).min(self.most),
+            Some(slowest) => {
+                (slowest * SLOWER_MAX).max(PATIENCE_MIN.max(self.least)).min(self.most)
+            }
             None => self.most,
         }
     }
@@ -86,7 +91,12 @@ mod tests {
 
     #[test]
     fn patience_follows_the_others() {
-        let mut patience = Patience::new(Duration::from_secs(60));
+        let slow = Patience::new(Duration::from_secs(60), Duration::from_secs(20));
+        assert_eq!(slow.now(), Duration::from_secs(20));
+        let mut told = Patience::new(Duration::from_secs(60), Duration::from_secs(10));
+        told.answered(Duration::from_millis(10));
+        assert_eq!(told.now(), Duration::from_secs(10), "the others' lines are faster");
+        let mut patience = Patience::new(Duration::from_secs(60), Duration::ZERO);
         assert_eq!(patience.now(), Duration::from_secs(15));
         patience.answered(Duration::from_millis(10));
         assert_eq!(patience.now(), PATIENCE_MIN);

@@ -114,7 +114,7 @@ impl Work {
         Self {
             code: ErasureCode::new(order.geometry.code()),
             bucket: Bucket::new(now, order.bytes_per_s_max),
-            patience: Patience::new(deadline.saturating_duration_since(now)),
+            patience: Patience::new(deadline.saturating_duration_since(now), order.patience),
             order,
             store,
             peers,

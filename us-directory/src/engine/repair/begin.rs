@@ -127,6 +127,14 @@ impl Engine {
         };
         let ticket = self.next_query;
         self.next_query += 1;
+        // What goes over slow lines is waited for: to ask another costs that one's line too.
+        let jobs = &self.repairs.jobs;
+        let sending = route
+            .senders
+            .iter()
+            .map(|(_, sender)| jobs.sends_for_ms(*sender, route.sent_bytes, now_ms));
+        let patience_ms = sending.max().unwrap_or(0) * 3 / 2;
+        let time_ms = jobs.limits().deadline_ms.max(patience_ms * 3);
         let job = Job {
             key,
             wanted: vec![(index, block.providers[usize::from(index)])],
@@ -134,12 +142,16 @@ impl Engine {
             senders: route.senders.clone(),
             sent_bytes: route.sent_bytes,
             fragment_bytes,
-            deadline_ms: now_ms + self.repairs.jobs.limits().deadline_ms,
+            deadline_ms: now_ms + time_ms,
         };
         let path = route.path.as_str_name();
         metrics::counter!("us_directory_repairs_ordered_total", "path" => path).increment(1);
         tracing::debug!(block = %key.1, target, path, "a repair is ordered");
-        let order = self.order(ticket, &job, block, route);
+        let order = RebuildFragments {
+            deadline_ms: time_ms,
+            patience_ms,
+            ..self.order(ticket, &job, block, route)
+        };
         self.repairs.queue.remove(&key);
         self.repairs.jobs.begin(ticket, job, now_ms);
         self.tell(conn, Down::Rebuild(order));
@@ -176,8 +188,8 @@ impl Engine {
             sources: sources.into_iter().filter_map(source).collect(),
             holders: holders.into_iter().filter_map(source).collect(),
             path: route.path as i32,
-            deadline_ms: self.repairs.jobs.limits().deadline_ms,
             bytes_per_s_max: 0,
+            ..Default::default()
         }
     }
 }

@@ -165,9 +165,22 @@ impl Jobs {
             .is_none_or(|load| load.sends < self.limits.sends_max && load.busy_until_ms <= until_ms)
     }
 
+    /// How long a provider's share of its line takes for so many bytes more, behind what it was asked
+    /// for before; 0 where nothing is known of its line.
+    pub fn sends_for_ms(&self, provider: u32, bytes: u64, now_ms: u64) -> u64 {
+        let Some(load) = self.loads.get(&provider) else { return 0 };
+        let takes_ms = (bytes * 1000).checked_div(load.budget(&self.limits));
+        takes_ms.map_or(0, |takes_ms| load.busy_until_ms.saturating_sub(now_ms) + takes_ms)
+    }
+
     /// What a provider is doing for repairs: the less the sooner it is asked.
     pub fn load(&self, provider: u32) -> usize {
         self.loads.get(&provider).map_or(0, |load| load.sends + load.rebuilds)
+    }
+
+    /// Blocks of which it makes fragments.
+    pub fn rebuilding(&self, provider: u32) -> usize {
+        self.loads.get(&provider).map_or(0, |load| load.rebuilds)
     }
 
     /// What a provider's owner says of its uplink, in bytes a second; 0: nothing.

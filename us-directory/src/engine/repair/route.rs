@@ -13,6 +13,9 @@ use us_proto::v1::RebuildPath;
 use super::begin::Ready;
 use crate::engine::Engine;
 
+/// Fragments by which what was asked before may set two holders apart.
+const BEFORE_MAX: f64 = 16.0;
+
 /// A fragment and its holder.
 pub(super) type Place = (u8, u32);
 
@@ -53,8 +56,14 @@ impl Engine {
             numbers.entry(*provider).or_insert(next);
         }
         let mut senders = Senders::equal(numbers.len());
+        // What was asked of each in this hour counts too, else whoever has just sent is asked again
+        // before those who have not. Boundedly: one that joined late need not make up for all of it.
+        let bytes = ready.iter().map(|ready| ready.geometry.fragment_bytes()).max().unwrap_or(1);
+        let asked = |provider: &u32| jobs.disturbance(*provider, now_ms).bytes as f64;
+        let least = numbers.keys().map(asked).fold(f64::INFINITY, f64::min);
         for (provider, number) in &numbers {
-            senders.queued[*number] = jobs.load(*provider) as f64;
+            let before = (asked(provider) - least) / bytes.max(1) as f64;
+            senders.queued[*number] = jobs.rebuilding(*provider) as f64 + before.min(BEFORE_MAX);
         }
         // Uplinks count where all are known: an unknown one is neither slow nor fast.
         let ups = numbers.iter().map(|(provider, number)| (number, self.uplink(*provider)));
