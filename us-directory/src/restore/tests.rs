@@ -20,10 +20,10 @@ use crate::store::journal::decode_body;
 use crate::store::{Durability, KeyRange, MetaStore, View};
 
 const CLUSTER: [u8; 16] = [7; 16];
-/// Small, and yet few enough files that all records stay readable: more than `FILES_KEPT_MAX` behind
-/// the checkpoint go although somebody wants them, and then there is no delta.
+/// Small, and yet so few files (each checkpoint begins one) that all records stay readable: more than
+/// `FILES_KEPT_MAX` behind the checkpoint go although somebody wants them, and then there is no delta.
 const SMALL: EmbeddedOptions =
-    EmbeddedOptions { cache_bytes: 1 << 20, journal_file_bytes: 12 << 10, overlay_keys: 30 };
+    EmbeddedOptions { cache_bytes: 1 << 20, journal_file_bytes: 256 << 10, overlay_keys: 120 };
 const DATA: &[u8] = b"some volume's id";
 
 type Model = BTreeMap<Bytes, Bytes>;

@@ -162,7 +162,14 @@ impl Engine {
             holders: &holders,
             trunks: &trunks,
         })?;
-        let mut senders: Vec<Place> = plan.order.iter().map(|at| helpers[*at]).collect();
+        let mut senders: Vec<Place> = match plan.way {
+            // Those that were chosen for many blocks together: what one block would like best would
+            // undo that.
+            Way::Star => helpers,
+            Way::RotatedStar | Way::Sites | Way::Chain => {
+                plan.order.iter().map(|at| helpers[*at]).collect()
+            }
+        };
         let (path, sending) = match plan.way {
             Way::Star => (RebuildPath::Star, s),
             Way::RotatedStar => (RebuildPath::RotatedStar, senders.len()),
