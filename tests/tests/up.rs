@@ -102,11 +102,13 @@ fn one_command_gives_a_disk_that_survives() {
     let bytes = noise(5, 12_000_000);
     fs::write(up.disk().join("file"), &bytes).unwrap();
     fs::File::open(up.disk().join("file")).unwrap().sync_all().unwrap();
-    poll::until("a healthy status", PATIENCE, || {
-        let output = up.usctl(&["status", "--exit-code"]);
-        output.status.success().then_some(()).ok_or(String::from_utf8_lossy(&output.stdout).into())
+    // Settled as well: a block bears the loss of two once its last fragment is durable.
+    let status = poll::until("a healthy and settled status", PATIENCE, || {
+        let healthy = up.usctl(&["status", "--exit-code"]).status.success();
+        let status = up.status()?;
+        let settled = status["blocks"]["unsettled"] == 0;
+        if healthy && settled { Ok(status) } else { Err(status.to_string()) }
     });
-    let status = up.status().unwrap();
     assert_eq!(status["health"], "ok");
     assert!(status["blocks"]["total"].as_u64().unwrap() > 0);
     assert!(status["blocks"]["by_redundancy"]["2"].as_u64().unwrap() > 0, "{status}");
@@ -123,7 +125,7 @@ fn one_command_gives_a_disk_that_survives() {
     }
     poll::until("status to notice", PATIENCE, || {
         let code = up.usctl(&["status", "--exit-code"]).status.code();
-        (code == Some(1)).then_some(()).ok_or(format!("{code:?}"))
+        (code == Some(1)).then_some(()).ok_or(format!("{code:?}: {:?}", up.status()))
     });
     let more = noise(6, 12_000_000);
     fs::write(up.disk().join("more"), &more).unwrap();

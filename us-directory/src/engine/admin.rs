@@ -404,8 +404,9 @@ fn volume_info(id: &VolumeId, volume: &Volume, usage: UsageRecord) -> VolumeInfo
     }
 }
 
-/// OK means: every block has all its fragments durable on reachable providers, apart from fragments
-/// on their way for less than the settle time (those blocks are shown as unsettled).
+/// OK means: every block has all its fragments durable on reachable providers, each on one of its
+/// own, apart from fragments on their way for less than the settle time (those blocks are shown as
+/// unsettled).
 fn health(totals: &Totals) -> Health {
     if totals.summary.lost > 0 {
         Health::Lost

@@ -122,7 +122,8 @@ pub struct Counts {
 pub struct Totals {
     /// For the screen.
     pub summary: BlockSummary,
-    /// Blocks that lack something although nothing of them is merely on its way.
+    /// Blocks that lack something although nothing of them is merely on its way, and crowded ones:
+    /// they bear the loss of fewer providers than r.
     pub degraded: u64,
     /// Fragments expected at each provider.
     pub fragments: HashMap<u32, u64>,

@@ -205,7 +205,8 @@ impl Sums {
         if reachable < self.s {
             *if expected >= self.s { &mut self.waiting } else { &mut self.lost } += count;
         }
-        self.degraded += if reachable + young < self.width { count } else { 0 };
+        let lacks = reachable + young < self.width || crowded;
+        self.degraded += if lacks { count } else { 0 };
     }
 
     fn tell(self, totals: &mut Totals) {

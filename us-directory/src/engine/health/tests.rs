@@ -53,7 +53,7 @@ fn add_plainly(
     } else {
         summary.lost += count;
     }
-    if reachable + young < fragments {
+    if reachable + young < fragments || crowded {
         totals.degraded += count;
     }
 }

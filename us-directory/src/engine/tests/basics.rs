@@ -1,6 +1,7 @@
 //! One behaviour a test.
 
 use super::*;
+use crate::store::View;
 
 const FILE: u32 = 0o100_644;
 const DIR: u32 = 0o040_755;
@@ -40,6 +41,14 @@ fn block(lease: &PlacementLease, id: u8, durable: u8) -> BlockCommit {
 
 fn write(ino: u64, offset: u64, length: u64, block: u8) -> ExtentWrite {
     ExtentWrite { ino, offset, length, block: vec![block; 16].into(), ..Default::default() }
+}
+
+/// One slice of the background count; whether it was the last.
+fn cursor_done(world: &mut World, view: &dyn View, cursor: &mut health::CountCursor) -> bool {
+    let slice = health::count_slice(view, cursor).unwrap();
+    let last = slice.last;
+    world.event(Event::Counted(slice));
+    last
 }
 
 fn commit(blocks: Vec<BlockCommit>, extents: Vec<ExtentWrite>) -> Op {
@@ -265,12 +274,7 @@ fn health_tells_young_fragments_from_missing_ones() {
         world.provider(key, Bytes::new());
     }
     let (view, mut cursor) = world.engine.to_count();
-    let mut last = false;
-    while !last {
-        let slice = health::count_slice(&*view, &mut cursor).unwrap();
-        last = slice.last;
-        world.event(Event::Counted(slice));
-    }
+    while !cursor_done(&mut world, &*view, &mut cursor) {}
     let mut one = world.open(1, "v");
     one.inode(&mut world, 1, Level::Exclusive).unwrap();
     let ino = one.ino();
@@ -312,6 +316,29 @@ fn health_tells_young_fragments_from_missing_ones() {
     let status = world.status();
     assert_eq!(status.health, Health::Unreadable as i32);
     assert_eq!(status.blocks.unwrap().by_redundancy[&-1], 1);
+}
+
+/// A disk was called healthy, two of six providers died, and data was unreadable: a provider had been
+/// away for a moment when the block was placed, and another held two of its fragments.
+#[test]
+fn a_crowded_block_is_not_called_healthy() {
+    let mut world = world();
+    for key in 1..=5 {
+        world.provider(key, Bytes::new());
+    }
+    let (view, mut cursor) = world.engine.to_count();
+    while !cursor_done(&mut world, &*view, &mut cursor) {}
+    let mut one = world.open(1, "v");
+    one.inode(&mut world, 1, Level::Exclusive).unwrap();
+    let ino = one.ino();
+    let lease = birth(&mut world, &one);
+    one.change(&mut world, vec![create(1, "a", ino, FILE)]);
+    let full = commit(vec![block(&lease, 1, 0b11_1111)], vec![write(ino, 0, 8192, 1)]);
+    one.change(&mut world, vec![full]);
+    let status = world.status();
+    assert_eq!((status.health, status.counting), (Health::Degraded as i32, false));
+    let blocks = status.blocks.unwrap();
+    assert_eq!((blocks.crowded, blocks.by_redundancy[&2]), (1, 1));
 }
 
 #[test]
