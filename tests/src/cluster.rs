@@ -39,10 +39,12 @@ pub fn programs() -> &'static Path {
         }
         let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
         let mut build = Command::new(cargo);
-        // With the tests, because that is what `cargo test --workspace` has built already: without
-        // them features differ, and half the workspace would be compiled once more.
-        build.args(["build", "--quiet", "--workspace", "--bins", "--tests"]);
-        if !cfg!(debug_assertions) {
+        build.args(["build", "--quiet", "--workspace", "--bins"]);
+        if cfg!(debug_assertions) {
+            // That is what `cargo test --workspace` has built already: without the tests features
+            // differ, and half the workspace would be compiled once more.
+            build.arg("--tests");
+        } else {
             build.arg("--release");
         }
         let status = build
