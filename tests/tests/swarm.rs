@@ -132,12 +132,11 @@ fn holders(cluster: &Cluster, folder: &Path, files: usize) -> Vec<(Vec<u32>, u64
 }
 
 /// The figure in docs/placement.md, "Slow lines": what the plan says the busiest survivor has to send, and
-/// what leaves its interface. The plan knows all lost blocks at once, the directory orders as they come
-/// and as budgets allow: in some runs one survivor sends one fragment more, never two.
+/// what leaves its interface.
 #[test]
-fn on_slow_lines_the_busiest_sends_hardly_more_than_the_plan_says() {
+fn on_slow_lines_the_busiest_sends_no_more_than_the_plan_says() {
     /// What a node may send beside fragments while it lasts: handshakes, heartbeats, acknowledgements.
-    const BESIDE_BYTES: u64 = 48 << 10;
+    const BESIDE_BYTES: u64 = 64 << 10;
     /// Headers of TLS, TCP, IP and Ethernet, and what is sent again, in percent of the fragments.
     const OVERHEAD_PERCENT: u64 = 12;
     if !fuse_is_here() || !namespaces_are_here() {
@@ -203,7 +202,7 @@ fn on_slow_lines_the_busiest_sends_hardly_more_than_the_plan_says() {
         all
     });
     // Slots carry a seal of 16 bytes a page.
-    let plan_bytes = ((cost + 1.0) * fragment_bytes as f64 * 1.005) as u64;
+    let plan_bytes = (cost * fragment_bytes as f64 * 1.005) as u64;
     assert!(most <= plan_bytes, "asked for {most}, at most {plan_bytes}");
     let allowed = plan_bytes * (100 + OVERHEAD_PERCENT) / 100 + BESIDE_BYTES;
     assert!(busiest <= allowed, "{busiest} bytes left the busiest, at most {plan_bytes}: {sent:?}");

@@ -1,5 +1,5 @@
 //! What every program of Us shares: logs, layered configuration, `/metrics` and `/healthz`, an
-//! ordered end, sizes as people write them, and files that are replaced whole or not at all.
+//! ordered end, the allocator's settings, sizes as people write them, and files that are replaced whole or not at all.
 //!
 //! It owns nothing durable. A daemon's `main` reads top to bottom: [`logging::init`],
 //! [`config::load`], [`shutdown::Shutdown::on_signals`], [`http::serve`], its own work, then the
@@ -9,6 +9,7 @@ pub mod cli;
 pub mod config;
 pub mod disk;
 pub mod files;
+pub mod heap;
 pub mod http;
 pub mod logging;
 pub mod shutdown;

@@ -7,6 +7,7 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 use serde::Serialize;
 use us_core::daemon::cli::CliCommand;
 use us_core::daemon::config::{Layers, load};
+use us_core::daemon::heap;
 use us_core::daemon::logging::{self, LogArgs};
 use us_core::daemon::shutdown::Shutdown;
 use us_core::tls::Role;
@@ -233,6 +234,7 @@ fn main() -> anyhow::Result<()> {
                 flags: &args.flags,
             };
             let config: Config = load(&layers)?;
+            heap::keep_large_buffers();
             logging::abort_on_panic();
             runtime()?.block_on(async { run(config, Shutdown::on_signals()?).await })
         }

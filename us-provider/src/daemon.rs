@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 use us_core::daemon::files::{Access, write_atomic};
 use us_core::daemon::shutdown::Shutdown;
-use us_core::daemon::{http, logging};
+use us_core::daemon::{heap, http, logging};
 use us_core::tls::{Identity, TlsError};
 use us_core::wire::{GRPC_MESSAGE_BYTES_MAX, Server, ServerLimits};
 use us_proto::v1::fragments_server::FragmentsServer;
@@ -36,6 +36,8 @@ use crate::store::{OpenError, Store};
 
 /// How often the figures of /metrics are brought up to date.
 const GAUGES_EVERY: Duration = Duration::from_secs(2);
+/// How long the memory of a busy time is kept for the next.
+const GIVE_BACK_EVERY: Duration = Duration::from_secs(60);
 /// Requests under way get this long at the end.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -197,6 +199,7 @@ impl Daemon {
             background_stop.clone(),
         ));
         let gauges = tokio::spawn(keep_gauges(self.store.clone(), background_stop.clone()));
+        let memory = tokio::spawn(give_back_memory(background_stop.clone()));
         let about = About {
             address: address.clone(),
             site: self.config.site.clone(),
@@ -234,6 +237,7 @@ impl Daemon {
         background_stop.cancel();
         ended("background work", DRAIN_TIMEOUT, background).await;
         ended("figures", DRAIN_TIMEOUT, gauges).await;
+        ended("memory", DRAIN_TIMEOUT, memory).await;
         let copies = self.copies;
         ended(
             "copies of the journal",
@@ -313,6 +317,14 @@ fn rebuild_after_panic(store: &Store) {
         store.distrust_index();
         abort(panic);
     }));
+}
+
+/// Gives memory that a busy time needed back to the machine's owner.
+async fn give_back_memory(stop: CancellationToken) {
+    // Cancel-safe: a dropped sleep loses nothing.
+    while stop.run_until_cancelled(tokio::time::sleep(GIVE_BACK_EVERY)).await.is_some() {
+        let _ = tokio::task::spawn_blocking(heap::give_back).await;
+    }
 }
 
 async fn keep_gauges(store: Store, stop: CancellationToken) {

@@ -9,6 +9,7 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 use serde::Serialize;
 use us_core::daemon::cli::CliCommand;
 use us_core::daemon::config::{Layers, load};
+use us_core::daemon::heap;
 use us_core::daemon::logging::{self, LogArgs};
 use us_core::daemon::shutdown::Shutdown;
 use us_core::daemon::size::{Size, human_duration};
@@ -157,6 +158,7 @@ fn run(args: RunArgs) -> anyhow::Result<()> {
         flags: args.settings,
     };
     let config: ProviderConfig = load(&layers).context("configuration")?;
+    heap::keep_large_buffers();
     // Threads inherit it, so it comes before the first.
     if let Err(error) = lower_priority(&config.guest) {
         tracing::warn!(%error, "the priority stays as it is");

@@ -16,6 +16,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, bail};
+use us_core::daemon::heap;
 use us_core::daemon::logging::{self, LogArgs};
 use us_core::daemon::shutdown::Shutdown;
 
@@ -108,6 +109,7 @@ pub fn mount(args: &MountArgs) -> anyhow::Result<ExitCode> {
         options,
     };
     let ready = if args.detached { background::READY.to_owned() } else { String::new() };
+    heap::keep_large_buffers();
     let runtime = tokio::runtime::Runtime::new().context("start the runtime")?;
     runtime.block_on(serve(spec, ready))
 }

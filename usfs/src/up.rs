@@ -15,6 +15,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
+use us_core::daemon::heap;
 use us_core::daemon::logging::{self, LogArgs};
 use us_core::daemon::shutdown::Shutdown;
 use us_core::daemon::size::Size;
@@ -84,6 +85,7 @@ pub fn up(args: &UpArgs) -> anyhow::Result<ExitCode> {
     let dir = args.data.clone().unwrap_or_else(places::up_data_dir);
     let state = State::open(&dir, args)?;
     let mountpoint = point::prepare(&args.mountpoint)?;
+    heap::keep_large_buffers();
     let runtime = tokio::runtime::Runtime::new().context("start the runtime")?;
     let disk = Disk { state, children: Children::new(), mountpoint, options };
     runtime.block_on(disk.run(args.restart))

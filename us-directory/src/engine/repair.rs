@@ -110,6 +110,8 @@ pub(super) struct Repairs {
     strays: Vec<(BlockKey, route::Place)>,
     /// Providers that are dead or being emptied: new blocks there need a look.
     pub unwell: HashSet<u32>,
+    /// Helpers chosen for blocks that wait, together with those of many others.
+    planned: HashMap<BlockKey, route::Planned>,
     /// Of the providers being emptied those of which the log has not said that they are.
     pub drains: BTreeSet<u32>,
     /// Blocks and fragment bytes made since the start.
@@ -135,6 +137,7 @@ impl Repairs {
 
     fn forget(&mut self, key: &BlockKey) {
         self.queue.remove(key);
+        self.planned.remove(key);
         self.succeeded(key);
     }
 

@@ -7,6 +7,7 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal};
+use us_core::daemon::heap;
 use us_core::daemon::logging::{self, LogArgs};
 use us_core::daemon::shutdown::Shutdown;
 use us_core::daemon::size::Size;
@@ -68,6 +69,7 @@ pub fn daemon(args: &DaemonArgs) -> anyhow::Result<ExitCode> {
         }
     }
     logging::init(&args.log, "info")?;
+    heap::keep_large_buffers();
     let runtime = tokio::runtime::Runtime::new().context("start the runtime")?;
     match &args.role {
         Role::Directory(flags) => runtime.block_on(run_directory(flags))?,

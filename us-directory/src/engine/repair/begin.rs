@@ -6,7 +6,7 @@ use us_proto::v1::provider_down::Event as Down;
 use us_proto::v1::{RebuildFragments, RebuildSource};
 
 use super::route::{Place, Route};
-use super::{Assessment, BlockKey, Job, geometry_of, target};
+use super::{Assessment, BlockKey, Job, geometry_of, jobs::AHEAD_MS, target};
 use crate::engine::Engine;
 use crate::records::BlockRecord;
 use crate::store::StoreError;
@@ -14,7 +14,7 @@ use crate::store::StoreError;
 /// Blocks at the head of the queue that may be blocked before the others have to wait too.
 const BLOCKED_MAX: usize = 16;
 /// Blocks whose helpers are chosen together.
-const TOGETHER_MAX: usize = 16;
+const TOGETHER_MAX: usize = 64;
 
 /// A block that can be repaired now.
 #[derive(Debug)]
@@ -31,6 +31,12 @@ impl Ready {
     /// Whether the fragment is only moved: its own holder is the one source.
     pub fn is_move(&self) -> bool {
         self.found.sources.contains(&self.index)
+    }
+
+    /// Fragments that can be read and are not the one that is wanted, with their holders.
+    pub fn sources(&self) -> impl Iterator<Item = Place> + '_ {
+        let others = self.found.sources.iter().filter(|index| **index != self.index);
+        others.map(|index| (*index, self.block.providers[usize::from(*index)]))
     }
 }
 
@@ -107,6 +113,9 @@ impl Engine {
         let Ready { key, block, geometry, index, .. } = &ready;
         let (key, index, now_ms) = (*key, *index, self.now_ms());
         // Those before it may have used up what some can send.
+        if self.planned_are_busy(&ready) {
+            return Ok(false);
+        }
         let mut helpers = helpers;
         helpers.retain(|(_, provider)| self.repairs.jobs.may_queue(*provider, now_ms));
         if !ready.is_move() && helpers.len() < block.s as usize {
@@ -133,7 +142,9 @@ impl Engine {
             .senders
             .iter()
             .map(|(_, sender)| jobs.sends_for_ms(*sender, route.sent_bytes, now_ms));
-        let patience_ms = sending.max().unwrap_or(0) * 3 / 2;
+        let takes_ms = sending.max().unwrap_or(0);
+        // Orders given later share those lines, as far as a line's orders may run ahead.
+        let patience_ms = if takes_ms > 0 { (takes_ms + AHEAD_MS) * 3 / 2 } else { 0 };
         let time_ms = jobs.limits().deadline_ms.max(patience_ms * 3);
         let job = Job {
             key,
@@ -153,6 +164,7 @@ impl Engine {
             ..self.order(ticket, &job, block, route)
         };
         self.repairs.queue.remove(&key);
+        self.repairs.planned.remove(&key);
         self.repairs.jobs.begin(ticket, job, now_ms);
         self.tell(conn, Down::Rebuild(order));
         Ok(true)

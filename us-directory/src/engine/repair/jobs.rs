@@ -6,7 +6,7 @@ use super::queue::BlockKey;
 
 const HOUR_MS: u64 = 3_600_000;
 /// How far what is asked of a provider may run ahead of its budget.
-const AHEAD_MS: u64 = 20_000;
+pub(super) const AHEAD_MS: u64 = 20_000;
 
 /// How much may be under way at once.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -10,6 +10,7 @@ use us_core::placement::helpers::{self, Rebuild, Senders};
 use us_core::placement::paths::{self, Line, Task, Trunk, Way};
 use us_proto::v1::RebuildPath;
 
+use super::URGENT_S;
 use super::begin::Ready;
 use crate::engine::Engine;
 
@@ -31,27 +32,94 @@ pub(super) struct Route {
     pub sent_bytes: u64,
 }
 
+/// For how long helpers stay chosen for a block that cannot begin, beside what their lines take.
+const PLANNED_MS: u64 = 60_000;
+/// Blocks whose helpers are remembered.
+pub(super) const PLANNED_MAX: usize = 1024;
+
+/// The helpers chosen for a block. Chosen anew each time a block has to wait, they would be those that
+/// happen to be free, and what was balanced over many blocks would be lost.
+#[derive(Debug)]
+pub(super) struct Planned {
+    helpers: Vec<Place>,
+    until_ms: u64,
+}
+
 /// A rate that was seen, without its noise.
 fn rough(rate: f64) -> f64 {
     rate.max(1.0).log2().round().exp2()
 }
 
+/// When the last sender is done where every holder of a block sends the same share.
+fn shared_by_all(senders: &Senders, rebuilds: &[Rebuild]) -> f64 {
+    let mut queued = senders.queued.clone();
+    for rebuild in rebuilds {
+        let share = rebuild.needed as f64 / rebuild.holders.len().max(1) as f64;
+        rebuild.holders.iter().for_each(|holder| queued[*holder] += share);
+    }
+    let done = queued.iter().zip(&senders.uplinks).map(|(queued, uplink)| queued / uplink);
+    done.fold(0.0, f64::max)
+}
+
 impl Engine {
+    /// The helpers that were chosen for a block before, where they still can be.
+    fn planned(&self, ready: &Ready) -> Option<&[Place]> {
+        let planned = self.repairs.planned.get(&ready.key)?;
+        let is_source = |place: &Place| ready.sources().any(|source| source == *place);
+        let stands = planned.until_ms > self.now_ms() && planned.helpers.iter().all(is_source);
+        stands.then_some(&planned.helpers)
+    }
+
+    /// Whether one of the helpers chosen for a block has to do other things first.
+    pub(super) fn planned_are_busy(&self, ready: &Ready) -> bool {
+        let may_queue = |place: &Place| self.repairs.jobs.may_queue(place.1, self.now_ms());
+        self.planned(ready).is_some_and(|planned| !planned.iter().all(may_queue))
+    }
+
+    /// Remembers who was chosen for a block, with the fragments that each has to send for all blocks.
+    /// What is urgent takes who is free.
+    fn plan(&mut self, ready: &Ready, helpers: &[Place], sends: &HashMap<u32, u64>) {
+        let (now_ms, planned) = (self.now_ms(), &mut self.repairs.planned);
+        let needed = ready.block.s as usize;
+        if ready.is_move() || helpers.len() < needed || ready.found.rank_s() <= URGENT_S {
+            return;
+        }
+        if planned.len() >= PLANNED_MAX {
+            planned.retain(|_, planned| planned.until_ms > now_ms);
+        }
+        if planned.len() >= PLANNED_MAX
+            || planned.get(&ready.key).is_some_and(|p| p.until_ms > now_ms)
+        {
+            return;
+        }
+        let (jobs, bytes) = (&self.repairs.jobs, ready.geometry.fragment_bytes() as u64);
+        let helpers = helpers.to_vec();
+        let takes_ms = helpers.iter().map(|(_, helper)| {
+            let fragments = sends.get(helper).copied().unwrap_or(1);
+            jobs.sends_for_ms(*helper, bytes * fragments, now_ms)
+        });
+        let until_ms = now_ms + PLANNED_MS + takes_ms.max().unwrap_or(0) * 3 / 2;
+        planned.insert(ready.key, Planned { helpers, until_ms });
+    }
+
     /// For each block those of its holders that may be asked, the helpers chosen for it first.
-    pub(super) fn with_helpers(&self, ready: Vec<Ready>) -> Vec<(Ready, Vec<Place>)> {
+    pub(super) fn with_helpers(&mut self, ready: Vec<Ready>) -> Vec<(Ready, Vec<Place>)> {
         let now_ms = self.now_ms();
         let jobs = &self.repairs.jobs;
         let free: Vec<Vec<Place>> = ready
             .iter()
             .map(|ready| {
-                let place = |index: &u8| (*index, ready.block.providers[usize::from(*index)]);
-                let sources = ready.found.sources.iter().filter(|index| **index != ready.index);
-                let sources = sources.map(place);
-                sources.filter(|(_, provider)| jobs.may_send(*provider, now_ms)).collect()
+                let sources = ready.sources();
+                sources.filter(|(_, provider)| jobs.may_queue(*provider, now_ms)).collect()
             })
             .collect();
+        let eligible: Vec<&[Place]> = ready
+            .iter()
+            .zip(&free)
+            .map(|(ready, free)| self.planned(ready).unwrap_or(free))
+            .collect();
         let mut numbers: BTreeMap<u32, usize> = BTreeMap::new();
-        for (_, provider) in free.iter().flatten() {
+        for (_, provider) in eligible.iter().copied().flatten().chain(free.iter().flatten()) {
             let next = numbers.len();
             numbers.entry(*provider).or_insert(next);
         }
@@ -72,26 +140,42 @@ impl Engine {
         }
         let rebuilds: Vec<Rebuild> = ready
             .iter()
-            .zip(&free)
-            .map(|(ready, free)| {
+            .zip(&eligible)
+            .map(|(ready, eligible)| {
                 let mut holders: Vec<usize> =
-                    free.iter().map(|(_, provider)| numbers[provider]).collect();
+                    eligible.iter().map(|(_, provider)| numbers[provider]).collect();
                 holders.sort_unstable();
                 holders.dedup();
                 let needed = if ready.is_move() { 0 } else { ready.block.s as usize };
                 Rebuild { needed: needed.min(holders.len()), holders }
             })
             .collect();
-        let chosen = helpers::assign(&senders, &rebuilds).helpers;
-        let sorted = free.into_iter().zip(chosen).map(|(mut free, chosen)| {
+        let assignment = helpers::assign(&senders, &rebuilds);
+        // A block that is alone is made again soonest when all its holders share the sending. Of many
+        // that would ask more of some than the best choice of s for each.
+        let is_alone = rebuilds.len() == 1;
+        let is_shared = is_alone && shared_by_all(&senders, &rebuilds) <= assignment.busiest();
+        let mut sends: HashMap<u32, u64> = HashMap::new();
+        for (provider, number) in &numbers {
+            let chosen = assignment.helpers.iter().flatten().filter(|helper| *helper == number);
+            sends.insert(*provider, chosen.count() as u64);
+        }
+        let rebuilds = assignment.helpers.into_iter().zip(&rebuilds);
+        let sorted = free.into_iter().zip(rebuilds).map(|(mut free, (chosen, rebuild))| {
             free.sort_by_key(|(index, provider)| {
                 let is_chosen = chosen.contains(&numbers[provider]);
                 (!is_chosen, jobs.load(*provider), *index)
             });
+            if !is_shared && rebuild.needed > 0 {
+                free.truncate(rebuild.needed);
+            }
             free
         });
-        let sorted: Vec<Vec<Place>> = sorted.collect();
-        ready.into_iter().zip(sorted).collect()
+        let with_helpers: Vec<(Ready, Vec<Place>)> = ready.into_iter().zip(sorted).collect();
+        for (ready, helpers) in &with_helpers {
+            self.plan(ready, helpers, &sends);
+        }
+        with_helpers
     }
 
     /// What a provider can send in a second, as far as it is known.
@@ -121,13 +205,7 @@ impl Engine {
     /// they are too few just now.
     pub(super) fn route(&self, ready: &Ready, helpers: Vec<Place>, target: u32) -> Option<Route> {
         let (s, fragment_bytes) = (ready.block.s as usize, ready.geometry.fragment_bytes() as u64);
-        let busy: Vec<Place> = ready
-            .found
-            .sources
-            .iter()
-            .map(|index| (*index, ready.block.providers[usize::from(*index)]))
-            .filter(|place| place.0 != ready.index && !helpers.contains(place))
-            .collect();
+        let busy: Vec<Place> = ready.sources().filter(|place| !helpers.contains(place)).collect();
         if ready.is_move() {
             // A whole copy of what is wanted: nothing else is asked, the others stand by.
             let holder = ready.block.providers[usize::from(ready.index)];
