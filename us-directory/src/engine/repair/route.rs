@@ -160,15 +160,22 @@ impl Engine {
             let chosen = assignment.helpers.iter().flatten().filter(|helper| *helper == number);
             sends.insert(*provider, chosen.count() as u64);
         }
-        let rebuilds = assignment.helpers.into_iter().zip(&rebuilds);
-        let sorted = free.into_iter().zip(rebuilds).map(|(mut free, (chosen, rebuild))| {
+        let widths: Vec<usize> = ready
+            .iter()
+            .zip(&rebuilds)
+            .map(|(ready, rebuild)| match self.planned(ready) {
+                Some(planned) => planned.len(),
+                None if is_shared || rebuild.needed == 0 => usize::MAX,
+                None => rebuild.needed,
+            })
+            .collect();
+        let chosen = assignment.helpers.into_iter().zip(widths);
+        let sorted = free.into_iter().zip(chosen).map(|(mut free, (chosen, width))| {
             free.sort_by_key(|(index, provider)| {
                 let is_chosen = chosen.contains(&numbers[provider]);
                 (!is_chosen, jobs.load(*provider), *index)
             });
-            if !is_shared && rebuild.needed > 0 {
-                free.truncate(rebuild.needed);
-            }
+            free.truncate(width);
             free
         });
         let with_helpers: Vec<(Ready, Vec<Place>)> = ready.into_iter().zip(sorted).collect();
