@@ -199,7 +199,7 @@ impl Daemon {
             background_stop.clone(),
         ));
         let gauges = tokio::spawn(keep_gauges(self.store.clone(), background_stop.clone()));
-        let memory = tokio::spawn(give_back_memory(background_stop.clone()));
+        let memory = tokio::spawn(heap::give_back_every(GIVE_BACK_EVERY, background_stop.clone()));
         let about = About {
             address: address.clone(),
             site: self.config.site.clone(),
@@ -317,14 +317,6 @@ fn rebuild_after_panic(store: &Store) {
         store.distrust_index();
         abort(panic);
     }));
-}
-
-/// Gives memory that a busy time needed back to the machine's owner.
-async fn give_back_memory(stop: CancellationToken) {
-    // Cancel-safe: a dropped sleep loses nothing.
-    while stop.run_until_cancelled(tokio::time::sleep(GIVE_BACK_EVERY)).await.is_some() {
-        let _ = tokio::task::spawn_blocking(heap::give_back).await;
-    }
 }
 
 async fn keep_gauges(store: Store, stop: CancellationToken) {

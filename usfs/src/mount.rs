@@ -14,6 +14,7 @@ mod volume;
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::{Context, bail};
 use us_core::daemon::heap;
@@ -24,6 +25,9 @@ pub use self::options::{Ack, Options};
 pub use self::volume::{VolumeMount, VolumeSpec};
 use crate::fuse::kernel;
 use crate::places::{self, UpRecord};
+
+/// How long a mount keeps memory that is free.
+pub(crate) const GIVE_BACK_EVERY: Duration = Duration::from_secs(5);
 
 /// Flags of `usfs mount`.
 #[derive(Debug, clap::Args)]
@@ -74,7 +78,7 @@ fn split_source(source: &str) -> anyhow::Result<(&str, &str)> {
             Ok((directory, volume))
         }
         _ => {
-            bail!("{source:?} names no volume: write HOST:PORT/VOLUME, as in us.example:7400/disk")
+            bail!("{source:?} names no volume: write HOST:PORT/VOLUME, as in us.example:7460/disk")
         }
     }
 }
@@ -116,6 +120,7 @@ pub fn mount(args: &MountArgs) -> anyhow::Result<ExitCode> {
 
 async fn serve(spec: VolumeSpec, ready: String) -> anyhow::Result<ExitCode> {
     let shutdown = Shutdown::on_signals().context("listen to signals")?;
+    tokio::spawn(heap::give_back_every(GIVE_BACK_EVERY, shutdown.token().clone()));
     // Cancel-safe: whatever of the mount was begun ends with the process.
     let mut mounted = tokio::select! {
         mounted = VolumeMount::open(&spec) => mounted?,

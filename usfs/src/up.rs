@@ -102,6 +102,10 @@ struct Disk {
 impl Disk {
     async fn run(mut self, restart: bool) -> anyhow::Result<ExitCode> {
         let shutdown = Shutdown::on_signals().context("listen to signals")?;
+        tokio::spawn(heap::give_back_every(
+            crate::mount::GIVE_BACK_EVERY,
+            shutdown.token().clone(),
+        ));
         // Cancel-safe: what was started so far is in `self.children`, and stopped below.
         let started = tokio::select! {
             started = self.start() => started.map(Some),

@@ -6,6 +6,10 @@
 //! 5.1 with these settings. Other allocators (mimalloc 2.0, jemalloc 5.3, preloaded) took 6.1 to 6.8.
 //! Elsewhere than on glibc nothing is set.
 
+use std::time::Duration;
+
+use tokio_util::sync::CancellationToken;
+
 /// Free bytes at the end of a heap that are kept for the next buffer.
 pub const KEPT_BYTES: i32 = 64 << 20;
 /// Buffers below this come out of a heap, larger ones from a mapping of their own.
@@ -28,9 +32,18 @@ pub fn keep_large_buffers() {
     }
 }
 
-/// Gives all free pages back to the system: for a daemon that has come to rest. Takes milliseconds.
+/// Gives what is free back to the system every `period`, until `stop`: what a busy time needed is not
+/// kept from the machine's owner, nor counted beside what a memory limit allows.
+pub async fn give_back_every(period: Duration, stop: CancellationToken) {
+    // Cancel-safe: a dropped sleep loses nothing.
+    while stop.run_until_cancelled(tokio::time::sleep(period)).await.is_some() {
+        let _ = tokio::task::spawn_blocking(give_back).await;
+    }
+}
+
+/// Takes milliseconds.
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
-pub fn give_back() {
+fn give_back() {
     // SAFETY: malloc_trim takes a number and frees only pages that hold no live allocation.
     let _ = unsafe { libc::malloc_trim(0) };
 }
@@ -39,6 +52,5 @@ pub fn give_back() {
 #[cfg(not(all(target_os = "linux", target_env = "gnu")))]
 pub fn keep_large_buffers() {}
 
-/// Gives free pages back: the allocator here does as it likes.
 #[cfg(not(all(target_os = "linux", target_env = "gnu")))]
-pub fn give_back() {}
+fn give_back() {}
