@@ -17,6 +17,7 @@ use us_tests::cluster::{Cluster, PATIENCE, Shape, fuse_is_here};
 use us_tests::manifest::Manifest;
 use us_tests::netns::{Net, namespaces_are_here};
 use us_tests::poll;
+use us_tests::tier;
 use us_tests::tree::noise;
 
 const PROVIDERS: usize = 20;
@@ -201,11 +202,16 @@ fn on_slow_lines_the_busiest_sends_no_more_than_the_plan_says() {
         all.sort_by(f64::total_cmp);
         all
     });
+    let failed = after.repair.unwrap_or_default().failed;
+    println!("orders that failed:              {failed}");
+    // An order that fails is given again, and what was sent for it was sent for nothing. On a busy
+    // machine one survivor in some runs sends one more; the full tier does not let that pass.
+    let again = failed as f64 + f64::from(tier::rounds(1, 0, 0));
     // Slots carry a seal of 16 bytes a page.
-    let plan_bytes = (cost * fragment_bytes as f64 * 1.005) as u64;
-    assert!(most <= plan_bytes, "asked for {most}, at most {plan_bytes}");
-    let allowed = plan_bytes * (100 + OVERHEAD_PERCENT) / 100 + BESIDE_BYTES;
-    assert!(busiest <= allowed, "{busiest} bytes left the busiest, at most {plan_bytes}: {sent:?}");
+    let bytes = |fragments: f64| (fragments * fragment_bytes as f64 * 1.005) as u64;
+    assert!(most <= bytes(cost + again), "asked for {most}, {cost} fragments are best");
+    let allowed = bytes(cost + 2.0 * again) * (100 + OVERHEAD_PERCENT) / 100 + BESIDE_BYTES;
+    assert!(busiest <= allowed, "{busiest} bytes left the busiest, at most {allowed}: {sent:?}");
     check(mount.path(), &files[..2]);
     mount.unmount();
 }
