@@ -4,8 +4,9 @@
 //!
 //!     cargo bench -p us-tests --bench repair [-- MIB [ROUNDS]]
 //!
-//! They take turns, three rounds of 2 GiB unless told otherwise; the ratios are of the medians. The least that can be moved is s fragments for each one made. CPU seconds are those of all
-//! processes of the cluster.
+//! They take turns, three rounds of 2 GiB unless told otherwise; the ratios are of the medians. The
+//! least that can be moved is s fragments for each one made. CPU seconds are those of all processes of
+//! the cluster.
 
 use std::fs::{self, File};
 use std::io::Write;

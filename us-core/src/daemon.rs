@@ -1,5 +1,6 @@
 //! What every program of Us shares: logs, layered configuration, `/metrics` and `/healthz`, an
-//! ordered end, the allocator's settings, sizes as people write them, and files that are replaced whole or not at all.
+//! ordered end, the allocator's settings, sizes as people write them, and files that are replaced
+//! whole or not at all.
 //!
 //! It owns nothing durable. A daemon's `main` reads top to bottom: [`logging::init`],
 //! [`config::load`], [`shutdown::Shutdown::on_signals`], [`http::serve`], its own work, then the

@@ -135,6 +135,20 @@ impl Repairs {
         !self.queue.is_empty() || !self.jobs.is_empty() || !self.later.is_empty()
     }
 
+    /// A job ended, however: should its block need another, helpers are chosen anew.
+    fn end(&mut self, ticket: u64) -> Option<Job> {
+        let job = self.jobs.end(ticket)?;
+        self.planned.remove(&job.key);
+        Some(job)
+    }
+
+    /// A job ended before anyone was asked for anything: its helpers stay chosen.
+    fn end_unasked(&mut self, ticket: u64, now_ms: u64) -> Option<Job> {
+        let job = self.jobs.end(ticket)?;
+        self.jobs.take_back(&job, now_ms);
+        Some(job)
+    }
+
     fn forget(&mut self, key: &BlockKey) {
         self.queue.remove(key);
         self.planned.remove(key);
@@ -389,7 +403,7 @@ impl Engine {
             self.look_at(key, block.as_ref());
         }
         for ticket in self.repairs.jobs.overdue(now_ms) {
-            if let Some(job) = self.repairs.jobs.end(ticket) {
+            if let Some(job) = self.repairs.end(ticket) {
                 self.repairs.failed += 1;
                 self.repairs.blame(job.key, job.target, now_ms);
                 self.repairs.note_strays(&job);
@@ -409,11 +423,17 @@ impl Engine {
     /// A rebuilder says how an order ended.
     pub(super) fn rebuilt(&mut self, provider: u32, reply: &Rebuilt) -> Result<(), StoreError> {
         let ours = self.repairs.jobs.get(reply.ticket).is_some_and(|job| job.target == provider);
-        let Some(job) = ours.then(|| self.repairs.jobs.end(reply.ticket)).flatten() else {
+        // A rebuilder that is busy refuses before it asks anyone: the same helpers are asked then.
+        let now_ms = self.now_ms();
+        let unasked = reply.status() == RebuildStatus::Busy && reply.pulled.is_empty();
+        let ended = |repairs: &mut Repairs| match unasked {
+            true => repairs.end_unasked(reply.ticket, now_ms),
+            false => repairs.end(reply.ticket),
+        };
+        let Some(job) = ours.then(|| ended(&mut self.repairs)).flatten() else {
             return Ok(());
         };
         self.note_faults(&job, reply)?;
-        let now_ms = self.now_ms();
         self.note_rates(provider, reply);
         let label = RebuildStatus::try_from(reply.status).unwrap_or_default();
         metrics::counter!("us_directory_repairs_total", "status" => label.as_str_name())
@@ -511,7 +531,7 @@ impl Engine {
     /// A provider's stream ended: what it was rebuilding is begun again elsewhere.
     pub(super) fn rebuilder_gone(&mut self, provider: u32) -> Result<(), StoreError> {
         for ticket in self.repairs.jobs.at(provider) {
-            if let Some(job) = self.repairs.jobs.end(ticket) {
+            if let Some(job) = self.repairs.end(ticket) {
                 self.repairs.note_strays(&job);
                 let block = self.stored_block(&job.key)?;
                 self.look_at(job.key, block.as_ref());

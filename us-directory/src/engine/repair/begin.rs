@@ -164,7 +164,6 @@ impl Engine {
             ..self.order(ticket, &job, block, route)
         };
         self.repairs.queue.remove(&key);
-        self.repairs.planned.remove(&key);
         self.repairs.jobs.begin(ticket, job, now_ms);
         self.tell(conn, Down::Rebuild(order));
         Ok(true)

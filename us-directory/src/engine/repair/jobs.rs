@@ -72,15 +72,31 @@ pub struct Disturbance {
 }
 
 impl Disturbance {
-    fn add(&mut self, now_ms: u64, bytes: u64) {
+    /// As it is in the hour of `now_ms`: an earlier hour counts among the worst only.
+    fn at(mut self, now_ms: u64) -> Self {
+        self.worst_fragments = self.worst_fragments.max(self.fragments);
+        self.worst_bytes = self.worst_bytes.max(self.bytes);
         let hour = now_ms / HOUR_MS;
         if hour != self.hour {
             (self.hour, self.fragments, self.bytes) = (hour, 0, 0);
         }
+        self
+    }
+
+    fn add(&mut self, now_ms: u64, bytes: u64) {
+        if now_ms / HOUR_MS != self.hour {
+            *self = self.at(now_ms);
+        }
         self.fragments += 1;
         self.bytes += bytes;
-        self.worst_fragments = self.worst_fragments.max(self.fragments);
-        self.worst_bytes = self.worst_bytes.max(self.bytes);
+    }
+
+    /// What was added in this hour was never asked for.
+    fn take_back(&mut self, now_ms: u64, bytes: u64) {
+        if now_ms / HOUR_MS == self.hour {
+            self.fragments = self.fragments.saturating_sub(1);
+            self.bytes = self.bytes.saturating_sub(bytes);
+        }
     }
 }
 
@@ -222,6 +238,16 @@ impl Jobs {
         Some(job)
     }
 
+    /// A job that ended had asked nobody for anything: what was counted for it is taken back.
+    pub fn take_back(&mut self, job: &Job, now_ms: u64) {
+        for (_, sender) in job.senders.iter().filter(|(_, sender)| *sender != job.target) {
+            let Some(load) = self.loads.get_mut(sender) else { continue };
+            load.disturbance.take_back(now_ms, job.sent_bytes);
+            let takes_ms = (job.sent_bytes * 1000).checked_div(load.budget(&self.limits));
+            load.busy_until_ms = load.busy_until_ms.saturating_sub(takes_ms.unwrap_or(0));
+        }
+    }
+
     /// The job with this ticket.
     pub fn get(&self, ticket: u64) -> Option<&Job> {
         self.jobs.get(&ticket)
@@ -256,11 +282,7 @@ impl Jobs {
 
     /// What repairs cost a provider in the hour of `now_ms`, and in its worst.
     pub fn disturbance(&self, provider: u32, now_ms: u64) -> Disturbance {
-        let mut found = self.loads.get(&provider).map(|load| load.disturbance).unwrap_or_default();
-        if found.hour != now_ms / HOUR_MS {
-            (found.fragments, found.bytes) = (0, 0);
-        }
-        found
+        self.loads.get(&provider).map(|load| load.disturbance).unwrap_or_default().at(now_ms)
     }
 }
 
@@ -297,6 +319,24 @@ mod tests {
         assert_eq!(jobs.overdue(500), [1, 2]);
         assert!(jobs.end(1).is_some() && jobs.end(1).is_none() && jobs.may_rebuild(7));
         assert_eq!(jobs.load(1), 1);
+    }
+
+    #[test]
+    fn what_was_never_asked_for_disturbed_nobody() {
+        let limits = RepairLimits { send_bytes_per_s_max: 10_000, ..RepairLimits::default() };
+        let mut jobs = Jobs::new(limits);
+        jobs.begin(1, job(1, 7, &[1, 2]), 0);
+        jobs.begin(2, job(2, 7, &[1]), 0);
+        let refused = jobs.end(1).unwrap();
+        jobs.take_back(&refused, 50);
+        let (one, two) = (jobs.disturbance(1, 50), jobs.disturbance(2, 50));
+        assert_eq!(
+            (one.bytes, one.worst_bytes, two.bytes, two.worst_fragments),
+            (1000, 1000, 0, 0)
+        );
+        assert!(!jobs.may_send(1, 99) && jobs.may_send(1, 100) && jobs.may_send(2, 0));
+        jobs.take_back(&refused, HOUR_MS);
+        assert_eq!(jobs.disturbance(1, HOUR_MS).worst_bytes, 1000, "that hour is over");
     }
 
     #[test]
