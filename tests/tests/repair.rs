@@ -24,7 +24,7 @@ const FILE_BYTES: usize = 4 << 20;
 
 /// Providers that are given up after a few seconds.
 fn hasty(providers: usize) -> Shape {
-    let directory = &["--absent-ms", "500", "--dead-ms", "3000"];
+    let directory = &["--absent-ms", "500", "--dead-ms", "3000", "--newcomer-ms", "3000"];
     Shape { providers, directory, ..Shape::default() }
 }
 

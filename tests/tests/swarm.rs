@@ -60,7 +60,7 @@ fn a_death_under_load_and_then_a_whole_site() {
     if !fuse_is_here() {
         return;
     }
-    let directory = &["--absent-ms", "500", "--dead-ms", "3000"];
+    let directory = &["--absent-ms", "500", "--dead-ms", "3000", "--newcomer-ms", "3000"];
     let shape = Shape { providers: PROVIDERS, sites: 5, directory, ..Shape::default() };
     let mut cluster = Cluster::start(shape);
     let mount = cluster.mount();
@@ -145,7 +145,16 @@ fn on_slow_lines_the_busiest_sends_no_more_than_the_plan_says() {
     let net = Arc::new(Net::new(PROVIDERS, Some("128kbit"), Some("10mbit"), 1, None));
     let shape = Shape {
         providers: PROVIDERS,
-        directory: &["--absent-ms", "500", "--dead-ms", "3000", "--repair-uplink-percent", "90"],
+        directory: &[
+            "--absent-ms",
+            "500",
+            "--dead-ms",
+            "3000",
+            "--newcomer-ms",
+            "3000",
+            "--repair-uplink-percent",
+            "90",
+        ],
         provider: &["--uplink-kib-per-s", "16", "--downlink-kib-per-s", "1220"],
         net: Some(Arc::clone(&net)),
         ..Shape::default()

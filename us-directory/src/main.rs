@@ -146,6 +146,10 @@ struct Flags {
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     dead_ms: Option<u64>,
+    /// How long one may whose hours are not known yet; at least dead-ms
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    newcomer_ms: Option<u64>,
     /// Percent of providers that fall silent together and are not taken for dead
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]

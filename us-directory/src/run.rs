@@ -65,6 +65,8 @@ pub struct Config {
     pub absent_ms: u64,
     /// How long a provider may be silent beyond what was expected before it is given up.
     pub dead_ms: u64,
+    /// How long one may whose hours are not known yet; at least `dead_ms`.
+    pub newcomer_ms: u64,
     /// The share of the providers, or of a site's, that must fall silent within an hour to be taken
     /// for an evening and not for deaths, in percent.
     pub brake_percent: u32,
@@ -111,6 +113,7 @@ impl Default for Config {
             report_every_ms: engine.report_every_ms,
             absent_ms: engine.clocks.absent_ms,
             dead_ms: engine.clocks.dead_ms,
+            newcomer_ms: engine.clocks.newcomer_ms,
             brake_percent: engine.clocks.brake_percent,
             brake_ms: engine.clocks.brake_ms,
             mttf_ms: engine.clocks.mttf_ms,
@@ -142,6 +145,7 @@ impl Config {
             clocks: Clocks {
                 absent_ms: self.absent_ms,
                 dead_ms: self.dead_ms,
+                newcomer_ms: self.newcomer_ms,
                 brake_percent: self.brake_percent,
                 brake_ms: self.brake_ms,
                 mttf_ms: self.mttf_ms,

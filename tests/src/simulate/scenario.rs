@@ -100,7 +100,7 @@ impl Scenario {
             calm_ms: 3 * DAY_MS,
             sample_ms: DAY_MS,
             repair_within_ms: DAY_MS,
-            window_ms: engine.clocks.dead_ms + DAY_MS,
+            window_ms: engine.clocks.dead_ms.max(engine.clocks.newcomer_ms) + DAY_MS,
             maintained: true,
             chooser: || Box::<Hybrid>::default(),
             engine,

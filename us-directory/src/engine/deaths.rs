@@ -5,6 +5,7 @@ use us_core::ids::ProviderId;
 
 use super::events::EventKind;
 use super::members::{Member, member_batch};
+use super::presence::Silences;
 use super::{Durability, Engine, presence};
 use crate::keys;
 use crate::records::encode;
@@ -15,43 +16,36 @@ impl Engine {
     pub(super) fn check_clocks(&mut self) -> Result<(), StoreError> {
         /// Providers declared dead in one slow tick.
         const DEATHS_MAX: usize = 16;
-        /// Providers looked at in one slow tick; those that are held are not due for a day.
-        const LOOKED_AT_MAX: usize = 64;
         let (clock_ms, clocks) = (self.clock_ms(), self.config.clocks);
-        let due: Vec<u32> = self
-            .members
-            .iter()
-            .filter(|(_, member)| member.is_due(clock_ms, &clocks))
-            .map(|(provider, _)| *provider)
-            .take(LOOKED_AT_MAX)
-            .collect();
         self.tell_silent()?;
-        let (mut deaths, mut held) = (0, WriteBatch::new());
-        for provider in due {
-            let Some(member) = self.members.get(&provider) else { continue };
-            let since_ms = member.record.silent_since_ms;
-            let is_held = clock_ms < since_ms + clocks.brake_ms
-                && presence::is_departure(
-                    self.members.values().filter(|member| !member.record.dead).map(Member::silence),
-                    &member.record.site,
-                    since_ms,
-                    &clocks,
-                );
-            if is_held {
-                // Its clock begins anew: who is late when the others are back has a day of its own.
-                let Some(member) = self.members.get_mut(&provider) else { continue };
-                member.braked = true;
-                member.record.back_at_ms = clock_ms;
-                held.put(keys::provider(provider), encode(&member.record));
-            } else if deaths < DEATHS_MAX {
-                deaths += 1;
-                self.declare_dead(provider)?;
-            }
+        let due = self.members.iter().filter(|(_, member)| member.is_due(clock_ms, &clocks));
+        let due: Vec<u32> = due.map(|(provider, _)| *provider).collect();
+        if due.is_empty() {
+            return Ok(());
         }
-        if !held.is_empty() {
-            self.commit(held, Durability::Applied)?;
+        // All that are due are looked at together: looked at later, when the others are back, one that
+        // went with them would be alone.
+        let living = self.members.values().filter(|member| !member.record.dead);
+        let silences = Silences::new(living.map(Member::silence));
+        let (held, alone): (Vec<u32>, Vec<u32>) = due.into_iter().partition(|provider| {
+            self.members.get(provider).is_some_and(|member| {
+                let since_ms = member.record.silent_since_ms;
+                clock_ms < since_ms + clocks.brake_ms
+                    && silences.is_departure(&member.record.site, since_ms, &clocks)
+            })
+        });
+        let mut batch = WriteBatch::new();
+        for provider in held {
+            let Some(member) = self.members.get_mut(&provider) else { continue };
+            member.braked = true;
+            // Its clock begins anew: who is late when the others are back has a day of its own.
+            member.record.back_at_ms = clock_ms;
+            batch.put(keys::provider(provider), encode(&member.record));
         }
-        Ok(())
+        if !batch.is_empty() {
+            self.commit(batch, Durability::Applied)?;
+        }
+        alone.into_iter().take(DEATHS_MAX).try_for_each(|provider| self.declare_dead(provider))
     }
 
     /// Providers that are silent beyond their time and not given up, because many fell silent together.

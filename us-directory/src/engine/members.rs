@@ -16,7 +16,7 @@ use us_proto::v1::{
 };
 
 use super::events::EventKind;
-use super::presence::{self, Clocks, Silence};
+use super::presence::{self, Clocks};
 use super::{ConnId, Durability, Effect, Engine, Then};
 use crate::keys;
 use crate::records::{HoldingRecord, ProviderRecord, bit, block_id, decode, encode, with_bit};
@@ -116,10 +116,10 @@ impl Member {
             && clock_ms >= presence::due_ms(record, clocks)
     }
 
-    /// As the brake sees it.
-    pub fn silence(&self) -> Silence<'_> {
+    /// As the brake sees it: its site, and since when it is silent.
+    pub fn silence(&self) -> (&str, Option<u64>) {
         let since_ms = (!self.online).then_some(self.record.silent_since_ms);
-        Silence { site: &self.record.site, since_ms }
+        (&self.record.site, since_ms)
     }
 
     /// What can still be put there.

@@ -7,9 +7,9 @@
 //!      |_____________________ heard again ______________|_______________|
 //! ```
 //! A provider is due when it has been silent for `dead_ms` longer than it was expected to be: until
-//! the return it announced, or the next hour in which its *profile* says it is usually on, or at
-//! once where nothing is known. The profile is the share of each hour of the week in which it was
-//! online, learnt over weeks.
+//! the return it announced, or the next hour in which its *profile* says it is usually on. The profile
+//! is the share of each hour of the week in which it was online, learnt over weeks; until it is
+//! believed any evening may be a Friday's, and a silence may last `newcomer_ms`.
 //!
 //! The *brake*: when a large share of the providers, or of one site, fell silent together, that is an
 //! evening, a power cut or a partition, not as many deaths. None of them is dead by the clock alone
@@ -18,6 +18,8 @@
 //! Pure: everything is a function of what it is given. Durations count on the cluster's clock, which
 //! stands still while no directory runs; the hour of the week is wall time, and decides nothing but
 //! how much longer a silence is taken for sleep.
+
+use std::collections::HashMap;
 
 use us_proto::v1::ProviderState;
 
@@ -44,6 +46,9 @@ pub struct Clocks {
     pub absent_ms: u64,
     /// How long a provider may be silent beyond what was expected before it is given up.
     pub dead_ms: u64,
+    /// The same for one of which nothing is known and that announced nothing; never less than
+    /// `dead_ms`.
+    pub newcomer_ms: u64,
     /// Silences that began within this time of each other began together.
     pub together_ms: u64,
     /// How many percent of a site or of all must fall silent together for the brake.
@@ -59,6 +64,7 @@ impl Default for Clocks {
         Self {
             absent_ms: 5 * 60_000,
             dead_ms: 24 * HOUR_MS,
+            newcomer_ms: 3 * 24 * HOUR_MS,
             together_ms: HOUR_MS,
             brake_percent: 20,
             brake_ms: 7 * 24 * HOUR_MS,
@@ -94,13 +100,18 @@ pub fn learn(record: &mut ProviderRecord, hour: usize, share: f64) -> bool {
     is_news
 }
 
+/// Whether the profile is believed: it is some weeks old, and there are hours in which the provider is
+/// on.
+fn is_known(record: &ProviderRecord) -> bool {
+    record.profile.len() == HOURS
+        && record.profile_hours >= WEEKS_MIN * HOURS as u32
+        && record.profile.iter().any(|share| *share >= USUALLY_ON)
+}
+
 /// How long after `unix_ms` the profile expects the provider to be on: 0 where it should be on now,
 /// or where too little is known.
 pub fn expected_back_ms(record: &ProviderRecord, unix_ms: u64) -> u64 {
-    let known = record.profile.len() == HOURS
-        && record.profile_hours >= WEEKS_MIN * HOURS as u32
-        && record.profile.iter().any(|share| *share >= USUALLY_ON);
-    if !known {
+    if !is_known(record) {
         return 0;
     }
     let now = hour_of_week(unix_ms);
@@ -121,9 +132,17 @@ pub fn fell_silent(record: &mut ProviderRecord, clock_ms: u64, unix_ms: u64, bac
     };
 }
 
+/// How long the provider may be silent beyond what is expected.
+fn patience_ms(record: &ProviderRecord, clocks: &Clocks) -> u64 {
+    match is_known(record) || record.back_at_ms > 0 {
+        true => clocks.dead_ms,
+        false => clocks.dead_ms.max(clocks.newcomer_ms),
+    }
+}
+
 /// When the provider is given up, by its own clock; the brake may put it off.
 pub fn due_ms(record: &ProviderRecord, clocks: &Clocks) -> u64 {
-    record.silent_since_ms.max(record.back_at_ms) + clocks.dead_ms
+    record.silent_since_ms.max(record.back_at_ms) + patience_ms(record, clocks)
 }
 
 /// The state of a provider that is `reachable` or not.
@@ -156,40 +175,64 @@ pub fn hazard_factor(
         return 1.0;
     }
     let expected = record.silent_since_ms.max(record.back_at_ms);
-    let overdue = clock_ms.saturating_sub(expected) as f64 / clocks.dead_ms.max(1) as f64;
+    let patience_ms = patience_ms(record, clocks).max(1);
+    let overdue = clock_ms.saturating_sub(expected) as f64 / patience_ms as f64;
     1.0 / (1.0 - overdue).max(1e-3)
 }
 
-/// A provider as the brake sees it.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Silence<'a> {
-    /// Its site; an empty one is no site.
-    pub site: &'a str,
-    /// When it fell silent; `None`: it is online.
-    pub since_ms: Option<u64>,
+/// When the providers that are silent fell silent, as the brake sees it.
+#[derive(Debug, Default)]
+pub struct Silences<'a> {
+    everywhere: Group,
+    /// By site; an empty one is no site.
+    sites: HashMap<&'a str, Group>,
 }
 
-/// Whether the silence that began at `since_ms` in `site` is part of a departure of many: within
-/// `together_ms` of it so many others of the site, or of all, fell silent that it is no death.
-/// `all` are the providers that are not dead, the one in question among them.
-pub fn is_departure<'a>(
-    all: impl Iterator<Item = Silence<'a>>,
-    site: &str,
-    since_ms: u64,
-    clocks: &Clocks,
-) -> bool {
-    let (mut everywhere, mut here) = ((0usize, 0usize), (0usize, 0usize));
-    for other in all {
-        let together = other.since_ms.is_some_and(|at| at.abs_diff(since_ms) <= clocks.together_ms);
-        everywhere = (everywhere.0 + 1, everywhere.1 + usize::from(together));
-        if !site.is_empty() && other.site == site {
-            here = (here.0 + 1, here.1 + usize::from(together));
-        }
+/// Providers among which a departure stands out.
+#[derive(Debug, Default)]
+struct Group {
+    providers: usize,
+    /// Of those that are silent, in order once all are noted.
+    since_ms: Vec<u64>,
+}
+
+impl Group {
+    fn note(&mut self, since_ms: Option<u64>) {
+        self.providers += 1;
+        self.since_ms.extend(since_ms);
     }
-    let many = |(count, gone): (usize, usize)| {
-        gone >= BRAKE_PROVIDERS_MIN && gone * 100 >= count * clocks.brake_percent as usize
-    };
-    many(everywhere) || many(here)
+
+    fn is_departure(&self, since_ms: u64, clocks: &Clocks) -> bool {
+        let from = since_ms.saturating_sub(clocks.together_ms);
+        let first = self.since_ms.partition_point(|at| *at < from);
+        let last = self.since_ms.partition_point(|at| *at <= since_ms + clocks.together_ms);
+        let gone = last - first;
+        gone >= BRAKE_PROVIDERS_MIN && gone * 100 >= self.providers * clocks.brake_percent as usize
+    }
+}
+
+impl<'a> Silences<'a> {
+    /// Of all providers that are not dead: their sites, and when they fell silent (`None`: they are
+    /// online).
+    pub fn new(all: impl Iterator<Item = (&'a str, Option<u64>)>) -> Self {
+        let mut silences = Self::default();
+        for (site, since_ms) in all {
+            silences.everywhere.note(since_ms);
+            if !site.is_empty() {
+                silences.sites.entry(site).or_default().note(since_ms);
+            }
+        }
+        silences.everywhere.since_ms.sort_unstable();
+        silences.sites.values_mut().for_each(|site| site.since_ms.sort_unstable());
+        silences
+    }
+
+    /// Whether the silence that began at `since_ms` in `site` is part of a departure of many: within
+    /// `together_ms` of it so many others of the site, or of all, fell silent that it is no death.
+    pub fn is_departure(&self, site: &str, since_ms: u64, clocks: &Clocks) -> bool {
+        self.everywhere.is_departure(since_ms, clocks)
+            || self.sites.get(site).is_some_and(|here| here.is_departure(since_ms, clocks))
+    }
 }
 
 #[cfg(test)]
@@ -269,22 +312,37 @@ mod tests {
     }
 
     #[test]
+    fn a_newcomer_may_be_away_for_its_first_weekend() {
+        let (mut record, clocks) = (ProviderRecord::default(), Clocks::default());
+        (0..5 * 24).for_each(|hour| assert!(learn(&mut record, hour, 1.0)));
+        let friday_evening = MONDAY_MS + 4 * DAY_MS + 17 * HOUR_MS;
+        fell_silent(&mut record, 1_000, friday_evening, 0);
+        let monday_morning = 1_000 + 64 * HOUR_MS;
+        assert!(due_ms(&record, &clocks) > monday_morning + 6 * HOUR_MS);
+        assert_eq!(due_ms(&record, &clocks), 1_000 + 3 * DAY_MS);
+        let patient = Clocks { dead_ms: 9 * DAY_MS, ..clocks };
+        assert_eq!(due_ms(&record, &patient), 1_000 + 9 * DAY_MS, "never less than for the others");
+    }
+
+    #[test]
     fn an_evening_is_no_epidemic_and_one_death_is_no_evening() {
+        const TEN_MS: u64 = 10 * HOUR_MS;
         let clocks = Clocks::default();
-        let silence = |site, since_ms| Silence { site, since_ms };
-        let mut all: Vec<Silence<'_>> = (0..100).map(|_| silence("office", None)).collect();
-        all[0].since_ms = Some(10 * HOUR_MS);
-        let departs = |all: &[Silence<'_>]| {
-            is_departure(all.iter().copied(), "office", 10 * HOUR_MS, &clocks)
+        let mut all = vec![("office", None); 100];
+        let departs = |all: &[(&str, Option<u64>)], site| {
+            Silences::new(all.iter().copied()).is_departure(site, TEN_MS, &clocks)
         };
-        assert!(!departs(&all));
-        (0..30).for_each(|at| all[at].since_ms = Some(10 * HOUR_MS + at as u64 * 60_000));
-        assert!(departs(&all));
-        (1..30).for_each(|at| all[at].since_ms = Some(20 * HOUR_MS));
-        assert!(!departs(&all), "the others went another evening");
+        all[0].1 = Some(TEN_MS);
+        assert!(!departs(&all, "office"));
+        (0..30).for_each(|at| all[at].1 = Some(TEN_MS + at as u64 * 60_000));
+        assert!(departs(&all, "office"));
+        (1..30).for_each(|at| all[at].1 = Some(20 * HOUR_MS));
+        assert!(!departs(&all, "office"), "the others went another evening");
         // A small site of its own, in a large cluster.
-        all[0].site = "lab";
-        all.extend([silence("lab", Some(10 * HOUR_MS)), silence("lab", Some(10 * HOUR_MS))]);
-        assert!(is_departure(all.iter().copied(), "lab", 10 * HOUR_MS, &clocks));
+        all[0].0 = "lab";
+        all.extend([("lab", Some(9 * HOUR_MS)), ("lab", Some(11 * HOUR_MS))]);
+        assert!(departs(&all, "lab") && !departs(&all, "office"));
+        all[101].1 = Some(11 * HOUR_MS + 1);
+        assert!(!departs(&all, "lab"), "the last of the three went more than an hour later");
     }
 }

@@ -22,12 +22,14 @@ use crate::store::memory::MemoryStore;
 mod basics;
 mod checks;
 mod crash;
+mod evenings;
 mod garbage;
 mod keeping;
 mod leaving;
 mod repair;
 mod routes;
 mod simulation;
+mod swarm;
 
 /// Counts up: distinct, and the same in every run.
 struct Counting(u8);
@@ -58,7 +60,10 @@ pub(super) struct World {
 
 fn engine_on(store: MemoryStore) -> Engine {
     let (entropy, chooser) = (Box::new(Counting(0)), Box::<Hybrid>::default());
-    Engine::start(Box::new(store), EngineConfig::default(), entropy, chooser, [7; 16]).unwrap()
+    let mut config = EngineConfig::default();
+    // Who is silent is waited for as long as for one that has been known for weeks.
+    config.clocks.newcomer_ms = config.clocks.dead_ms;
+    Engine::start(Box::new(store), config, entropy, chooser, [7; 16]).unwrap()
 }
 
 impl World {

@@ -3,7 +3,7 @@
 
 use us_proto::v1::{FsckKind, FsckSummary};
 
-use super::repair::Swarm;
+use super::swarm::Swarm;
 use super::*;
 use crate::fsck::Found;
 use crate::fsck::maps::Maps;

@@ -1,6 +1,6 @@
 //! What nothing names: young, wanted, or garbage; and deletions that are looked at again.
 
-use super::repair::{DAY_MS, MINUTE_MS, Swarm};
+use super::swarm::{DAY_MS, MINUTE_MS, Swarm};
 use super::*;
 use crate::engine::garbage::{Stray, Verdict};
 use crate::records::{BlockRecord, block_id};

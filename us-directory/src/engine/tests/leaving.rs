@@ -1,6 +1,6 @@
 //! A provider leaves for good: nothing is dropped before it lies elsewhere, whoever crashes meanwhile.
 
-use super::repair::{DAY_MS, MINUTE_MS, Swarm};
+use super::swarm::{DAY_MS, MINUTE_MS, Swarm};
 use super::*;
 
 /// The owner's word, with every report as a real provider sends it.

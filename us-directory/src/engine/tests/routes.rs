@@ -4,13 +4,11 @@ use std::collections::BTreeMap;
 
 use us_core::placement::helpers::{Rebuild, Senders, assign};
 
-use super::repair::Swarm;
+use super::swarm::{DAY_MS, MINUTE_MS, Swarm};
 use super::*;
 
 /// A whole block in 4+2.
 const BLOCK_BYTES: u32 = 4_128_768;
-const DAY_MS: u64 = 24 * 3_600_000;
-const MINUTE_MS: u64 = 60_000;
 
 /// A provider with fragments dies; the first orders that leave then.
 fn orders_after_a_death(swarm: &mut Swarm) -> Vec<RebuildFragments> {
