@@ -5,13 +5,17 @@
 //! us…h  10.x.y.1 ---- bridge 0 ---- bridge 1 (a site) --------- eth0  10.x.y.10   tbf: its uplink
 //!                          \        tbf both ways: its trunk \-- eth0  10.x.y.11
 //! ```
+//! Every node knows the link addresses of all others from the start: behind real lines nobody asks for
+//! them across the line, where an answer that waits behind data for three seconds is "no route".
+//!
 //! Nothing of it stays: the namespaces go when the value is dropped, and with them every interface,
 //! because one end of each lies in one of them. What a test that was killed left behind goes when
 //! the next begins: names carry the number of the process that made them, and only names that begin
 //! with the own prefix are touched.
 
+use std::io::Write;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 /// Every namespace of ours is called so, with the process and a number behind it.
@@ -52,6 +56,16 @@ fn try_run(program: &str, arguments: &[&str]) -> Result<String, String> {
         return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
     }
     Err(format!("{program} {arguments:?}: {}", String::from_utf8_lossy(&output.stderr).trim()))
+}
+
+/// Runs many `ip` commands of one namespace at once.
+fn ip_batch(namespace: Option<&str>, lines: &str) {
+    let mut command = Command::new("ip");
+    command.args(namespace.iter().flat_map(|name| ["-n", name])).args(["-batch", "-"]);
+    let mut child = command.stdin(Stdio::piped()).spawn().expect("ip");
+    // Dropped with the statement: that ends what it reads.
+    child.stdin.take().expect("piped").write_all(lines.as_bytes()).expect("written");
+    assert!(child.wait().expect("ip").success(), "ip -batch: {lines}");
 }
 
 fn try_ip(arguments: &[&str]) -> Result<String, String> {
@@ -129,7 +143,7 @@ impl Net {
         ip(&[&["-n", &hub, "link", "add", "host", "type", "veth"][..], &end[..]].concat());
         net.plug(&hub, "host", "b0", None);
         ip(&["address", "add", &format!("{}.1/24", net.subnet), "dev", &host]);
-        ip(&["link", "set", &host, "up"]);
+        ip(&["link", "set", &host, "address", HOST_LINK, "up"]);
         for node in 0..nodes {
             let namespace = net.namespace(node);
             ip(&["netns", "add", &namespace]);
@@ -140,9 +154,15 @@ impl Net {
             limit(&namespace, "eth0", up);
             let address = format!("{}/24", net.address(node));
             ip(&["-n", &namespace, "address", "add", &address, "dev", "eth0"]);
-            ip(&["-n", &namespace, "link", "set", "eth0", "up"]);
+            ip(&["-n", &namespace, "link", "set", "eth0", "address", &link(node), "up"]);
             ip(&["-n", &namespace, "link", "set", "lo", "up"]);
+            let known = (0..nodes).filter(|other| *other != node);
+            let known = known.map(|other| (net.address(other), link(other)));
+            let known = known.chain([(net.host(), HOST_LINK.to_owned())]);
+            ip_batch(Some(&namespace), &neighbours(known, "eth0"));
         }
+        let known = (0..nodes).map(|node| (net.address(node), link(node)));
+        ip_batch(None, &neighbours(known, &host));
         net
     }
 
@@ -193,6 +213,20 @@ impl Net {
     pub fn nodes(&self) -> usize {
         self.nodes
     }
+}
+
+/// The link address of this machine's end.
+const HOST_LINK: &str = "02:75:73:00:00:01";
+
+/// The link address of a node.
+fn link(node: usize) -> String {
+    format!("02:75:73:01:{:02x}:{:02x}", node / 256, node % 256)
+}
+
+/// The commands that make these addresses, and their link addresses, known on an interface.
+fn neighbours(known: impl Iterator<Item = (String, String)>, interface: &str) -> String {
+    let line = |(address, link)| format!("neigh replace {address} lladdr {link} dev {interface}\n");
+    known.map(line).collect()
 }
 
 /// Limits what leaves through an interface.

@@ -12,7 +12,7 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_rustls::{TlsAcceptor, TlsConnector, TlsStream};
 
-use super::{CONNECT_TIMEOUT, ConnectError};
+use super::{CONNECT_TIMEOUT, ConnectError, TCP_TIMEOUT};
 use crate::tls::{ExpectedPeer, PeerIdentity, SERVER_NAME};
 
 /// How long a connection that ends is given to say so to TLS.
@@ -51,17 +51,19 @@ pub(super) async fn dial(
     config: Arc<ClientConfig>,
     expected: ExpectedPeer,
 ) -> Result<(Secured, PeerIdentity), ConnectError> {
+    let too_long = |after| ConnectError::Timeout { address: address.to_owned(), after };
     let connecting = async {
-        let tcp = TcpStream::connect(address).await.and_then(|tcp| tune(&tcp).map(|()| tcp));
+        let tcp = timeout(TCP_TIMEOUT, TcpStream::connect(address)).await;
+        let tcp = tcp.map_err(|_| too_long(TCP_TIMEOUT))?;
+        let tcp = tcp.and_then(|tcp| tune(&tcp).map(|()| tcp));
         let tcp =
             tcp.map_err(|source| ConnectError::Tcp { address: address.to_owned(), source })?;
         let name = ServerName::try_from(SERVER_NAME).expect("it is a DNS name");
         let tls = TlsConnector::from(config).connect(name, buffered(tcp)).await;
         tls.map_err(|source| ConnectError::Handshake { address: address.to_owned(), source })
     };
-    let mut tls = timeout(CONNECT_TIMEOUT, connecting)
-        .await
-        .map_err(|_| ConnectError::Timeout { address: address.to_owned() })??;
+    let mut tls =
+        timeout(CONNECT_TIMEOUT, connecting).await.map_err(|_| too_long(CONNECT_TIMEOUT))??;
     let (_, session) = tls.get_mut();
     session.set_buffer_limit(Some(WRITE_BUFFER_BYTES));
     let peer = PeerIdentity::from_chain(session.peer_certificates())
