@@ -10,4 +10,5 @@ pub mod poll;
 pub mod run;
 pub mod simulate;
 pub mod tier;
+pub mod tools;
 pub mod tree;

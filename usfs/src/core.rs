@@ -45,7 +45,7 @@ use us_proto::v1::mutation::Op;
 
 pub use self::crowding::Rewrite;
 pub use self::files::{ReadPiece, ReadPlan};
-pub use self::flush::{FlushReason, SealPlan, Stored};
+pub use self::flush::{FlushReason, SealPlan, StoreFailure, Stored};
 pub use self::handles::OpenFile;
 pub use self::install::Effect;
 pub use self::leases::{FinishedRecall, Recall};

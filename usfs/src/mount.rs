@@ -23,7 +23,7 @@ use us_core::daemon::shutdown::Shutdown;
 
 pub use self::options::{Ack, Options};
 pub use self::volume::{VolumeMount, VolumeSpec};
-use crate::fuse::kernel;
+use crate::fuse::kernel::{self, FILE_SYSTEM_TYPE};
 use crate::places::{self, UpRecord};
 
 /// How long a mount keeps memory that is free.
@@ -42,7 +42,7 @@ pub struct MountArgs {
     pub(super) identity: Option<PathBuf>,
     /// Mount options, separated by commas: ro, allow_other, suid, dev, noexec, noatime, sync,
     /// ack=full (fsync waits for every fragment, not only for the write margin), identity=DIR,
-    /// memory=SIZE
+    /// memory=SIZE; remount changes what is mounted there, as far as the kernel decides it
     #[arg(short = 'o', value_name = "OPTIONS")]
     pub(super) options: Vec<String>,
     /// Stay in the foreground (as it does anyhow)
@@ -90,6 +90,18 @@ fn split_source(source: &str) -> anyhow::Result<(&str, &str)> {
 pub fn mount(args: &MountArgs) -> anyhow::Result<ExitCode> {
     let (directory, volume) = split_source(&args.source)?;
     let options = Options::parse(&args.options)?;
+    if options.remount {
+        let at = point::absolute(&args.mountpoint)?;
+        let ours = kernel::mount_at(&at)?.is_some_and(|entry| entry.kind == FILE_SYSTEM_TYPE);
+        if !ours {
+            bail!("no usfs is mounted at {}", at.display());
+        }
+        let there = Options::of_mount(&at).with_context(|| format!("ask {}", at.display()))?;
+        let changed = there.changed_by(&args.options)?;
+        kernel::remount(&at, &changed.for_kernel(args.source.clone()))
+            .with_context(|| format!("remount {}", at.display()))?;
+        return Ok(ExitCode::SUCCESS);
+    }
     if args.background {
         return background::start(args);
     }

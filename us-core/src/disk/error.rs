@@ -151,6 +151,12 @@ pub enum PlacementError {
         /// The directory's words.
         detail: String,
     },
+    /// The providers are full of what was deleted, and it is being cleared away.
+    #[error("no space left until what was deleted is cleared away: {detail}")]
+    SpaceComes {
+        /// The directory's words.
+        detail: String,
+    },
     /// Not enough live providers for the code's write margin.
     #[error("too few providers: {detail}")]
     TooFewProviders {
@@ -175,9 +181,10 @@ impl PlacementError {
     /// What trying again could change.
     pub const fn retry(&self) -> Retry {
         match self {
-            Self::NoSpace { .. } | Self::TooFewProviders { .. } | Self::Unavailable { .. } => {
-                Retry::SamePeerLater
-            }
+            Self::NoSpace { .. }
+            | Self::SpaceComes { .. }
+            | Self::TooFewProviders { .. }
+            | Self::Unavailable { .. } => Retry::SamePeerLater,
             Self::Ended { .. } => Retry::Never,
         }
     }

@@ -107,6 +107,12 @@ impl Member {
         self.is_usable() && !self.record.draining
     }
 
+    /// Whether blocks may be placed there as far as anything but space is concerned.
+    pub fn may_have_space(&self) -> bool {
+        let is_full = !self.report.accepts_puts && self.report.full;
+        self.is_reachable() && (self.report.accepts_puts || is_full) && !self.record.draining
+    }
+
     /// Whether it has been silent for so long that it is to be given up.
     pub fn is_due(&self, clock_ms: u64, clocks: &Clocks) -> bool {
         let record = &self.record;
@@ -125,6 +131,12 @@ impl Member {
     /// What can still be put there.
     pub fn free_bytes(&self) -> u64 {
         self.report.free_bytes.saturating_sub(self.promised_bytes)
+    }
+
+    /// What can be put there once its trash is emptied and its segments are compacted.
+    pub fn clearable_bytes(&self) -> u64 {
+        let bytes = self.report.free_bytes.saturating_add(self.report.reclaimable_bytes);
+        bytes.saturating_sub(self.promised_bytes).min(self.report.capacity_bytes)
     }
 
     /// Its state for people and clients.

@@ -12,7 +12,7 @@ use us_proto::v1::{
 use super::{BIRTHS_AHEAD, ConnId, Durability, Engine, Then};
 use crate::keys;
 use crate::records::{BlockRecord, InodeRange, UsageRecord, decode, encode};
-use crate::store::{StoreError, WriteBatch};
+use crate::store::{KeyRange, StoreError, WriteBatch};
 
 /// The most placements one request leases.
 const PLACEMENTS_MAX: u32 = 256;
@@ -90,7 +90,15 @@ impl Engine {
                     self.next_birth += 1;
                 }
                 Err(error) => {
-                    reply.no_space = matches!(error, PlacementError::NoSpace { .. });
+                    reply.no_space = match error {
+                        PlacementError::NoSpace { .. } => true,
+                        // Those that are full are not too few.
+                        PlacementError::TooFewProviders { needed, .. } => {
+                            self.members.values().filter(|one| one.may_have_space()).count()
+                                >= needed
+                        }
+                    };
+                    reply.space_comes = reply.no_space && self.space_comes(code)?;
                     reply.error = error.to_string();
                     break;
                 }
@@ -144,6 +152,23 @@ impl Engine {
         if !after.is_empty() {
             self.placer.placed(&after);
         }
+    }
+
+    /// Whether blocks of this code fit once what was deleted is cleared away.
+    fn space_comes(&self, code: Code) -> Result<bool, StoreError> {
+        let fragment_bytes = fragment_bytes_max(code);
+        let usable = self.members.values().filter(|member| member.may_have_space());
+        let room: Vec<u64> =
+            usable.map(|member| member.clearable_bytes() / fragment_bytes).collect();
+        if blocks_that_fit(&room, code.fragments() as u64) > 0 {
+            return Ok(true);
+        }
+        // What lies in graves is in no provider's trash yet.
+        let graves = KeyRange {
+            from: keys::tag(&keys::CLUSTER, b'g'),
+            to: Some(keys::graves_end(u64::MAX)),
+        };
+        Ok(!self.store.scan(&graves, 1)?.is_empty())
     }
 
     /// Space that was promised is not free until the provider's next reports say so.
@@ -210,11 +235,12 @@ impl Engine {
         let fragments = code.fragments() as u64;
         let block_bytes = code.block_bytes_max() as u64;
         let room = |bytes: fn(&super::Member) -> u64| -> Vec<u64> {
-            let usable = self.members.values().filter(|member| member.takes_new());
+            let usable = self.members.values().filter(|member| member.may_have_space());
             usable.map(|member| bytes(member) / fragment_bytes).collect()
         };
         let total_blocks = blocks_that_fit(&room(|m| m.report.capacity_bytes), fragments);
-        let free_blocks = blocks_that_fit(&room(super::Member::free_bytes), fragments);
+        // The trash yields to need.
+        let free_blocks = blocks_that_fit(&room(super::Member::clearable_bytes), fragments);
         let reserve = (total_blocks / RESERVE_SHARE).max(RESERVE_BLOCKS_MIN);
         let mut reply = StatfsReply {
             request: ask.request,

@@ -402,22 +402,24 @@ impl Link {
 /// What the provider says of itself now.
 pub(crate) fn report(store: &Store, pause: &Pause, leave: &Leave) -> ProviderReport {
     let state = store.state();
-    let note = if pause.is_on() {
-        "paused by its owner".to_owned()
+    let (note, full) = if pause.is_on() {
+        ("paused by its owner".to_owned(), false)
     } else if let Some(trouble) = state.trouble {
-        trouble
+        (trouble, false)
     } else if state.free_bytes < FREE_BYTES_MIN {
-        "full".to_owned()
+        ("full".to_owned(), true)
     } else {
-        String::new()
+        (String::new(), false)
     };
     ProviderReport {
         capacity_bytes: state.capacity_bytes,
         used_bytes: state.used_bytes,
         free_bytes: state.free_bytes,
+        reclaimable_bytes: state.trashed_bytes + state.dead_bytes,
         fragments: state.fragments,
         damaged: state.damaged,
         accepts_puts: note.is_empty(),
+        full,
         note,
         next_record: state.next_record,
         leaving: leave.is_on(),

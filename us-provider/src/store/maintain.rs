@@ -15,6 +15,8 @@ use super::{IDS_MAX, Store, StoreError};
 
 /// Fragments named in control records that are gathered before they are written again.
 const CARRY_IDS_MAX: usize = 65_536;
+/// Fragments purged at once for want of space, before it is looked at again.
+const PRESSED_STEP: usize = 64;
 
 /// How much one call of [`Store::maintain`] may do.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -129,13 +131,23 @@ impl Store {
         let keep_s =
             if pressed { shared.options.trash_readable_s + 1 } else { shared.options.trash_keep_s };
         let Some(before_s) = now_s.checked_sub(keep_s) else { return Ok(0) };
-        // Under pressure a small step at a time: no more than is needed.
-        let limit = if pressed { limits.purge_max.min(64) } else { limits.purge_max };
-        let ids = shared.index.trash(before_s + 1, limit.min(IDS_MAX))?;
-        if ids.is_empty() {
-            return Ok(0);
+        // Under pressure a small step at a time, so that no more goes than is needed: fragments may
+        // be of any size.
+        let step = if pressed { PRESSED_STEP } else { IDS_MAX };
+        let mut purged = 0;
+        while purged < limits.purge_max {
+            let ids = shared.index.trash(before_s + 1, step.min(limits.purge_max - purged))?;
+            if ids.is_empty() {
+                break;
+            }
+            let went = self.ask_blocking(|reply| Command::Purge { ids, reply })?;
+            purged += went;
+            let is_pressed = shared.free_bytes(shared.used_bytes()) < limits.pressure_bytes;
+            if went == 0 || !pressed || !is_pressed {
+                break;
+            }
         }
-        self.ask_blocking(|reply| Command::Purge { ids, reply })
+        Ok(purged)
     }
 
     /// Moves what counts out of a segment and removes it. Where the limit ends it before, a later

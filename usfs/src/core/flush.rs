@@ -67,6 +67,21 @@ pub struct Stored {
     pub commit: v1::BlockCommit,
 }
 
+/// Why a block was not stored.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct StoreFailure {
+    /// What is told.
+    pub error: FsError,
+    /// For how long a file's data may fail so before anybody is told: it may pass.
+    pub patience: Duration,
+}
+
+impl From<FsError> for StoreFailure {
+    fn from(error: FsError) -> Self {
+        Self { error, patience: Duration::ZERO }
+    }
+}
+
 #[derive(Debug)]
 struct OpenTicket {
     inos: Vec<Ino>,
@@ -133,7 +148,18 @@ impl Core {
 
     /// Why the data of `ino` could not be stored when it was last tried, if it could not.
     pub fn storing_fails(&self, ino: Ino) -> Option<FsError> {
-        self.nodes.get(&ino)?.write_failing.clone()
+        self.nodes.get(&ino)?.write_failing.clone().filter(|_| self.has_uncommitted(ino))
+    }
+
+    /// Why data of `ino` that could not be stored is tried again, and nobody was told.
+    pub fn storing_retries(&self, ino: Ino) -> Option<FsError> {
+        let (_, error) = self.nodes.get(&ino)?.write_retried.as_ref()?;
+        self.has_uncommitted(ino).then(|| error.clone())
+    }
+
+    /// How often data of `ino` could not be stored.
+    pub fn aborts(&self, ino: Ino) -> u64 {
+        self.nodes.get(&ino).map_or(0, |node| node.aborts)
     }
 
     /// Whether data of `ino` is dirty or in flight.
@@ -271,7 +297,12 @@ impl Core {
     }
 
     /// The block of `ticket` was stored, or not. Commits what can be committed now.
-    pub fn finish_ticket(&mut self, now: Now, ticket: Ticket, result: Result<Stored, FsError>) {
+    pub fn finish_ticket(
+        &mut self,
+        now: Now,
+        ticket: Ticket,
+        result: Result<Stored, StoreFailure>,
+    ) {
         match result {
             Ok(stored) => {
                 self.dirty.retry_at = None;
@@ -287,9 +318,9 @@ impl Core {
         }
     }
 
-    fn abort_ticket(&mut self, now: Now, ticket: Ticket, error: &FsError) {
+    fn abort_ticket(&mut self, now: Now, ticket: Ticket, failure: &StoreFailure) {
+        let StoreFailure { error, patience } = failure;
         self.dirty.retry_at = Some(now.boot + RETRY_PAUSE);
-        self.dirty.failing = Some(error.clone());
         let Some(open) = self.dirty.tickets.remove(&ticket.0) else { return };
         self.dirty.in_flight_bytes -= open.bytes;
         for ino in open.inos {
@@ -297,6 +328,14 @@ impl Core {
             if let Some(data) = node.data.as_deref_mut() {
                 data.abort(ticket);
             }
+            node.aborts += 1;
+            let since = node.write_retried.as_ref().map_or(now.boot, |(since, _)| *since);
+            node.write_retried = Some((since, error.clone()));
+            if node.write_failing.is_none() && now.boot < since + *patience {
+                self.note_dirty(now, ino);
+                continue;
+            }
+            self.dirty.failing = Some(error.clone());
             if node.write_failing.replace(error.clone()).is_none() {
                 self.write_errors += 1;
                 let error = error.clone();
@@ -336,6 +375,7 @@ impl Core {
             let Some(data) = node.data.as_deref_mut() else { continue };
             let mapped = data.map().mapped_bytes();
             let extents = data.commit(ticket, block);
+            node.write_retried = None;
             let grown = data.map().mapped_bytes() as i64 - mapped as i64;
             if data.is_clean() {
                 node.write_failing = None;

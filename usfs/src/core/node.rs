@@ -235,6 +235,10 @@ pub struct Node {
     pub dirty_since: Option<Duration>,
     /// Why its data could not be stored when last tried, while some of it still is not.
     pub write_failing: Option<FsError>,
+    /// Since when its data cannot be stored, though nobody was told of it yet, and why.
+    pub write_retried: Option<(Duration, FsError)>,
+    /// How often its data could not be stored.
+    pub aborts: u64,
     /// How often bytes that were stored became dirty again, because a chunk must be written anew first.
     pub postponed: u64,
     /// The last error of writing.
@@ -265,6 +269,8 @@ impl Node {
             kernel_cache_valid: false,
             dirty_since: None,
             write_failing: None,
+            write_retried: None,
+            aborts: 0,
             postponed: 0,
             write_error: None,
             used: true,

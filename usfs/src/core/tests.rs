@@ -236,7 +236,7 @@ fn what_could_not_be_stored_stays_dirty_and_is_reported_once() {
     core.write(at(3), handle, 0, b"abc", false).unwrap();
     let plans = core.seal_file(at(3), ino, FlushReason::Durable);
     let full = FsError::NoSpace("full".to_owned());
-    core.finish_ticket(at(3), plans[0].ticket, Err(full.clone()));
+    core.finish_ticket(at(3), plans[0].ticket, Err(full.clone().into()));
     assert!(core.has_uncommitted(ino));
     assert_eq!(core.write(at(3), handle, 3, b"d", false), Err(Stop::Fail(full.clone())));
     assert_eq!(core.take_write_error(handle), Some(full));
@@ -245,6 +245,38 @@ fn what_could_not_be_stored_stays_dirty_and_is_reported_once() {
     store(&mut core, &plans[0]);
     assert!(!core.has_uncommitted(ino));
     assert!(core.write(at(3), handle, 3, b"d", false).is_ok());
+}
+
+/// Two of six providers died under fsx: what was on its way to them was an error at once, though the
+/// next try stored it.
+#[test]
+fn what_may_pass_is_tried_again_before_anybody_is_told() {
+    let mut core = core();
+    give_root(&mut core);
+    let (ino, handle) = file(&mut core, b"a");
+    let patience = Duration::from_millis(30);
+    let dead = FsError::Io("two died".to_owned());
+    let fails = |core: &mut Core, ms: u64| {
+        let plans = core.seal_file(at(ms), ino, FlushReason::Commit);
+        let failure = StoreFailure { error: dead.clone(), patience };
+        core.finish_ticket(at(ms), plans[0].ticket, Err(failure));
+        (core.storing_fails(ino).is_some(), core.storing_retries(ino).is_some())
+    };
+    core.write(at(3), handle, 0, b"abc", false).unwrap();
+    assert_eq!(fails(&mut core, 3), (false, true));
+    assert_eq!(core.take_write_error(handle), None);
+    let plans = core.seal_file(at(30), ino, FlushReason::Commit);
+    store(&mut core, &plans[0]);
+    assert_eq!((core.storing_fails(ino), core.storing_retries(ino)), (None, None));
+    // It counts from the first failure after that.
+    core.write(at(31), handle, 0, b"abc", false).unwrap();
+    assert_eq!(fails(&mut core, 31), (false, true));
+    assert_eq!(fails(&mut core, 60), (false, true));
+    assert_eq!(fails(&mut core, 61), (true, true));
+    assert_eq!(core.take_write_error(handle), Some(dead.clone()));
+    // What is cut off need not be stored.
+    core.discard_data(ino);
+    assert_eq!((core.storing_fails(ino), core.storing_retries(ino)), (None, None));
 }
 
 #[test]

@@ -62,10 +62,10 @@ impl Blocks {
             sites: lease.sites.iter().copied().map(SiteNumber).collect(),
         }));
         let detail = answer.error;
-        leased.pop_front().ok_or(if answer.no_space {
-            PlacementError::NoSpace { detail }
-        } else {
-            PlacementError::TooFewProviders { detail }
+        leased.pop_front().ok_or(match (answer.no_space, answer.space_comes) {
+            (true, true) => PlacementError::SpaceComes { detail },
+            (true, false) => PlacementError::NoSpace { detail },
+            (false, _) => PlacementError::TooFewProviders { detail },
         })
     }
 

@@ -9,7 +9,7 @@ use us_core::disk::{BlockDirectory, BlockInfo};
 use us_core::ids::{BlockId, Ino};
 
 use super::shared::State;
-use super::writeback::flush_file;
+use super::writeback::flush_patiently;
 use super::{
     AllocateMode, Caller, Fs, FsError, Handle, KernelNotifier, OpenFlags, Opened, SeekFor,
     WriteFlags,
@@ -185,7 +185,7 @@ impl Fs {
     /// Returns when the file's data, and every change of names before now, is durable.
     pub async fn fsync(&self, handle: Handle, _data_only: bool) -> Result<(), FsError> {
         let ino = self.shared.lock().core.open_file(handle)?.ino;
-        let flushed = flush_file(&self.shared, ino, FlushReason::Durable).await;
+        let flushed = flush_patiently(&self.shared, ino, FlushReason::Durable).await;
         let reported = self.shared.lock().core.take_write_error(handle);
         flushed?;
         reported.map_or(Ok(()), Err)?;

@@ -25,6 +25,9 @@ use crate::session::{DirectoryLink, SessionError, stream};
 
 /// How long an unmount waits while nothing more becomes durable.
 const FLUSH_PATIENCE: Duration = Duration::from_secs(120);
+/// The patience of [`MountOptions::store_patience`]: providers that died are noticed within seconds, and
+/// their fragments go elsewhere.
+const STORE_PATIENCE: Duration = Duration::from_secs(30);
 /// How often is looked whether something has.
 const FLUSH_LOOK: Duration = Duration::from_millis(250);
 /// How long the directory may take to say goodbye.
@@ -64,6 +67,9 @@ pub struct MountOptions {
     /// How long an unmount waits while nothing more becomes durable; what is not goes into a rescue
     /// file then.
     pub flush_patience: Duration,
+    /// For how long data that cannot be stored is only tried again before a program is told; eight
+    /// times that where the providers are full of what was deleted.
+    pub store_patience: Duration,
 }
 
 impl Default for MountOptions {
@@ -79,6 +85,7 @@ impl Default for MountOptions {
             replaces: Vec::new(),
             no_atime: false,
             flush_patience: FLUSH_PATIENCE,
+            store_patience: STORE_PATIENCE,
         }
     }
 }
@@ -166,6 +173,7 @@ impl Fs {
             session: SessionId(opened.opened.session),
             dirty_bytes_max,
             flush_patience: options.flush_patience,
+            store_patience: options.store_patience,
         }));
         blocks.connect(&shared);
         shared.new_grant(&opened.opened.grant);

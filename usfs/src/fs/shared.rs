@@ -76,6 +76,8 @@ pub(crate) struct Shared {
     pub session: SessionId,
     /// How long an unmount waits while nothing more becomes durable.
     pub flush_patience: Duration,
+    /// How long data that cannot be stored is only tried again.
+    pub store_patience: Duration,
 }
 
 /// What a mount is made of.
@@ -89,6 +91,8 @@ pub(crate) struct Parts {
     pub session: SessionId,
     pub dirty_bytes_max: usize,
     pub flush_patience: Duration,
+    /// How long data that cannot be stored is only tried again.
+    pub store_patience: Duration,
 }
 
 impl Shared {
@@ -118,6 +122,7 @@ impl Shared {
             volume_name: parts.volume_name,
             session: parts.session,
             flush_patience: parts.flush_patience,
+            store_patience: parts.store_patience,
         }
     }
 

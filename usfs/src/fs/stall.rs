@@ -6,7 +6,7 @@ use tokio::time::Instant;
 
 use super::compact::compact;
 use super::shared::{Answer, State};
-use super::writeback::flush_file;
+use super::writeback::flush_patiently;
 use super::{Fs, FsError};
 use crate::core::{FlushReason, Now, Stall, Stop, Want};
 
@@ -90,10 +90,10 @@ impl Fs {
         let shared = &self.shared;
         match stall {
             Stall::Fetch(want) => return self.fetch(&want).await,
-            Stall::Flush(ino) => return flush_file(shared, ino, FlushReason::Commit).await,
+            Stall::Flush(ino) => return flush_patiently(shared, ino, FlushReason::Commit).await,
             Stall::Compact(ino, chunk) => {
                 compact(shared, ino, chunk).await?;
-                return flush_file(shared, ino, FlushReason::Commit).await;
+                return flush_patiently(shared, ino, FlushReason::Commit).await;
             }
             Stall::FreeSpace => return self.statfs().await.map(|_| ()),
             Stall::Space => shared.dirty.notify_one(),

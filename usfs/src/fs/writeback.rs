@@ -14,7 +14,7 @@ use us_core::ids::{BlockId, Ino};
 use super::FsError;
 use super::compact::compact;
 use super::shared::{Shared, State};
-use crate::core::{FlushReason, SealPlan, Stored};
+use crate::core::{FlushReason, SealPlan, StoreFailure, Stored};
 use crate::data::Ticket;
 use crate::errno::whole;
 
@@ -26,6 +26,11 @@ const STORE_TIMEOUT: Duration = Duration::from_secs(3600);
 /// How often a flush tries to get by a crowded chunk, and the pause while the background is at it.
 const REWRITES_MAX: usize = 200;
 const REWRITE_POLL: Duration = Duration::from_millis(5);
+/// How many times longer than else space is waited for where the providers are full of what was
+/// deleted: its graves and their trash are readable for two minutes.
+const SPACE_PATIENCE: u32 = 8;
+/// The pause before a file that somebody waits for is tried again.
+const FLUSH_AGAIN: Duration = Duration::from_millis(500);
 /// The longest sleep of the background: new dirty data wakes it anyway.
 const IDLE_MAX: Duration = Duration::from_secs(60);
 
@@ -105,7 +110,8 @@ async fn store(shared: &Arc<Shared>, plan: SealPlan) {
                 error = whole(&error),
                 "a block could not be stored; its bytes stay dirty"
             );
-            (Err(write_error(&error)), None)
+            let patience = shared.store_patience * patience(&error);
+            (Err(StoreFailure { error: write_error(&error), patience }), None)
         }
     };
     let now = shared.now();
@@ -153,13 +159,58 @@ async fn report_late(shared: &Shared, block: BlockId, fragments: usize, mut late
     }
 }
 
+/// Why a file is not flushed.
+enum NotFlushed {
+    /// It is tried again, and nobody was told yet.
+    Retried(FsError),
+    Failed(FsError),
+}
+
+impl From<FsError> for NotFlushed {
+    fn from(error: FsError) -> Self {
+        Self::Failed(error)
+    }
+}
+
 /// Stores all that is dirty in `ino`, and returns when that, and what was in flight, is committed in
-/// the log (which says nothing of its durability).
+/// the log (which says nothing of its durability). What may pass is waited for.
+///
+/// # Errors
+/// Why it cannot be stored.
+pub(crate) async fn flush_patiently(
+    shared: &Arc<Shared>,
+    ino: Ino,
+    reason: FlushReason,
+) -> Result<(), FsError> {
+    loop {
+        match flush_and_tidy(shared, ino, reason).await {
+            Ok(()) => return Ok(()),
+            Err(NotFlushed::Failed(error)) => return Err(error),
+            Err(NotFlushed::Retried(_)) => {
+                tokio::time::sleep(FLUSH_AGAIN.min(shared.store_patience)).await;
+            }
+        }
+    }
+}
+
+/// [`flush_patiently`] for those who wait elsewhere.
+///
+/// # Errors
+/// Why it was not stored, this time.
 pub(crate) async fn flush_file(
     shared: &Arc<Shared>,
     ino: Ino,
     reason: FlushReason,
 ) -> Result<(), FsError> {
+    let flushed = flush_and_tidy(shared, ino, reason).await;
+    flushed.map_err(|(NotFlushed::Retried(error) | NotFlushed::Failed(error))| error)
+}
+
+async fn flush_and_tidy(
+    shared: &Arc<Shared>,
+    ino: Ino,
+    reason: FlushReason,
+) -> Result<(), NotFlushed> {
     // Bytes whose commit would have overfilled a chunk are stored when the chunk is written anew.
     for _ in 0..REWRITES_MAX {
         let before = flush_once(shared, ino, reason).await?;
@@ -175,18 +226,22 @@ pub(crate) async fn flush_file(
             (true, None) => tokio::time::sleep(REWRITE_POLL).await,
         }
     }
-    Err(FsError::Io("the map of the file could not be tidied up".to_owned()))
+    Err(FsError::Io("the map of the file could not be tidied up".to_owned()).into())
 }
 
 /// Answers how often bytes of the file had been postponed when they were sealed.
-async fn flush_once(shared: &Arc<Shared>, ino: Ino, reason: FlushReason) -> Result<u64, FsError> {
+async fn flush_once(
+    shared: &Arc<Shared>,
+    ino: Ino,
+    reason: FlushReason,
+) -> Result<u64, NotFlushed> {
     let mut progress = shared.progress.subscribe();
     let now = shared.now();
-    let (before, plans, tickets) = {
+    let (before, aborts, plans, tickets) = {
         let mut state = shared.lock();
-        let before = state.core.postponed(ino);
+        let (before, aborts) = (state.core.postponed(ino), state.core.aborts(ino));
         let plans = state.core.seal_file(now, ino, reason);
-        (before, plans, state.core.open_tickets(ino))
+        (before, aborts, plans, state.core.open_tickets(ino))
     };
     for plan in plans {
         if plan.inline {
@@ -199,7 +254,14 @@ async fn flush_once(shared: &Arc<Shared>, ino: Ino, reason: FlushReason) -> Resu
         }
     }
     wait_tickets(shared, &tickets, &mut progress).await?;
-    shared.lock().core.storing_fails(ino).map_or(Ok(before), Err)
+    let core = &shared.lock().core;
+    match (core.storing_fails(ino), core.storing_retries(ino)) {
+        (Some(error), _) => Err(NotFlushed::Failed(error)),
+        (None, Some(error)) => Err(NotFlushed::Retried(error)),
+        // Stored by the background meanwhile, or not of this flush.
+        (None, None) if core.aborts(ino) == aborts => Ok(before),
+        (None, None) => Err(NotFlushed::Retried(FsError::Io("tried again".to_owned()))),
+    }
 }
 
 async fn wait_tickets(
@@ -223,11 +285,30 @@ async fn wait_tickets(
     }
 }
 
+/// For how long this is only tried again, in times of the mount's patience.
+fn patience(error: &StoreError) -> u32 {
+    match error {
+        StoreError::Placement(PlacementError::SpaceComes { .. }) => SPACE_PATIENCE,
+        // The next try asks the directory, which says whether there will be space.
+        StoreError::NoSpace { .. }
+        | StoreError::Placement(
+            PlacementError::TooFewProviders { .. } | PlacementError::Unavailable { .. },
+        )
+        | StoreError::TooFewProviders { .. }
+        | StoreError::Timeout { .. } => 1,
+        StoreError::Placement(PlacementError::NoSpace { .. } | PlacementError::Ended { .. })
+        | StoreError::Geometry(_)
+        | StoreError::InlineBytes { .. }
+        | StoreError::Closed => 0,
+    }
+}
+
 fn write_error(error: &StoreError) -> FsError {
     match error {
-        StoreError::Placement(PlacementError::NoSpace { .. }) | StoreError::NoSpace { .. } => {
-            FsError::NoSpace(whole(error))
-        }
+        StoreError::Placement(
+            PlacementError::NoSpace { .. } | PlacementError::SpaceComes { .. },
+        )
+        | StoreError::NoSpace { .. } => FsError::NoSpace(whole(error)),
         StoreError::Placement(PlacementError::Ended { detail }) => {
             FsError::SessionEnded(detail.clone())
         }

@@ -104,20 +104,35 @@ pub(super) fn mount(point: &Path, options: &MountOptions) -> io::Result<OwnedFd>
     if options.allow_other {
         data.push_str(",allow_other");
     }
-    let mut flags = MountFlags::empty();
-    for (wanted, flag) in [
-        (options.read_only, MountFlags::RDONLY),
-        (!options.suid, MountFlags::NOSUID),
-        (!options.dev, MountFlags::NODEV),
-        (options.no_exec, MountFlags::NOEXEC),
-        (options.no_atime, MountFlags::NOATIME),
-        (options.sync, MountFlags::SYNCHRONOUS),
-    ] {
-        flags.set(flag, wanted);
-    }
+    let flags = options.flags();
     let data = std::ffi::CString::new(data)?;
     rustix::mount::mount(&options.source, point, FILE_SYSTEM_TYPE, flags, data.as_c_str())?;
     Ok(device.into())
+}
+
+/// Changes what the kernel allows on a mount. Who else may use it stays as it was mounted.
+///
+/// # Errors
+/// What the system says: EBUSY where files are open for writing and it is to become read-only.
+pub fn remount(point: &Path, options: &MountOptions) -> io::Result<()> {
+    Ok(rustix::mount::mount_remount(point, options.flags(), c"")?)
+}
+
+impl MountOptions {
+    fn flags(&self) -> MountFlags {
+        let mut flags = MountFlags::empty();
+        for (wanted, flag) in [
+            (self.read_only, MountFlags::RDONLY),
+            (!self.suid, MountFlags::NOSUID),
+            (!self.dev, MountFlags::NODEV),
+            (self.no_exec, MountFlags::NOEXEC),
+            (self.no_atime, MountFlags::NOATIME),
+            (self.sync, MountFlags::SYNCHRONOUS),
+        ] {
+            flags.set(flag, wanted);
+        }
+        flags
+    }
 }
 
 /// Takes the mount away. Plainly, it fails with EBUSY while anything uses it; `detach` hides it at

@@ -1,7 +1,9 @@
 //! `-o`: what fstab and `mount` give.
 
-use std::path::PathBuf;
+use std::io;
+use std::path::{Path, PathBuf};
 
+use rustix::fs::StatVfsMountFlags;
 use us_core::daemon::size::Size;
 
 use crate::fuse;
@@ -9,6 +11,8 @@ use crate::fuse;
 /// What `-o` said.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Options {
+    /// What is mounted there already changes its kernel's options.
+    pub remount: bool,
     /// Nothing can be changed.
     pub read_only: bool,
     /// Other users may use it; `None`: root lets them, others do not.
@@ -31,6 +35,9 @@ pub struct Options {
     pub ack: Ack,
 }
 
+/// Options that only the kernel gives.
+const KERNELS: [&str; 4] = ["user_id=", "group_id=", "max_read=", "blksize="];
+
 /// When a block counts as stored, so that an `fsync` that waits for it may return.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
 pub enum Ack {
@@ -46,7 +53,7 @@ pub enum Ack {
 pub enum OptionError {
     /// Nobody knows it.
     #[error(
-        "unknown mount option {0:?}: there are ro, rw, allow_other, suid, dev, noexec, noatime, \
+        "unknown mount option {0:?}: there are ro, rw, remount, allow_other, suid, dev, noexec, noatime, \
          sync, ack=margin, ack=full, identity=DIR, memory=SIZE"
     )]
     Unknown(String),
@@ -66,15 +73,40 @@ impl Options {
     /// # Errors
     /// [`OptionError`].
     pub fn parse(lists: &[String]) -> Result<Self, OptionError> {
-        let mut options = Self::default();
+        Self::default().changed_by(lists)
+    }
+
+    /// What a mount has that is there already, changed by what is said.
+    ///
+    /// # Errors
+    /// [`OptionError`].
+    pub fn changed_by(mut self, lists: &[String]) -> Result<Self, OptionError> {
         for word in lists.iter().flat_map(|list| list.split(',')).filter(|word| !word.is_empty()) {
-            options.add(word)?;
+            self.add(word)?;
         }
-        Ok(options)
+        Ok(self)
+    }
+
+    /// What the kernel says of a mount.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn of_mount(point: &Path) -> io::Result<Self> {
+        let flags = rustix::fs::statvfs(point)?.f_flag;
+        Ok(Self {
+            read_only: flags.contains(StatVfsMountFlags::RDONLY),
+            suid: !flags.contains(StatVfsMountFlags::NOSUID),
+            dev: !flags.contains(StatVfsMountFlags::NODEV),
+            no_exec: flags.contains(StatVfsMountFlags::NOEXEC),
+            no_atime: flags.contains(StatVfsMountFlags::NOATIME),
+            sync: flags.contains(StatVfsMountFlags::SYNCHRONOUS),
+            ..Self::default()
+        })
     }
 
     fn add(&mut self, word: &str) -> Result<(), OptionError> {
         match word {
+            "remount" => self.remount = true,
             "ro" => self.read_only = true,
             "rw" => self.read_only = false,
             "allow_other" => self.allow_other = Some(true),
@@ -100,6 +132,8 @@ impl Options {
             | "_netdev"
             | "default_permissions" => {}
             word if word.starts_with("x-") || word.starts_with("comment=") => {}
+            // What the table of mounts says of ours, and `mount -o remount` repeats.
+            word if KERNELS.iter().any(|known| word.starts_with(known)) => {}
             word => return self.add_value(word),
         }
         Ok(())

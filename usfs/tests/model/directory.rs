@@ -306,7 +306,10 @@ impl TestDirectory {
     /// Mounts the volume.
     pub async fn mount(&self, rescue_dir: &std::path::Path) -> Fs {
         let rescue_dir = rescue_dir.to_owned();
-        self.mount_with(MountOptions { rescue_dir, ..MountOptions::default() }).await
+        // What fails here fails until the test goes on.
+        let store_patience = Duration::from_millis(5);
+        self.mount_with(MountOptions { rescue_dir, store_patience, ..MountOptions::default() })
+            .await
     }
 
     /// Mounts the volume with these options besides.

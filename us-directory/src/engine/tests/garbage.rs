@@ -275,3 +275,44 @@ fn a_refused_list_takes_nothing_and_waits_for_its_next_turn() {
     assert_eq!((refused, swarm.deletes), (6, 0));
     swarm.check_whole();
 }
+
+/// fsx overwrote a small file on a nearly empty volume: what it had replaced lay in graves and in the
+/// trash, and the next write was told that there is no space. Providers that are full of trash were
+/// even taken for providers that are not there: an `EIO`.
+#[test]
+fn where_space_comes_back_a_writer_is_told_so() {
+    let mut world = World::new();
+    world.volume("v", 4, 2);
+    let mount = world.open(100, "v");
+    (1..=6).for_each(|key| drop(world.provider(key, Bytes::new())));
+    let full = ProviderReport { free_bytes: 1 << 20, accepts_puts: false, full: true, ..report() };
+    let ask = |world: &mut World, reclaimable_bytes: u64| {
+        for (conn, _) in world.providers.clone() {
+            let report = ProviderReport { reclaimable_bytes, ..full.clone() };
+            world.provider_says(conn, PUp::Report(report));
+        }
+        world.says(mount.conn, Up::LeasePlacements(LeasePlacements { request: 9, count: 1 }));
+        let places = world.hear_some(mount.conn, |down| match down {
+            Down::Placements(places) => Some(places.clone()),
+            _ => None,
+        });
+        let places = places.unwrap();
+        assert!(places.leases.is_empty());
+        world.says(mount.conn, Up::Statfs(StatfsRequest { request: 10 }));
+        let space = world.hear_some(mount.conn, |down| match down {
+            Down::Statfs(space) => Some(*space),
+            _ => None,
+        });
+        let space = space.unwrap();
+        (places.no_space, places.space_comes, space.free_bytes > 1 << 30)
+    };
+    assert_eq!(ask(&mut world, 0), (true, false, false), "full for good");
+    assert_eq!(ask(&mut world, 1 << 32), (true, true, true), "full of trash");
+    let (_, provider) = world.providers[0];
+    world.lose_provider(provider);
+    assert_eq!(ask(&mut world, 0), (true, false, false));
+    for (_, provider) in world.providers.clone().into_iter().skip(2) {
+        world.lose_provider(provider);
+    }
+    assert_eq!(ask(&mut world, 1 << 32).0, false, "too few, whatever they clear away");
+}
