@@ -21,6 +21,9 @@ const LOOK_EVERY: Duration = Duration::from_secs(5);
 const SAVE_EVERY: u32 = 30;
 /// Below this share of the capacity free (one in ...), the trash is purged before its time.
 const PRESSURE_SHARE: u64 = 20;
+/// And below so many bytes: more than those with which a provider calls itself full, and as many as the
+/// places that mounts have leased ahead may take. Never more than half of the capacity.
+const PRESSURE_BYTES_MIN: u64 = 64 << 20;
 
 /// Where the scrub is; kept in the file `scrub`.
 #[derive(Clone, Default, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -140,9 +143,14 @@ pub async fn run(
     position.save(&path);
 }
 
+/// With less than this free the trash is purged before its time.
+fn pressure_bytes(capacity_bytes: u64) -> u64 {
+    (capacity_bytes / PRESSURE_SHARE).max(PRESSURE_BYTES_MIN.min(capacity_bytes / 2))
+}
+
 /// Makes room where there is hardly any left. Says whether there may be more to do at once.
 fn relieve(store: &Store) -> bool {
-    let pressure_bytes = store.state().capacity_bytes / PRESSURE_SHARE;
+    let pressure_bytes = pressure_bytes(store.state().capacity_bytes);
     match store.relieve(&MaintainLimits { pressure_bytes, ..MaintainLimits::default() }) {
         Ok(purged) => purged > 0,
         Err(error) => {
@@ -157,7 +165,7 @@ fn piece(store: &Store, config: &GuestConfig, position: &mut ScrubPosition) -> b
     let rate = config.background_rate.bytes().max(1);
     let limits = MaintainLimits {
         copy_bytes_max: rate,
-        pressure_bytes: store.state().capacity_bytes / PRESSURE_SHARE,
+        pressure_bytes: pressure_bytes(store.state().capacity_bytes),
         ..MaintainLimits::default()
     };
     let maintained = store.maintain(&limits).unwrap_or_else(|error| {

@@ -157,6 +157,11 @@ impl Core {
         self.has_uncommitted(ino).then(|| error.clone())
     }
 
+    /// Whether the last block could not be stored.
+    pub fn is_storing_troubled(&self) -> bool {
+        self.dirty.retry_at.is_some()
+    }
+
     /// How often data of `ino` could not be stored.
     pub fn aborts(&self, ino: Ino) -> u64 {
         self.nodes.get(&ino).map_or(0, |node| node.aborts)

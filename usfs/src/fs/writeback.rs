@@ -106,10 +106,16 @@ async fn store(shared: &Arc<Shared>, plan: SealPlan) {
             (Ok(stored), block)
         }
         Err(error) => {
-            tracing::warn!(
-                error = whole(&error),
-                "a block could not be stored; its bytes stay dirty"
-            );
+            let error_text = whole(&error);
+            // Once for all that fails until something is stored again.
+            if shared.lock().core.is_storing_troubled() {
+                tracing::debug!(error = error_text, "a block could not be stored again");
+            } else {
+                tracing::warn!(
+                    error = error_text,
+                    "a block could not be stored; its bytes stay dirty and are tried again"
+                );
+            }
             let patience = shared.store_patience * patience(&error);
             (Err(StoreFailure { error: write_error(&error), patience }), None)
         }
