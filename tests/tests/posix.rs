@@ -10,7 +10,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use us_tests::cluster::{Cluster, Shape, VOLUME, fuse_is_here, programs};
+use us_tests::cluster::{Cluster, PATIENCE, Shape, VOLUME, fuse_is_here, programs};
+use us_tests::poll;
 use us_tests::tier;
 use us_tests::tools::tool;
 
@@ -48,8 +49,17 @@ fn pjdfstest(
     path: &str,
     pattern: &[&str],
 ) -> [u32; 3] {
-    let mut command = Command::new(program);
-    command.arg("-c").arg(config).arg("-p").arg(folder).args(pattern).env("PATH", path);
+    // It takes some seconds; one that hangs is an answer too.
+    let mut command = Command::new("timeout");
+    command
+        .arg("300")
+        .arg(program)
+        .arg("-c")
+        .arg(config)
+        .arg("-p")
+        .arg(folder)
+        .args(pattern)
+        .env("PATH", path);
     let output = command.output().unwrap();
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     let summary = text.lines().rfind(|line| line.starts_with("Summary:"));
@@ -102,32 +112,44 @@ fn operations(length: u32, largest: u32) -> String {
     )
 }
 
-/// fsx on a file of a mount. What it does until it differs goes to `log`.
-fn start_fsx(
-    program: &Path,
-    file: &Path,
-    config: &Path,
-    seed: u64,
-    count: u32,
-) -> (Child, PathBuf) {
-    let log = config.with_extension("log");
-    let output = File::create(&log).unwrap();
-    let mut command = Command::new(program);
-    command.args(["-q", "-N", &count.to_string(), "-S", &seed.to_string(), "-f"]).arg(config);
-    command.arg("-P").arg(config.parent().unwrap()).arg(file);
-    command.stdout(output.try_clone().unwrap()).stderr(output).stdin(Stdio::null());
-    (command.spawn().unwrap(), log)
+/// fsx at work on a file of a mount; what it says until it differs is in a log.
+struct Fsx {
+    child: Child,
+    log: PathBuf,
 }
 
-fn check_fsx((mut child, log): (Child, PathBuf)) {
-    let status = child.wait().unwrap();
-    let text = fs::read_to_string(&log).unwrap_or_default();
-    let tail: Vec<&str> = text.lines().rev().take(60).collect();
-    assert!(
-        status.success(),
-        "fsx: {status}\n{}",
-        tail.into_iter().rev().collect::<Vec<_>>().join("\n")
-    );
+impl Fsx {
+    fn start(program: &Path, file: &Path, config: &Path, seed: u64, count: u32) -> Self {
+        let log = config.with_extension("log");
+        let output = File::create(&log).unwrap();
+        let mut command = Command::new(program);
+        command.args(["-q", "-N", &count.to_string(), "-S", &seed.to_string(), "-f"]).arg(config);
+        command.arg("-P").arg(config.parent().unwrap()).arg(file);
+        command.stdout(output.try_clone().unwrap()).stderr(output).stdin(Stdio::null());
+        Self { child: command.spawn().unwrap(), log }
+    }
+
+    fn is_running(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_none()
+    }
+
+    /// Waits for its end, which must be a good one.
+    fn check(mut self) {
+        let status = poll::until("the end of fsx", PATIENCE * tier::rounds(20, 200, 400), || {
+            self.child.try_wait().unwrap().ok_or("it runs".to_owned())
+        });
+        let text = fs::read_to_string(&self.log).unwrap_or_default();
+        let lines: Vec<&str> = text.lines().collect();
+        let tail = lines[lines.len().saturating_sub(60)..].join("\n");
+        assert!(status.success(), "fsx: {status}\n{tail}");
+    }
+}
+
+impl Drop for Fsx {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
 }
 
 /// The files of a round: small ones with small operations, and ones of several blocks.
@@ -135,15 +157,18 @@ const SHAPES: [(&str, u32, u32); 2] =
     [("small", 256 << 10, 64 << 10), ("large", 20 << 20, 1 << 20)];
 
 /// Two providers at a time fall silent and come back.
-fn die_and_return(cluster: &mut Cluster) {
+fn die_and_return(cluster: &mut Cluster, mut is_used: impl FnMut() -> bool) {
+    let mut deaths_in_use = 0;
     for victims in [[0, 1], [2, 3], [4, 5]] {
         victims.iter().for_each(|victim| cluster.kill_provider(*victim));
         // Not to synchronise: so long they are away.
         std::thread::sleep(Duration::from_secs(4));
+        deaths_in_use += u32::from(is_used());
         victims.iter().for_each(|victim| cluster.start_provider(*victim));
         cluster.wait_online(6);
         cluster.wait_settled();
     }
+    assert!(deaths_in_use > 0, "fsx was done before anybody died");
 }
 
 fn contents(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
@@ -166,13 +191,13 @@ fn fsx_finds_no_difference() {
             let config = root.join(format!("{name}-{round}.toml"));
             fs::write(&config, operations(*length, *largest)).unwrap();
             let file = mount.path().join(format!("{name}-{round}"));
-            start_fsx(&program, &file, &config, seed + u64::from(round), count)
+            Fsx::start(&program, &file, &config, seed + u64::from(round), count)
         });
-        let running: Vec<(Child, PathBuf)> = running.collect();
+        let mut running: Vec<Fsx> = running.collect();
         if round % 2 == 1 {
-            die_and_return(&mut cluster);
+            die_and_return(&mut cluster, || running.iter_mut().any(Fsx::is_running));
         }
-        running.into_iter().for_each(check_fsx);
+        running.into_iter().for_each(Fsx::check);
         let seen = contents(mount.path());
         mount.unmount();
         let mount = cluster.mount();

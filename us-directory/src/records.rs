@@ -381,6 +381,9 @@ pub struct ProviderRecord {
     /// Its owner wants it to leave: it is let go when nothing is left there.
     #[prost(bool, tag = "17")]
     pub leaving: bool,
+    /// Nothing was known of its week when it fell silent.
+    #[prost(bool, tag = "18")]
+    pub stranger: bool,
 }
 
 /// `e`: something that happened.

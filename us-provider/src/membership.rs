@@ -67,8 +67,6 @@ pub struct About {
 /// What the shell is to do, in this order.
 #[derive(Clone, PartialEq, Debug)]
 pub enum Effect {
-    /// Send this.
-    Send(Up),
     /// Make this durable before the next effect.
     KeepJoined(Joined),
     /// Send [`Member::damage`] of everything known to be damaged.
@@ -339,6 +337,7 @@ fn cannot_wait(last: &ProviderReport, now: &ProviderReport) -> bool {
         || last.damaged != now.damaged
         || last.leaving != now.leaving
         || now.free_bytes < last.free_bytes / 2
+        || (now.full && now.reclaimable_bytes > last.reclaimable_bytes)
 }
 
 #[cfg(test)]

@@ -92,12 +92,9 @@ pub fn mount(args: &MountArgs) -> anyhow::Result<ExitCode> {
     let options = Options::parse(&args.options)?;
     if options.remount {
         let at = point::absolute(&args.mountpoint)?;
-        let ours = kernel::mount_at(&at)?.is_some_and(|entry| entry.kind == FILE_SYSTEM_TYPE);
-        if !ours {
-            bail!("no usfs is mounted at {}", at.display());
-        }
-        let there = Options::of_mount(&at).with_context(|| format!("ask {}", at.display()))?;
-        let changed = there.changed_by(&args.options)?;
+        let there = kernel::mount_at(&at)?.filter(|entry| entry.kind == FILE_SYSTEM_TYPE);
+        let there = there.with_context(|| format!("no usfs is mounted at {}", at.display()))?;
+        let changed = Options::of_mount(&there.options)?.changed_by(&args.options)?;
         kernel::remount(&at, &changed.for_kernel(args.source.clone()))
             .with_context(|| format!("remount {}", at.display()))?;
         return Ok(ExitCode::SUCCESS);

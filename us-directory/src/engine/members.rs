@@ -109,8 +109,9 @@ impl Member {
 
     /// Whether blocks may be placed there as far as anything but space is concerned.
     pub fn may_have_space(&self) -> bool {
-        let is_full = !self.report.accepts_puts && self.report.full;
-        self.is_reachable() && (self.report.accepts_puts || is_full) && !self.record.draining
+        self.is_reachable()
+            && (self.report.accepts_puts || self.report.full)
+            && !self.record.draining
     }
 
     /// Whether it has been silent for so long that it is to be given up.
@@ -133,7 +134,7 @@ impl Member {
         self.report.free_bytes.saturating_sub(self.promised_bytes)
     }
 
-    /// What can be put there once its trash is emptied and its segments are compacted.
+    /// What can be put there once its trash is emptied.
     pub fn clearable_bytes(&self) -> u64 {
         let bytes = self.report.free_bytes.saturating_add(self.report.reclaimable_bytes);
         bytes.saturating_sub(self.promised_bytes).min(self.report.capacity_bytes)

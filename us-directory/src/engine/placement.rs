@@ -2,7 +2,9 @@
 
 use us_core::geometry::{BlockGeometry, Code};
 use us_core::ids::ProviderId;
-use us_core::placement::{PlacementError, PlacementRequest, ProviderFacts, record_bytes_max};
+use us_core::placement::{
+    PlacementError, PlacementRequest, ProviderFacts, providers_needed, record_bytes_max,
+};
 use us_proto::v1::session_down::Event as Down;
 use us_proto::v1::{
     InodesLeased, LeaseInodes, LeasePlacements, PlacementLease, PlacementsLeased, SessionDown,
@@ -12,7 +14,7 @@ use us_proto::v1::{
 use super::{BIRTHS_AHEAD, ConnId, Durability, Engine, Then};
 use crate::keys;
 use crate::records::{BlockRecord, InodeRange, UsageRecord, decode, encode};
-use crate::store::{KeyRange, StoreError, WriteBatch};
+use crate::store::{StoreError, WriteBatch};
 
 /// The most placements one request leases.
 const PLACEMENTS_MAX: u32 = 256;
@@ -98,7 +100,7 @@ impl Engine {
                                 >= needed
                         }
                     };
-                    reply.space_comes = reply.no_space && self.space_comes(code)?;
+                    reply.space_comes = reply.no_space && self.space_comes(code);
                     reply.error = error.to_string();
                     break;
                 }
@@ -155,20 +157,13 @@ impl Engine {
     }
 
     /// Whether blocks of this code fit once what was deleted is cleared away.
-    fn space_comes(&self, code: Code) -> Result<bool, StoreError> {
+    fn space_comes(&self, code: Code) -> bool {
         let fragment_bytes = fragment_bytes_max(code);
-        let usable = self.members.values().filter(|member| member.may_have_space());
-        let room: Vec<u64> =
-            usable.map(|member| member.clearable_bytes() / fragment_bytes).collect();
-        if blocks_that_fit(&room, code.fragments() as u64) > 0 {
-            return Ok(true);
-        }
-        // What lies in graves is in no provider's trash yet.
-        let graves = KeyRange {
-            from: keys::tag(&keys::CLUSTER, b'g'),
-            to: Some(keys::graves_end(u64::MAX)),
-        };
-        Ok(!self.store.scan(&graves, 1)?.is_empty())
+        let usable = || self.members.values().filter(|member| member.may_have_space());
+        let roomy = usable().filter(|member| member.clearable_bytes() >= fragment_bytes).count();
+        let roomy_now = usable().filter(|member| member.free_bytes() >= fragment_bytes).count();
+        // What lies in graves, or is being deleted, is in no provider's trash yet.
+        (roomy >= providers_needed(code) && roomy > roomy_now) || self.pending_deletes > 0
     }
 
     /// Space that was promised is not free until the provider's next reports say so.

@@ -125,6 +125,7 @@ pub fn expected_back_ms(record: &ProviderRecord, unix_ms: u64) -> u64 {
 /// Notes that a provider fell silent: `back_in_ms` is what it announced, 0 for nothing.
 pub fn fell_silent(record: &mut ProviderRecord, clock_ms: u64, unix_ms: u64, back_in_ms: u64) {
     record.silent_since_ms = clock_ms.max(1);
+    record.stranger = !is_known(record);
     let expected = expected_back_ms(record, unix_ms);
     record.back_at_ms = match back_in_ms.max(expected) {
         0 => 0,
@@ -134,9 +135,10 @@ pub fn fell_silent(record: &mut ProviderRecord, clock_ms: u64, unix_ms: u64, bac
 
 /// How long the provider may be silent beyond what is expected.
 fn patience_ms(record: &ProviderRecord, clocks: &Clocks) -> u64 {
-    match is_known(record) || record.back_at_ms > 0 {
-        true => clocks.dead_ms,
-        false => clocks.dead_ms.max(clocks.newcomer_ms),
+    // What is learnt of it while it is away is that it is away.
+    match record.stranger && record.back_at_ms == 0 {
+        true => clocks.dead_ms.max(clocks.newcomer_ms),
+        false => clocks.dead_ms,
     }
 }
 
@@ -319,6 +321,10 @@ mod tests {
         fell_silent(&mut record, 1_000, friday_evening, 0);
         let monday_morning = 1_000 + 64 * HOUR_MS;
         assert!(due_ms(&record, &clocks) > monday_morning + 6 * HOUR_MS);
+        assert_eq!(due_ms(&record, &clocks), 1_000 + 3 * DAY_MS);
+        // On Saturday it has been known for two weeks.
+        record.profile_hours = 2 * HOURS as u32 - 12;
+        (0..60).for_each(|hour| assert!(learn(&mut record, 5 * 24 + hour % 48, 0.0) || hour > 0));
         assert_eq!(due_ms(&record, &clocks), 1_000 + 3 * DAY_MS);
         let patient = Clocks { dead_ms: 9 * DAY_MS, ..clocks };
         assert_eq!(due_ms(&record, &patient), 1_000 + 9 * DAY_MS, "never less than for the others");

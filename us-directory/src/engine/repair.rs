@@ -423,7 +423,8 @@ impl Engine {
     /// A rebuilder says how an order ended.
     pub(super) fn rebuilt(&mut self, provider: u32, reply: &Rebuilt) -> Result<(), StoreError> {
         let ours = self.repairs.jobs.get(reply.ticket).is_some_and(|job| job.target == provider);
-        // A rebuilder that is busy refuses before it asks anyone: the same helpers are asked then.
+        // A rebuilder that is busy refuses before it asks anyone (or stops): the same helpers are
+        // asked then.
         let now_ms = self.now_ms();
         let unasked = reply.status() == RebuildStatus::Busy && reply.pulled.is_empty();
         let ended = |repairs: &mut Repairs| match unasked {

@@ -21,8 +21,8 @@ const LOOK_EVERY: Duration = Duration::from_secs(5);
 const SAVE_EVERY: u32 = 30;
 /// Below this share of the capacity free (one in ...), the trash is purged before its time.
 const PRESSURE_SHARE: u64 = 20;
-/// And below so many bytes: more than those with which a provider calls itself full, and as many as the
-/// places that mounts have leased ahead may take. Never more than half of the capacity.
+/// And below so many bytes: more than those with which a provider calls itself full, and as many as
+/// the places that mounts have leased ahead may take. Never more than half of the capacity.
 const PRESSURE_BYTES_MIN: u64 = 64 << 20;
 
 /// Where the scrub is; kept in the file `scrub`.

@@ -236,7 +236,6 @@ impl Link {
         outbox: &mpsc::Sender<ProviderUp>,
     ) -> Result<(), StreamEnd> {
         match effect {
-            Effect::Send(message) => send(outbox, message).await,
             Effect::Stop { reason } => Err(StreamEnd::Final(LinkEnd::Refused { reason })),
             Effect::KeepJoined(joined) => {
                 let (files, provider) = (self.files.clone(), joined.provider);
@@ -415,7 +414,7 @@ pub(crate) fn report(store: &Store, pause: &Pause, leave: &Leave) -> ProviderRep
         capacity_bytes: state.capacity_bytes,
         used_bytes: state.used_bytes,
         free_bytes: state.free_bytes,
-        reclaimable_bytes: state.trashed_bytes + state.dead_bytes,
+        reclaimable_bytes: state.trashed_bytes,
         fragments: state.fragments,
         damaged: state.damaged,
         accepts_puts: note.is_empty(),

@@ -23,8 +23,6 @@ pub struct StoreState {
     pub trashed: u64,
     /// Bytes of the trash.
     pub trashed_bytes: u64,
-    /// Bytes of nothing any more, in segments that count otherwise: compaction gives them back.
-    pub dead_bytes: u64,
     /// Fragments known to be damaged.
     pub damaged: u64,
     /// Segment files.
@@ -73,11 +71,10 @@ impl Store {
     /// The state now.
     pub fn state(&self) -> StoreState {
         let shared = &self.handle.shared;
-        let (used_bytes, live, trashed, dead_bytes, segments) = {
+        let (used_bytes, live, trashed, segments) = {
             let accounts = shared.accounts.lock();
             let segments = accounts.segments().count() as u64;
-            let dead_bytes = accounts.segments().map(|(_, account)| account.dead_bytes()).sum();
-            (accounts.used_bytes(), accounts.live(), accounts.trashed(), dead_bytes, segments)
+            (accounts.used_bytes(), accounts.live(), accounts.trashed(), segments)
         };
         let free_bytes = shared.free_bytes(used_bytes);
         let capacity_bytes = shared.options.capacity_bytes.unwrap_or(used_bytes + free_bytes);
@@ -88,7 +85,6 @@ impl Store {
             fragments: live.records,
             trashed: trashed.records,
             trashed_bytes: trashed.bytes,
-            dead_bytes,
             damaged: shared.index.damaged_count(),
             segments,
             next_record: shared.index.mark().ok().flatten().map_or(0, |mark| mark.next_seq),

@@ -19,9 +19,9 @@ use us_core::limits::CHUNK_BYTES;
 use us_proto::v1;
 use us_proto::v1::mutation::Op;
 
-use super::node::WriteError;
+use super::node::{WriteError, WriteRetried};
 use super::{Core, Now};
-use crate::data::{DirtyFacts, Extent, Packer, PackerLimits, Place, Ticket};
+use crate::data::{DirtyFacts, Extent, FileData, Packer, PackerLimits, Place, Ticket};
 use crate::fs::FsError;
 
 /// The most dirty bytes that an fsync sends inline.
@@ -103,6 +103,8 @@ pub(super) struct DirtyFiles {
     retry_at: Option<Duration>,
     /// Why the last block was not stored, until one is.
     failing: Option<FsError>,
+    /// The last block found no space, and there will be some.
+    waits_for_space: bool,
     /// Chunks of maps with so many extents that they should be written anew.
     pub(super) crowded: HashSet<(Ino, u64)>,
 }
@@ -120,6 +122,7 @@ impl DirtyFiles {
             block_bytes_max,
             retry_at: None,
             failing: None,
+            waits_for_space: false,
             crowded: HashSet::new(),
         }
     }
@@ -148,13 +151,17 @@ impl Core {
 
     /// Why the data of `ino` could not be stored when it was last tried, if it could not.
     pub fn storing_fails(&self, ino: Ino) -> Option<FsError> {
-        self.nodes.get(&ino)?.write_failing.clone().filter(|_| self.has_uncommitted(ino))
+        self.nodes.get(&ino)?.write_failing.clone()
     }
 
     /// Why data of `ino` that could not be stored is tried again, and nobody was told.
     pub fn storing_retries(&self, ino: Ino) -> Option<FsError> {
-        let (_, error) = self.nodes.get(&ino)?.write_retried.as_ref()?;
-        self.has_uncommitted(ino).then(|| error.clone())
+        Some(self.nodes.get(&ino)?.write_retried.as_ref()?.error.clone())
+    }
+
+    /// Whether the last block found no space, and nobody was told because there will be some.
+    pub fn waits_for_space(&self) -> bool {
+        self.dirty.waits_for_space
     }
 
     /// Whether the last block could not be stored.
@@ -185,6 +192,10 @@ impl Core {
             let facts = DirtyFacts { dirty_bytes: 0, run_bytes: 0, since_ms: 0, wanted: false };
             return self.dirty.packer.update(ino, facts);
         };
+        if node.data.as_deref().is_none_or(FileData::is_clean) {
+            // Stored, or cut off: nothing waits any more.
+            (node.write_failing, node.write_retried) = (None, None);
+        }
         let dirty =
             node.data.as_deref().map(|data| (data.dirty().bytes(), data.dirty().run_bytes()));
         let (dirty_bytes, run_bytes) = dirty.unwrap_or_default();
@@ -312,6 +323,7 @@ impl Core {
             Ok(stored) => {
                 self.dirty.retry_at = None;
                 self.dirty.failing = None;
+                self.dirty.waits_for_space = false;
                 if let Some(open) = self.dirty.tickets.get_mut(&ticket.0) {
                     open.stored = Some(Box::new(stored));
                 }
@@ -334,13 +346,20 @@ impl Core {
                 data.abort(ticket);
             }
             node.aborts += 1;
-            let since = node.write_retried.as_ref().map_or(now.boot, |(since, _)| *since);
-            node.write_retried = Some((since, error.clone()));
-            if node.write_failing.is_none() && now.boot < since + *patience {
+            // Of reasons that alternate the one that may last longest counts.
+            let before = node.write_retried.as_ref();
+            let since = before.map_or(now.boot, |before| before.since);
+            let longest = before.map_or(*patience, |before| before.patience.max(*patience));
+            let is_final = patience.is_zero() || now.boot >= since + longest;
+            node.write_retried =
+                Some(WriteRetried { since, patience: longest, error: error.clone() });
+            if node.write_failing.is_none() && !is_final {
+                self.dirty.waits_for_space = matches!(error, FsError::NoSpace(_));
                 self.note_dirty(now, ino);
                 continue;
             }
             self.dirty.failing = Some(error.clone());
+            self.dirty.waits_for_space = false;
             if node.write_failing.replace(error.clone()).is_none() {
                 self.write_errors += 1;
                 let error = error.clone();
@@ -373,6 +392,9 @@ impl Core {
         let mut message = v1::CommitData { blocks: vec![commit], ..v1::CommitData::default() };
         let mut inos = Vec::new();
         for ino in open.inos {
+            if let Some(node) = self.nodes.get_mut(&ino) {
+                node.write_retried = None;
+            }
             if self.postpone_crowded(now, ticket, ino) {
                 continue;
             }
@@ -380,7 +402,6 @@ impl Core {
             let Some(data) = node.data.as_deref_mut() else { continue };
             let mapped = data.map().mapped_bytes();
             let extents = data.commit(ticket, block);
-            node.write_retried = None;
             let grown = data.map().mapped_bytes() as i64 - mapped as i64;
             if data.is_clean() {
                 node.write_failing = None;

@@ -186,6 +186,17 @@ impl DirNames {
     }
 }
 
+/// Data of a file that cannot be stored, while it is only tried again.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct WriteRetried {
+    /// Since when, without anything of the file stored meanwhile.
+    pub since: Duration,
+    /// For how long nobody is told.
+    pub patience: Duration,
+    /// Why, the last time.
+    pub error: FsError,
+}
+
 /// Data that could not be stored, and was not reported yet.
 #[derive(Clone, Debug)]
 pub struct WriteError {
@@ -235,8 +246,8 @@ pub struct Node {
     pub dirty_since: Option<Duration>,
     /// Why its data could not be stored when last tried, while some of it still is not.
     pub write_failing: Option<FsError>,
-    /// Since when its data cannot be stored, though nobody was told of it yet, and why.
-    pub write_retried: Option<(Duration, FsError)>,
+    /// Its data cannot be stored, and nobody was told of it yet.
+    pub write_retried: Option<WriteRetried>,
     /// How often its data could not be stored.
     pub aborts: u64,
     /// How often bytes that were stored became dirty again, because a chunk must be written anew first.

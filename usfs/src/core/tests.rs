@@ -239,12 +239,20 @@ fn what_could_not_be_stored_stays_dirty_and_is_reported_once() {
     core.finish_ticket(at(3), plans[0].ticket, Err(full.clone().into()));
     assert!(core.has_uncommitted(ino));
     assert_eq!(core.write(at(3), handle, 3, b"d", false), Err(Stop::Fail(full.clone())));
-    assert_eq!(core.take_write_error(handle), Some(full));
+    assert_eq!(core.take_write_error(handle), Some(full.clone()));
     assert_eq!(core.take_write_error(handle), None);
     let plans = core.seal_file(at(3), ino, FlushReason::Durable);
     store(&mut core, &plans[0]);
     assert!(!core.has_uncommitted(ino));
     assert!(core.write(at(3), handle, 3, b"d", false).is_ok());
+    // Where space comes back a writer goes on, and may wait for memory for as long as that takes.
+    let comes = StoreFailure { error: full, patience: Duration::from_secs(240) };
+    let plans = core.seal_file(at(4), ino, FlushReason::Durable);
+    core.finish_ticket(at(4), plans[0].ticket, Err(comes));
+    assert!(core.waits_for_space() && core.write(at(4), handle, 4, b"e", false).is_ok());
+    let plans = core.seal_file(at(5), ino, FlushReason::Durable);
+    store(&mut core, &plans[0]);
+    assert!(!core.waits_for_space());
 }
 
 /// Two of six providers died under fsx: what was on its way to them was an error at once, though the
@@ -268,6 +276,7 @@ fn what_may_pass_is_tried_again_before_anybody_is_told() {
     let plans = core.seal_file(at(30), ino, FlushReason::Commit);
     store(&mut core, &plans[0]);
     assert_eq!((core.storing_fails(ino), core.storing_retries(ino)), (None, None));
+    assert!(!core.waits_for_space());
     // It counts from the first failure after that.
     core.write(at(31), handle, 0, b"abc", false).unwrap();
     assert_eq!(fails(&mut core, 31), (false, true));
@@ -277,6 +286,8 @@ fn what_may_pass_is_tried_again_before_anybody_is_told() {
     // What is cut off need not be stored.
     core.discard_data(ino);
     assert_eq!((core.storing_fails(ino), core.storing_retries(ino)), (None, None));
+    core.write(at(90), handle, 0, b"new", false).unwrap();
+    assert_eq!(fails(&mut core, 90), (false, true), "what failed before is not this");
 }
 
 #[test]

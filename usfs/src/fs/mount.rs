@@ -25,8 +25,8 @@ use crate::session::{DirectoryLink, SessionError, stream};
 
 /// How long an unmount waits while nothing more becomes durable.
 const FLUSH_PATIENCE: Duration = Duration::from_secs(120);
-/// The patience of [`MountOptions::store_patience`]: providers that died are noticed within seconds, and
-/// their fragments go elsewhere.
+/// The patience of [`MountOptions::store_patience`]: providers that died are noticed within seconds,
+/// and their fragments go elsewhere.
 const STORE_PATIENCE: Duration = Duration::from_secs(30);
 /// How often is looked whether something has.
 const FLUSH_LOOK: Duration = Duration::from_millis(250);

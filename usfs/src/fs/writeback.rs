@@ -188,10 +188,13 @@ pub(crate) async fn flush_patiently(
     ino: Ino,
     reason: FlushReason,
 ) -> Result<(), FsError> {
+    // However much of it is stored meanwhile: a file may be written faster than that.
+    let deadline = Instant::now() + shared.store_patience * SPACE_PATIENCE;
     loop {
         match flush_and_tidy(shared, ino, reason).await {
             Ok(()) => return Ok(()),
             Err(NotFlushed::Failed(error)) => return Err(error),
+            Err(NotFlushed::Retried(error)) if Instant::now() >= deadline => return Err(error),
             Err(NotFlushed::Retried(_)) => {
                 tokio::time::sleep(FLUSH_AGAIN.min(shared.store_patience)).await;
             }
@@ -295,7 +298,7 @@ async fn wait_tickets(
 fn patience(error: &StoreError) -> u32 {
     match error {
         StoreError::Placement(PlacementError::SpaceComes { .. }) => SPACE_PATIENCE,
-        // The next try asks the directory, which says whether there will be space.
+        // A later try finds others, or asks the directory, which says whether there will be space.
         StoreError::NoSpace { .. }
         | StoreError::Placement(
             PlacementError::TooFewProviders { .. } | PlacementError::Unavailable { .. },

@@ -24,6 +24,8 @@ pub struct MountEntry {
     pub kind: String,
     /// What is mounted: for ours, "directory/volume".
     pub source: String,
+    /// The mount's own options, separated by commas.
+    pub options: String,
 }
 
 /// Everything mounted in this mount namespace, oldest first.
@@ -58,9 +60,10 @@ pub fn parse_mount(line: &str) -> Option<MountEntry> {
     let mut place = place.split(' ').skip(2);
     let device = place.next()?.to_owned();
     let point = PathBuf::from(unescape(place.nth(1)?));
+    let options = place.next()?.to_owned();
     let mut what = what.split(' ');
     let kind = what.next()?.to_owned();
-    Some(MountEntry { device, point, kind, source: unescape(what.next()?) })
+    Some(MountEntry { device, point, kind, source: unescape(what.next()?), options })
 }
 
 /// The table writes blanks, tabs, newlines and backslashes as three octal digits.
@@ -187,6 +190,7 @@ mod tests {
             point: "/mnt/my disk".into(),
             kind: "fuse.usfs".into(),
             source: r"[::1]:7/a\b".into(),
+            options: "rw,nosuid".into(),
         };
         assert_eq!(entry, wanted);
         assert_eq!(parse_mount("36 35 0:45 / /mnt rw"), None);

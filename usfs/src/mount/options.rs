@@ -1,9 +1,7 @@
 //! `-o`: what fstab and `mount` give.
 
-use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use rustix::fs::StatVfsMountFlags;
 use us_core::daemon::size::Size;
 
 use crate::fuse;
@@ -53,8 +51,8 @@ pub enum Ack {
 pub enum OptionError {
     /// Nobody knows it.
     #[error(
-        "unknown mount option {0:?}: there are ro, rw, remount, allow_other, suid, dev, noexec, noatime, \
-         sync, ack=margin, ack=full, identity=DIR, memory=SIZE"
+        "unknown mount option {0:?}: there are ro, rw, remount, allow_other, suid, dev, noexec, \
+         noatime, sync, ack=margin, ack=full, identity=DIR, memory=SIZE"
     )]
     Unknown(String),
     /// Its value is not what it takes.
@@ -81,27 +79,25 @@ impl Options {
     /// # Errors
     /// [`OptionError`].
     pub fn changed_by(mut self, lists: &[String]) -> Result<Self, OptionError> {
-        for word in lists.iter().flat_map(|list| list.split(',')).filter(|word| !word.is_empty()) {
+        let words =
+            || lists.iter().flat_map(|list| list.split(',')).filter(|word| !word.is_empty());
+        for word in words() {
             self.add(word)?;
         }
-        Ok(self)
+        let kernels = |word: &&str| KERNELS.iter().any(|known| word.starts_with(known));
+        match words().find(kernels).filter(|_| !self.remount) {
+            Some(word) => Err(OptionError::Unknown(word.to_owned())),
+            None => Ok(self),
+        }
     }
 
-    /// What the kernel says of a mount.
+    /// What the table of mounts says of a mount that is there: what it does not name is allowed.
     ///
     /// # Errors
-    /// What the system says.
-    pub fn of_mount(point: &Path) -> io::Result<Self> {
-        let flags = rustix::fs::statvfs(point)?.f_flag;
-        Ok(Self {
-            read_only: flags.contains(StatVfsMountFlags::RDONLY),
-            suid: !flags.contains(StatVfsMountFlags::NOSUID),
-            dev: !flags.contains(StatVfsMountFlags::NODEV),
-            no_exec: flags.contains(StatVfsMountFlags::NOEXEC),
-            no_atime: flags.contains(StatVfsMountFlags::NOATIME),
-            sync: flags.contains(StatVfsMountFlags::SYNCHRONOUS),
-            ..Self::default()
-        })
+    /// [`OptionError`].
+    pub fn of_mount(words: &str) -> Result<Self, OptionError> {
+        let allowed = Self { remount: true, suid: true, dev: true, ..Self::default() };
+        allowed.changed_by(&[words.to_owned()])
     }
 
     fn add(&mut self, word: &str) -> Result<(), OptionError> {
@@ -194,6 +190,17 @@ mod tests {
         let error = parse("ack=most").unwrap_err().to_string();
         assert_eq!(error, "mount option ack=most: it can be margin or full");
         assert_eq!(parse("ack"), Err(OptionError::Unknown("ack".into())));
+    }
+
+    #[test]
+    fn a_remount_changes_what_it_names() {
+        let there = Options::of_mount("ro,nosuid,noexec,relatime").unwrap();
+        let known = (there.read_only, there.suid, there.dev, there.no_exec);
+        assert_eq!(known, (true, false, true, true));
+        let lists = ["rw,remount,nosuid,user_id=0,group_id=0,max_read=131072".to_owned()];
+        let changed = there.changed_by(&lists).unwrap();
+        assert_eq!((changed.read_only, changed.suid, changed.dev), (false, false, true));
+        assert_eq!(parse("max_read=1"), Err(OptionError::Unknown("max_read=1".into())));
     }
 
     #[test]

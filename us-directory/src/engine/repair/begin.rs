@@ -153,6 +153,7 @@ impl Engine {
             senders: route.senders.clone(),
             sent_bytes: route.sent_bytes,
             fragment_bytes,
+            begun_ms: now_ms,
             deadline_ms: now_ms + time_ms,
         };
         let path = route.path.as_str_name();

@@ -53,6 +53,8 @@ pub struct Job {
     pub sent_bytes: u64,
     /// Bytes of one fragment.
     pub fragment_bytes: u64,
+    /// When the order left.
+    pub begun_ms: u64,
     /// When it is given up.
     pub deadline_ms: u64,
 }
@@ -91,9 +93,9 @@ impl Disturbance {
         self.bytes += bytes;
     }
 
-    /// What was added in this hour was never asked for.
-    fn take_back(&mut self, now_ms: u64, bytes: u64) {
-        if now_ms / HOUR_MS == self.hour {
+    /// What was added at `begun_ms` was never asked for; of an earlier hour that is left as it is.
+    fn take_back(&mut self, now_ms: u64, begun_ms: u64, bytes: u64) {
+        if now_ms / HOUR_MS == self.hour && begun_ms / HOUR_MS == self.hour {
             self.fragments = self.fragments.saturating_sub(1);
             self.bytes = self.bytes.saturating_sub(bytes);
         }
@@ -238,13 +240,15 @@ impl Jobs {
         Some(job)
     }
 
-    /// A job that ended had asked nobody for anything: what was counted for it is taken back.
+    /// A job that ended had asked nobody for anything: it disturbed nobody, and what is left of its time
+    /// on the lines is free.
     pub fn take_back(&mut self, job: &Job, now_ms: u64) {
         for (_, sender) in job.senders.iter().filter(|(_, sender)| *sender != job.target) {
             let Some(load) = self.loads.get_mut(sender) else { continue };
-            load.disturbance.take_back(now_ms, job.sent_bytes);
+            load.disturbance.take_back(now_ms, job.begun_ms, job.sent_bytes);
             let takes_ms = (job.sent_bytes * 1000).checked_div(load.budget(&self.limits));
-            load.busy_until_ms = load.busy_until_ms.saturating_sub(takes_ms.unwrap_or(0));
+            let left_ms = (job.begun_ms + takes_ms.unwrap_or(0)).saturating_sub(now_ms);
+            load.busy_until_ms = load.busy_until_ms.saturating_sub(left_ms).max(now_ms);
         }
     }
 
@@ -299,6 +303,7 @@ mod tests {
             senders: senders.iter().enumerate().map(|(at, who)| (at as u8, *who)).collect(),
             sent_bytes: 1000,
             fragment_bytes: 1000,
+            begun_ms: 0,
             deadline_ms: 500,
         }
     }
@@ -334,9 +339,12 @@ mod tests {
             (one.bytes, one.worst_bytes, two.bytes, two.worst_fragments),
             (1000, 1000, 0, 0)
         );
-        assert!(!jobs.may_send(1, 99) && jobs.may_send(1, 100) && jobs.may_send(2, 0));
+        // Of its 100 ms on the line 50 were left; provider 1 has another job's too.
+        assert!(!jobs.may_send(1, 149) && jobs.may_send(1, 150) && jobs.may_send(2, 50));
+        jobs.begin(3, Job { begun_ms: HOUR_MS, ..job(3, 7, &[1]) }, HOUR_MS);
         jobs.take_back(&refused, HOUR_MS);
-        assert_eq!(jobs.disturbance(1, HOUR_MS).worst_bytes, 1000, "that hour is over");
+        let next = jobs.disturbance(1, HOUR_MS);
+        assert_eq!((next.bytes, next.worst_bytes), (1000, 1000), "that hour is over");
     }
 
     #[test]
