@@ -11,6 +11,7 @@ use us_proto::v1::{
     StatfsReply, StatfsRequest,
 };
 
+use super::members::Member;
 use super::{BIRTHS_AHEAD, ConnId, Durability, Engine, Then};
 use crate::keys;
 use crate::records::{BlockRecord, InodeRange, UsageRecord, decode, encode};
@@ -159,9 +160,13 @@ impl Engine {
     /// Whether blocks of this code fit once what was deleted is cleared away.
     fn space_comes(&self, code: Code) -> bool {
         let fragment_bytes = fragment_bytes_max(code);
-        let usable = || self.members.values().filter(|member| member.may_have_space());
-        let roomy = usable().filter(|member| member.clearable_bytes() >= fragment_bytes).count();
-        let roomy_now = usable().filter(|member| member.free_bytes() >= fragment_bytes).count();
+        let has_room =
+            |member: &&Member| member.takes_new() && member.free_bytes() >= fragment_bytes;
+        let will_have = |member: &&Member| {
+            member.may_have_space() && member.clearable_bytes() >= fragment_bytes
+        };
+        let roomy = self.members.values().filter(will_have).count();
+        let roomy_now = self.members.values().filter(has_room).count();
         // What lies in graves, or is being deleted, is in no provider's trash yet.
         (roomy >= providers_needed(code) && roomy > roomy_now) || self.pending_deletes > 0
     }
@@ -235,7 +240,7 @@ impl Engine {
         };
         let total_blocks = blocks_that_fit(&room(|m| m.report.capacity_bytes), fragments);
         // The trash yields to need.
-        let free_blocks = blocks_that_fit(&room(super::Member::clearable_bytes), fragments);
+        let free_blocks = blocks_that_fit(&room(Member::clearable_bytes), fragments);
         let reserve = (total_blocks / RESERVE_SHARE).max(RESERVE_BLOCKS_MIN);
         let mut reply = StatfsReply {
             request: ask.request,

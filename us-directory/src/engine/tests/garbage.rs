@@ -285,7 +285,8 @@ fn where_space_comes_back_a_writer_is_told_so() {
     world.volume("v", 4, 2);
     let mount = world.open(100, "v");
     (1..=6).for_each(|key| drop(world.provider(key, Bytes::new())));
-    let full = ProviderReport { free_bytes: 1 << 20, accepts_puts: false, full: true, ..report() };
+    // A provider calls itself full while a fragment would still fit.
+    let full = ProviderReport { free_bytes: 6 << 20, accepts_puts: false, full: true, ..report() };
     let ask = |world: &mut World, reclaimable_bytes: u64| {
         for (conn, _) in world.providers.clone() {
             let report = ProviderReport { reclaimable_bytes, ..full.clone() };
