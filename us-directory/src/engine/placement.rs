@@ -160,10 +160,11 @@ impl Engine {
     /// Whether blocks of this code fit once what was deleted is cleared away.
     fn space_comes(&self, code: Code) -> bool {
         let fragment_bytes = fragment_bytes_max(code);
-        let has_room =
-            |member: &&Member| member.takes_new() && member.free_bytes() >= fragment_bytes;
+        let fits = |bytes: u64| bytes >= fragment_bytes;
+        let has_room = |member: &&Member| member.takes_new() && fits(member.free_bytes());
         let will_have = |member: &&Member| {
-            member.may_have_space() && member.clearable_bytes() >= fragment_bytes
+            let is_cleared = member.may_have_space() && fits(member.report.reclaimable_bytes);
+            has_room(member) || (is_cleared && fits(member.clearable_bytes()))
         };
         let roomy = self.members.values().filter(will_have).count();
         let roomy_now = self.members.values().filter(has_room).count();
