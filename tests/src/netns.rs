@@ -204,9 +204,21 @@ impl Net {
     /// # Panics
     /// When the system does not say.
     pub fn sent_bytes(&self, node: usize) -> u64 {
+        self.counted(node, "tx")
+    }
+
+    /// Bytes that a node's interface has received, headers and all.
+    ///
+    /// # Panics
+    /// When the system does not say.
+    pub fn received_bytes(&self, node: usize) -> u64 {
+        self.counted(node, "rx")
+    }
+
+    fn counted(&self, node: usize, direction: &str) -> u64 {
         let text = ip(&["-n", &self.namespace(node), "-s", "-j", "link", "show", "eth0"]);
         let parsed: serde_json::Value = serde_json::from_str(&text).expect("JSON");
-        parsed[0]["stats64"]["tx"]["bytes"].as_u64().expect("a count")
+        parsed[0]["stats64"][direction]["bytes"].as_u64().expect("a count")
     }
 
     /// Nodes.
