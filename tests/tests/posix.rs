@@ -5,15 +5,16 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
+use std::io::Write;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
 
 use us_tests::cluster::{Cluster, PATIENCE, Shape, VOLUME, fuse_is_here, programs};
 use us_tests::poll;
 use us_tests::tier;
 use us_tests::tools::tool;
+use us_tests::tree::noise;
 
 /// A file that says which optional parts a file system has: all that Linux knows of.
 fn features(other_file_system: &Path, may_remount: bool) -> String {
@@ -157,12 +158,17 @@ const SHAPES: [(&str, u32, u32); 2] =
     [("small", 256 << 10, 64 << 10), ("large", 20 << 20, 1 << 20)];
 
 /// Two providers at a time fall silent and come back.
-fn die_and_return(cluster: &mut Cluster, mut is_used: impl FnMut() -> bool) {
+fn die_and_return(cluster: &mut Cluster, folder: &Path, mut is_used: impl FnMut() -> bool) {
     let mut deaths_in_use = 0;
     for victims in [[0, 1], [2, 3], [4, 5]] {
         victims.iter().for_each(|victim| cluster.kill_provider(*victim));
-        // Not to synchronise: so long they are away.
-        std::thread::sleep(Duration::from_secs(4));
+        cluster.wait_online(4);
+        // Writing goes on with the four that are left.
+        let mut probe = File::create(folder.join("probe")).unwrap();
+        probe
+            .write_all(&noise(victims[0] as u64, 1 << 20))
+            .and_then(|()| probe.sync_all())
+            .unwrap();
         deaths_in_use += u32::from(is_used());
         victims.iter().for_each(|victim| cluster.start_provider(*victim));
         cluster.wait_online(6);
@@ -195,7 +201,7 @@ fn fsx_finds_no_difference() {
         });
         let mut running: Vec<Fsx> = running.collect();
         if round % 2 == 1 {
-            die_and_return(&mut cluster, || running.iter_mut().any(Fsx::is_running));
+            die_and_return(&mut cluster, mount.path(), || running.iter_mut().any(Fsx::is_running));
         }
         running.into_iter().for_each(Fsx::check);
         let seen = contents(mount.path());
