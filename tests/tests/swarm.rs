@@ -222,6 +222,8 @@ fn on_slow_lines_the_busiest_sends_no_more_than_the_plan_says() {
     let plan_bytes = (cost * fragment_bytes as f64 * 1.005) as u64;
     assert!(most <= plan_bytes, "asked for {most}, planned {plan_bytes}");
     let allowed = plan_bytes * (100 + OVERHEAD_PERCENT) / 100 + BESIDE_BYTES;
+    let most_allowed = allowed + (40 << 10);
+    assert!(busiest <= most_allowed, "{busiest} bytes left the busiest: {sent:?}");
     for (sent, received) in sent.iter().zip(&received) {
         let own = sent.saturating_sub(received * ACKNOWLEDGED_PERCENT / 100);
         assert!(
