@@ -1,5 +1,5 @@
 //! What every program of Us shares: logs, layered configuration, `/metrics` and `/healthz`, an
-//! ordered end, the allocator's settings, sizes as people write them, and files that are replaced
+//! ordered end, the allocator's and the runtime's settings, sizes as people write them, and files that are replaced
 //! whole or not at all.
 //!
 //! It owns nothing durable. A daemon's `main` reads top to bottom: [`logging::init`],
@@ -13,5 +13,6 @@ pub mod files;
 pub mod heap;
 pub mod http;
 pub mod logging;
+pub mod runtime;
 pub mod shutdown;
 pub mod size;

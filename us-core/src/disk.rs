@@ -36,6 +36,7 @@ mod read;
 mod read_ahead;
 mod seams;
 mod slots;
+mod stage;
 mod store;
 #[cfg(test)]
 mod tests;
@@ -85,8 +86,10 @@ pub struct DiskConfig {
     pub store_bytes_max: usize,
     /// Bytes that reads under way may hold.
     pub read_bytes_max: usize,
-    /// Bytes of opened pages kept.
+    /// Bytes of opened pages kept of which a part was read.
     pub cache_bytes: usize,
+    /// Bytes of opened pages kept that were read ahead.
+    pub ahead_bytes: usize,
     /// Blocks sealed or opened at once; 0: one for each CPU, at most 8.
     pub cpu_jobs_max: usize,
     /// How long one provider may take for a put before its fragments are put on another as well;
@@ -109,6 +112,7 @@ impl Default for DiskConfig {
             store_bytes_max: 128 << 20,
             read_bytes_max: 128 << 20,
             cache_bytes: 128 << 20,
+            ahead_bytes: 64 << 20,
             cpu_jobs_max: 0,
             put_patience: Duration::from_secs(3),
             put_stall: Duration::from_secs(45),
@@ -138,6 +142,7 @@ struct Shared {
     buffers: Arc<buffers::Buffers>,
     latencies: Mutex<latency::Latencies>,
     cache: quick_cache::sync::Cache<read::PageKey, Bytes, read::PageWeight>,
+    stage: Mutex<stage::Stage>,
     flights: read::Flights,
     /// In units of [`PERMIT_BYTES`], as the next two.
     store_permits: Arc<Semaphore>,
@@ -199,6 +204,7 @@ impl VirtualDisk {
                     config.cache_bytes as u64,
                     read::PageWeight,
                 ),
+                stage: Mutex::new(stage::Stage::new(config.ahead_bytes)),
                 flights: read::Flights::default(),
                 store_permits: permits(config.store_bytes_max),
                 read_permits: permits(config.read_bytes_max),

@@ -82,6 +82,12 @@ pub trait BulkService: Send + Sync + 'static {
     /// peer reads; dropped when the peer cancels or its connection ends. `request` of the replies
     /// need not be set.
     fn get(&self, peer: &PeerIdentity, request: GetRequest) -> BoxStream<'static, GetReply>;
+
+    /// The same replies where they are at hand: called on the connection's task, which serves nobody
+    /// else meanwhile. `None`: ask [`BulkService::get`].
+    fn get_now(&self, _peer: &PeerIdentity, _request: &GetRequest) -> Option<Vec<GetReply>> {
+        None
+    }
 }
 
 /// What one end of a framed connection holds at most.

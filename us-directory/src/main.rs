@@ -9,6 +9,7 @@ use us_core::daemon::cli::CliCommand;
 use us_core::daemon::config::{Layers, load};
 use us_core::daemon::heap;
 use us_core::daemon::logging::{self, LogArgs};
+use us_core::daemon::runtime::{Program, runtime};
 use us_core::daemon::shutdown::Shutdown;
 use us_core::tls::Role;
 use us_directory::backup::backup;
@@ -224,7 +225,7 @@ fn main() -> anyhow::Result<()> {
         Command::Cli(command) => Ok(command.run(Cli::command())?),
         Command::Identity { data, role, name, out } => issue_identity(&data, role, &name, &out),
         Command::Backup { data, out } => {
-            let made = runtime()?.block_on(backup(&data, &out))?;
+            let made = start_runtime()?.block_on(backup(&data, &out))?;
             let of = if made.running { "the running directory" } else { "the stopped directory" };
             println!("{} holds the state of {of}, {} bytes", out.display(), made.bytes);
             println!("to use it, the recovery key is needed too");
@@ -240,13 +241,13 @@ fn main() -> anyhow::Result<()> {
             let config: Config = load(&layers)?;
             heap::keep_large_buffers();
             logging::abort_on_panic();
-            runtime()?.block_on(async { run(config, Shutdown::on_signals()?).await })
+            start_runtime()?.block_on(async { run(config, Shutdown::on_signals()?).await })
         }
     }
 }
 
-fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
-    tokio::runtime::Builder::new_multi_thread().enable_all().build().context("starting the runtime")
+fn start_runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    runtime(Program::Foreground).context("start the runtime")
 }
 
 fn restore_and_report(args: RestoreArgs) -> anyhow::Result<()> {
@@ -259,7 +260,7 @@ fn restore_and_report(args: RestoreArgs) -> anyhow::Result<()> {
         source,
         accept_loss: args.accept_loss,
     };
-    let restored = runtime()?.block_on(restore(&options))?;
+    let restored = start_runtime()?.block_on(restore(&options))?;
     let rebuilt = &restored.rebuilt;
     println!("{} holds the directory again:", data.display());
     println!("  {} commits in its image, {} after it", restored.image_seq, restored.records);

@@ -11,6 +11,7 @@ use us_core::daemon::cli::CliCommand;
 use us_core::daemon::config::{Layers, load};
 use us_core::daemon::heap;
 use us_core::daemon::logging::{self, LogArgs};
+use us_core::daemon::runtime::{Program, runtime};
 use us_core::daemon::shutdown::Shutdown;
 use us_core::daemon::size::{Size, human_duration};
 use us_provider::config::{ENVIRONMENT_PREFIX, ProviderConfig, default_data};
@@ -165,11 +166,7 @@ fn run(args: RunArgs) -> anyhow::Result<()> {
     }
     let data = config.data.clone();
     let daemon = Daemon::open(config)?;
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .thread_name("us-provider")
-        .build()
-        .context("start the runtime")?;
+    let runtime = runtime(Program::Guest).context("start the runtime")?;
     let result = runtime.block_on(async {
         let shutdown = Shutdown::on_signals().context("handle signals")?;
         let ready = |address: &str, store: &_| println!("{}", ready_line(address, store, &data));

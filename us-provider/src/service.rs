@@ -20,6 +20,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tonic::{Request, Response, Status, Streaming};
 use us_core::daemon::logging::RequestId;
 use us_core::fragment::FragmentHeader;
+use us_core::geometry::{PAGE_SIZES, TAG_BYTES};
 use us_core::ids::{BlockId, FragmentId};
 use us_core::tls::{PeerIdentity, Role};
 use us_core::wire::{BulkService, grpc_get, grpc_put, peer_of};
@@ -28,7 +29,7 @@ use us_proto::v1::fragments_server::Fragments;
 
 use crate::guest::Pause;
 use crate::rebuild::Peers;
-use crate::store::{IDS_MAX, ReadRequest, Store, StoreError};
+use crate::store::{IDS_MAX, Read, ReadRequest, Store, StoreError};
 pub use recovery::RecoveryService;
 pub use status::{failure_status, inventory_item, status_of, wire_id};
 
@@ -44,6 +45,12 @@ const READS_AHEAD: usize = 4;
 const BUSY_AFTER: Duration = Duration::from_secs(5);
 /// Fragments a page of the inventory.
 const PAGE_ITEMS: usize = 4096;
+/// Slots of up to so many bytes, together, are answered at once where the system has them in memory.
+const NOW_BYTES_MAX: usize = 128 << 10;
+/// And so many items.
+const NOW_ITEMS_MAX: usize = 4;
+/// The largest slot.
+const SLOT_BYTES_MAX: usize = PAGE_SIZES[0] + TAG_BYTES;
 /// Bytes a permit of puts stands for.
 const UNIT_BYTES: usize = 4096;
 
@@ -115,41 +122,35 @@ impl FragmentService {
     }
 
     async fn get_one(self, role: Role, item: u32, asked: v1::GetItem) -> v1::GetReply {
-        let reply = v1::GetReply { item, ..v1::GetReply::default() };
-        let fail = |(status, detail): (v1::FragmentStatus, String)| v1::GetReply {
-            status: status.into(),
-            detail,
-            ..reply.clone()
-        };
-        let Some(id) = asked.fragment.as_ref().and_then(id_of) else {
-            return fail((v1::FragmentStatus::Invalid, "no such fragment id".to_owned()));
-        };
-        let request = ReadRequest {
-            id,
-            first_slot: asked.first_slot as usize,
-            slots: (asked.slots != 0).then_some(asked.slots as usize),
+        let Some(request) = read_request(&asked) else {
+            let failure = (v1::FragmentStatus::Invalid, "no such fragment id".to_owned());
+            return failed_reply(item, failure);
         };
         let begun = Instant::now();
-        let trace = RequestId(asked.trace);
         let result = self.repair_read(role, move |store| store.read(request)).await;
-        let failure = result.as_ref().err();
-        tracing::debug!(request = %trace, fragment = %id, ?failure, "get");
-        metrics::histogram!("us_provider_get_seconds").record(begun.elapsed().as_secs_f64());
-        match result {
-            Ok(read) => {
-                metrics::counter!("us_provider_get_bytes_total").increment(read.data.len() as u64);
-                count("get", v1::FragmentStatus::Ok);
-                count_sent(role, read.data.len());
-                let (header, trailer) = if asked.trailer {
-                    (read.header.encode().to_vec().into(), read.trailer)
-                } else {
-                    Default::default()
-                };
-                let status = v1::FragmentStatus::Ok.into();
-                v1::GetReply { status, header, trailer, data: read.data, ..reply }
-            }
-            Err(error) => fail(failed("get", &error)),
+        reply_of(role, item, &asked, request.id, result, begun)
+    }
+
+    /// The replies to small reads of what is in memory; `None` where one must wait.
+    fn get_all_now(&self, role: Role, request: &v1::GetRequest) -> Option<Vec<v1::GetReply>> {
+        if role != Role::Client || request.items.len() > NOW_ITEMS_MAX {
+            return None;
         }
+        let begun = Instant::now();
+        let mut bytes = 0;
+        let mut found = Vec::with_capacity(request.items.len());
+        for asked in &request.items {
+            let request = read_request(asked).filter(|request| request.slots.is_some())?;
+            bytes += request.slots? * SLOT_BYTES_MAX;
+            if bytes > NOW_BYTES_MAX {
+                return None;
+            }
+            found.push((asked, request.id, self.store.read_now(request)?));
+        }
+        let replies = (0u32..)
+            .zip(found)
+            .map(|(item, (asked, id, read))| reply_of(role, item, asked, id, Ok(read), begun));
+        Some(replies.collect())
     }
 
     /// Runs a read of the store outside the runtime's workers.
@@ -192,6 +193,46 @@ impl FragmentService {
     }
 }
 
+fn read_request(asked: &v1::GetItem) -> Option<ReadRequest> {
+    Some(ReadRequest {
+        id: asked.fragment.as_ref().and_then(id_of)?,
+        first_slot: asked.first_slot as usize,
+        slots: (asked.slots != 0).then_some(asked.slots as usize),
+    })
+}
+
+fn failed_reply(item: u32, (status, detail): (v1::FragmentStatus, String)) -> v1::GetReply {
+    v1::GetReply { item, status: status.into(), detail, ..v1::GetReply::default() }
+}
+
+/// The reply to what was asked, and what is counted and logged of it.
+fn reply_of(
+    role: Role,
+    item: u32,
+    asked: &v1::GetItem,
+    id: FragmentId,
+    result: Result<Read, StoreError>,
+    begun: Instant,
+) -> v1::GetReply {
+    let failure = result.as_ref().err();
+    tracing::debug!(request = %RequestId(asked.trace), fragment = %id, ?failure, "get");
+    metrics::histogram!("us_provider_get_seconds").record(begun.elapsed().as_secs_f64());
+    let read = match result {
+        Ok(read) => read,
+        Err(error) => return failed_reply(item, failed("get", &error)),
+    };
+    metrics::counter!("us_provider_get_bytes_total").increment(read.data.len() as u64);
+    count("get", v1::FragmentStatus::Ok);
+    count_sent(role, read.data.len());
+    let (header, trailer) = if asked.trailer {
+        (read.header.encode().to_vec().into(), read.trailer)
+    } else {
+        Default::default()
+    };
+    let status = v1::FragmentStatus::Ok.into();
+    v1::GetReply { item, status, header, trailer, data: read.data, ..v1::GetReply::default() }
+}
+
 impl BulkService for FragmentService {
     async fn put(&self, peer: &PeerIdentity, request: v1::PutRequest) -> v1::PutReply {
         let number = request.request;
@@ -220,6 +261,10 @@ impl BulkService for FragmentService {
             .map(move |(item, asked)| service.clone().get_one(role, item, asked))
             .buffer_unordered(READS_AHEAD)
             .boxed()
+    }
+
+    fn get_now(&self, peer: &PeerIdentity, request: &v1::GetRequest) -> Option<Vec<v1::GetReply>> {
+        self.get_all_now(peer.role, request)
     }
 }
 

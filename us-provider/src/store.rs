@@ -265,6 +265,7 @@ struct Shared {
     options: StoreOptions,
     index: index::Index,
     segments: segments::Segments,
+    fronts: read::Fronts,
     accounts: Mutex<accounts::Accounts>,
     /// Why puts fail; `None` while they do not.
     trouble: Mutex<Option<String>>,

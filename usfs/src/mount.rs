@@ -19,6 +19,7 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use us_core::daemon::heap;
 use us_core::daemon::logging::{self, LogArgs};
+use us_core::daemon::runtime::{Program, runtime};
 use us_core::daemon::shutdown::Shutdown;
 
 pub use self::options::{Ack, Options};
@@ -123,7 +124,7 @@ pub fn mount(args: &MountArgs) -> anyhow::Result<ExitCode> {
     };
     let ready = if args.detached { background::READY.to_owned() } else { String::new() };
     heap::keep_large_buffers();
-    let runtime = tokio::runtime::Runtime::new().context("start the runtime")?;
+    let runtime = runtime(Program::Foreground).context("start the runtime")?;
     runtime.block_on(serve(spec, ready))
 }
 

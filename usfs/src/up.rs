@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use us_core::daemon::heap;
 use us_core::daemon::logging::{self, LogArgs};
+use us_core::daemon::runtime::{Program, runtime};
 use us_core::daemon::shutdown::Shutdown;
 use us_core::daemon::size::Size;
 use us_core::geometry::Code;
@@ -86,7 +87,7 @@ pub fn up(args: &UpArgs) -> anyhow::Result<ExitCode> {
     let state = State::open(&dir, args)?;
     let mountpoint = point::prepare(&args.mountpoint)?;
     heap::keep_large_buffers();
-    let runtime = tokio::runtime::Runtime::new().context("start the runtime")?;
+    let runtime = runtime(Program::Foreground).context("start the runtime")?;
     let disk = Disk { state, children: Children::new(), mountpoint, options };
     runtime.block_on(disk.run(args.restart))
 }

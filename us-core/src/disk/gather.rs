@@ -5,7 +5,8 @@
 //!   answered, seal holds        -> the page lands
 //!   NOT_FOUND, or nobody left   -> locate the block once more, ask the new places
 //!   failed, wrong               -> the fragment is lost: rebuild its pages' rows
-//!   nothing by the p95          -> the fragment is late: rebuild too, and take what comes first
+//!   nothing by the p95          -> the fragment is late: rebuild too, and take what comes first;
+//!                                  without budget for that: at the longest patience
 //! rebuild a row: ask others until s slots are there; if the result fails its seal, ask all
 //! nobody left to ask, and s fragments may still be there -> a pause, and again until the deadline
 //! ```
@@ -53,6 +54,7 @@ struct Opened {
 /// A get under way.
 struct Asked {
     slots: Range<usize>,
+    asked_at: Instant,
     late_at: Instant,
     late: bool,
     /// The bytes are here and only wait to be opened: the provider did its part.
@@ -150,8 +152,10 @@ impl Gather {
     /// there and was never said to be durable is still on its way: no damage.
     pub fn report(self) {
         for (fragment, asked) in &self.asked {
-            if asked.iter().any(|asked| asked.late) {
-                self.shared.latencies.lock().missed(self.info.providers[*fragment]);
+            let late = asked.iter().filter(|asked| asked.late).map(|asked| asked.asked_at).max();
+            if let Some(asked_at) = late {
+                let provider = self.info.providers[*fragment];
+                self.shared.latencies.lock().outrun(provider, asked_at);
             }
         }
         self.shared.look_for_moved(&self.info, &self.lost, self.located);
@@ -196,6 +200,7 @@ impl Gather {
         let arrived = Arc::new(AtomicBool::new(false));
         let asked = Asked {
             slots: slots.clone(),
+            asked_at: started,
             late_at: started + patience,
             late: false,
             arrived: Arc::clone(&arrived),
@@ -234,7 +239,7 @@ impl Gather {
         match result {
             Ok(opened) => {
                 let bytes = opened.bytes.len();
-                self.shared.latencies.lock().answered(place, bytes, elapsed);
+                self.shared.latencies.lock().answered(place, bytes, elapsed, Instant::now());
                 self.arrived(fragment, slots, opened, land);
             }
             Err(FragmentFailure::NotFound) if !self.located => {
@@ -305,10 +310,22 @@ impl Gather {
         self.rows.values_mut().for_each(|row| drop(row.slots.remove(&fragment)));
     }
 
+    /// Marks what is late, as far as others may be asked for it; the rest gets more time.
     fn mark_late(&mut self) {
-        let now = Instant::now();
-        for asked in self.asked.values_mut().flatten() {
-            asked.late |= asked.is_awaited() && asked.late_at <= now;
+        let (now, longest) = (Instant::now(), self.shared.config.hedge_after.end);
+        let slot_bytes = self.info.geometry.slot_bytes();
+        let mut latencies = self.shared.latencies.lock();
+        for (fragment, asked) in &mut self.asked {
+            let provider = self.info.providers[*fragment];
+            let due = asked.iter_mut().filter(|asked| asked.is_awaited() && asked.late_at <= now);
+            for asked in due {
+                let until = asked.asked_at + longest;
+                let bytes = asked.slots.len() * slot_bytes;
+                asked.late = until <= now || latencies.may_hedge(provider, bytes);
+                if !asked.late {
+                    asked.late_at = until;
+                }
+            }
         }
     }
 

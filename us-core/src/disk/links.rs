@@ -24,7 +24,7 @@ use bytes::Bytes;
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use parking_lot::{Mutex, RwLock};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio::time::{Instant, timeout_at};
 use us_proto::v1::{self, FragmentStatus, PutRequest};
 
@@ -34,7 +34,7 @@ use crate::fragment::FragmentRecord;
 use crate::ids::ProviderId;
 use crate::tls::{ExpectedPeer, Identity, KeyHash, Role};
 use crate::wire::{BulkClient, BulkError, BulkLimits};
-use gets::{Dispatch, Waiting};
+use gets::{Dispatch, Waiting, Wanted};
 
 /// Limits of [`ProviderLinks`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -117,6 +117,8 @@ struct Link {
     lanes: Vec<Lane>,
     trouble: Mutex<Trouble>,
     gets: mpsc::Sender<Waiting>,
+    /// Get requests that may be on the wire at once.
+    turns: Arc<Semaphore>,
     used: Mutex<Instant>,
 }
 
@@ -206,21 +208,15 @@ impl ProviderLinks {
         record: bool,
         deadline: Instant,
     ) -> BoxFuture<'static, Result<FetchedSlots, FragmentFailure>> {
-        let link = self.link(provider);
+        let (inner, link) = (Arc::clone(&self.inner), self.link(provider));
         let request = RequestId::current();
         async move {
             let link = link?;
             link.check_trouble()?;
-            let started = Instant::now();
-            let (answer, answered) = oneshot::channel();
-            let waiting = Waiting { slots, record, deadline, request, answer };
-            link.gets.try_send(waiting).map_err(|_| FragmentFailure::Busy)?;
-            let result = match timeout_at(deadline, answered).await {
-                Ok(Ok(result)) => result,
-                Ok(Err(_)) => Err(FragmentFailure::UnknownProvider),
-                Err(_) => Err(FragmentFailure::Timeout {
-                    waited_ms: started.elapsed().as_millis() as u64,
-                }),
+            let wanted = Wanted { slots, record, deadline, request };
+            let result = match link.turn() {
+                Some((client, _turn)) => gets::ask(&inner, &link, &client, &wanted).await,
+                None => link.wait_for(wanted).await,
             };
             let failure = result.as_ref().err();
             tracing::debug!(%request, %provider, fragment = %slots.fragment, ?failure, "get");
@@ -287,17 +283,45 @@ impl FragmentTransport for ProviderLinks {
 impl Link {
     fn start(inner: &Arc<Inner>, address: ProviderAddress) -> Arc<Self> {
         let (gets, queue) = mpsc::channel(inner.config.gets_queued_max);
+        let turns = Arc::new(Semaphore::new(inner.config.gets_inflight_max.max(1)));
         let link = Arc::new(Self {
             address: RwLock::new(address),
             lanes: (0..inner.config.connections_max.max(1)).map(|_| Lane::default()).collect(),
             trouble: Mutex::default(),
             gets,
+            turns: Arc::clone(&turns),
             used: Mutex::new(Instant::now()),
         });
         // Ends with the link: the queue's only sender is in it.
-        let dispatch = Dispatch { inner: Arc::clone(inner), link: Arc::downgrade(&link), queue };
+        let (inner, weak) = (Arc::clone(inner), Arc::downgrade(&link));
+        let dispatch = Dispatch { inner, link: weak, turns, queue };
         tokio::spawn(dispatch.run());
         link
+    }
+
+    /// The connection and a turn on it, for a get that need not wait: it passes by the queue, which
+    /// saves waking the queue's task.
+    fn turn(&self) -> Option<(BulkClient, OwnedSemaphorePermit)> {
+        if self.gets.capacity() < self.gets.max_capacity() {
+            return None;
+        }
+        let client = self.open_client(0)?;
+        let turn = Arc::clone(&self.turns).try_acquire_owned().ok()?;
+        Some((client, turn))
+    }
+
+    /// Has the get sent together with others that wait.
+    async fn wait_for(&self, wanted: Wanted) -> Result<FetchedSlots, FragmentFailure> {
+        let (started, deadline) = (Instant::now(), wanted.deadline);
+        let (answer, answered) = oneshot::channel();
+        self.gets.try_send(Waiting { wanted, answer }).map_err(|_| FragmentFailure::Busy)?;
+        match timeout_at(deadline, answered).await {
+            Ok(Ok(result)) => result,
+            Ok(Err(_)) => Err(FragmentFailure::UnknownProvider),
+            Err(_) => {
+                Err(FragmentFailure::Timeout { waited_ms: started.elapsed().as_millis() as u64 })
+            }
+        }
     }
 
     /// The directory says where the provider is now.

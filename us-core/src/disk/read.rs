@@ -1,18 +1,28 @@
-//! Reading: cache first, then flights that concurrent readers share.
+//! Reading: what is here first, then flights that concurrent readers share.
 //!
-//! A flight fetches some pages of one block in a task of its own. A reader claims the pages that
-//! nobody fetches yet, waits for those that somebody does, and takes each as it lands. When a
-//! reader goes away its flight goes on: others may wait for it, and the cache will have the pages.
+//! A flight fetches some pages of one block. A reader claims the pages that nobody fetches yet and
+//! takes that flight along, so that it needs no task; it waits for those that somebody else fetches,
+//! and takes each as it lands. When a reader goes away its flight goes on in a task: others may wait
+//! for it. What is read ahead flies in a task from the start, and lands on the stage.
+//!
+//! The cache keeps the pages of which a part was handed out: the rest may be asked for next. A page
+//! handed out whole goes to the kernel's cache, and needs no second place.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::future::poll_fn;
 use std::ops::Range;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures::FutureExt;
+use futures::future::BoxFuture;
 use parking_lot::Mutex;
+use tokio::runtime::Handle;
 use tokio::sync::{OwnedSemaphorePermit, watch};
 use tokio::time::{Instant, timeout};
+use tokio_util::task::TaskTracker;
 
 use super::gather::Gather;
 use super::slots::Opening;
@@ -55,6 +65,12 @@ enum Source {
 }
 
 impl Shared {
+    /// A page that needs no flight.
+    fn at_hand(&self, block: BlockId, page: usize) -> Option<Bytes> {
+        let key = (block, page as u32);
+        self.cache.get(&key).or_else(|| self.stage.lock().get(&key))
+    }
+
     pub(super) async fn read(
         self: &Arc<Self>,
         block: &BlockInfo,
@@ -69,27 +85,33 @@ impl Shared {
         let mut sources: BTreeMap<usize, Source> = BTreeMap::new();
         let mut missing = BTreeSet::new();
         for page in pages.clone() {
-            match self.cache.get(&(block.id, page as u32)) {
+            match self.at_hand(block.id, page) {
                 Some(bytes) => drop(sources.insert(page, Source::Here(bytes))),
                 None => drop(missing.insert(page)),
             }
         }
         let (joined, claimed) = self.join_or_claim(block, missing);
         sources.extend(joined.into_iter().map(|(page, flight)| (page, Source::Flight(flight))));
+        let mut own = Own { flight: None, tasks: self.tasks.clone() };
         if let Some((flight, pages)) = claimed {
             let on_board = pages.iter().map(|page| (*page, Source::Flight(Arc::clone(&flight))));
             sources.extend(on_board);
-            self.depart(block.clone(), flight, pages, None);
+            own.flight = Some(self.flight(block.clone(), flight, pages, None).boxed());
         }
         let mut pieces = Vec::with_capacity(sources.len());
         for (page, source) in sources {
             let bytes = match source {
                 Source::Here(bytes) => bytes,
-                Source::Flight(flight) => flight.page(page).await?,
+                Source::Flight(flight) => own.with(flight.page(page)).await?,
             };
             let start = page * block.geometry.page_bytes();
             let from = range.start.saturating_sub(start);
             let to = (range.end - start).min(bytes.len());
+            let (key, part) = ((block.id, page as u32), to - from < bytes.len());
+            self.stage.lock().take(&key);
+            if part && self.cache.peek(&key).is_none() {
+                self.cache.insert(key, bytes.clone());
+            }
             pieces.push(bytes.slice(from..to));
         }
         Ok(pieces)
@@ -100,15 +122,22 @@ impl Shared {
             return;
         }
         let pages = block.geometry.pages_of(range);
-        let is_cached = |page: &usize| self.cache.peek(&(block.id, *page as u32)).is_some();
-        let missing: BTreeSet<usize> = pages.filter(|page| !is_cached(page)).collect();
+        let missing: BTreeSet<usize> =
+            pages.filter(|page| self.at_hand(block.id, *page).is_none()).collect();
         let units = self.flight_units(block, missing.len());
         let Ok(permit) = Arc::clone(&self.read_permits).try_acquire_many_owned(units) else {
             return;
         };
-        let (_, claimed) = self.join_or_claim(block, missing);
+        let bytes_of = |page: &usize| block.geometry.page_plaintext_bytes(*page);
+        let wanted: usize = missing.iter().map(bytes_of).sum();
+        if missing.is_empty() || !self.stage.lock().expect(wanted, Instant::now()) {
+            return;
+        }
+        let (joined, claimed) = self.join_or_claim(block, missing);
+        // Room was kept for what others bring too.
+        self.stage.lock().give_up(joined.iter().map(|(page, _)| bytes_of(page)).sum());
         if let Some((flight, pages)) = claimed {
-            self.depart(block.clone(), flight, pages, Some(permit));
+            self.tasks.spawn(self.flight(block.clone(), flight, pages, Some(permit)));
         }
     }
 
@@ -174,22 +203,28 @@ impl Shared {
         permits_for(2 * pages * block.geometry.slot_bytes(), self.config.read_bytes_max)
     }
 
-    /// Starts a flight's task.
-    fn depart(
+    /// A flight, from taking its permits to its landing: on the stage where it has its `permit`
+    /// already, because nobody waits for it.
+    fn flight(
         self: &Arc<Self>,
         block: BlockInfo,
         flight: Arc<Flight>,
         pages: BTreeSet<usize>,
         permit: Option<OwnedSemaphorePermit>,
-    ) {
+    ) -> impl Future<Output = ()> + Send + 'static {
         let shared = Arc::clone(self);
         let units = self.flight_units(&block, pages.len());
-        self.tasks.spawn(RequestId::carried(async move {
+        let geometry = block.geometry;
+        RequestId::carried(async move {
             // Clears up even when the runtime drops the task half-way.
             let landing = Landing {
                 shared: Arc::clone(&shared),
                 block: block.id,
-                left: pages.clone(),
+                ahead: permit.is_some(),
+                left: pages
+                    .iter()
+                    .map(|page| (*page, geometry.page_plaintext_bytes(*page)))
+                    .collect(),
                 flight,
             };
             let mut landing = landing;
@@ -209,7 +244,7 @@ impl Shared {
             };
             landing.end(result);
             gather.report();
-        }));
+        })
     }
 
     async fn read_permit(
@@ -292,11 +327,43 @@ impl Flight {
     }
 }
 
+/// The flight of one reader, which polls it along with what it waits for.
+struct Own {
+    flight: Option<BoxFuture<'static, ()>>,
+    tasks: TaskTracker,
+}
+
+impl Own {
+    /// `work`, while the flight goes on.
+    async fn with<T>(&mut self, work: impl Future<Output = T>) -> T {
+        let mut work = pin!(work);
+        poll_fn(|cx| {
+            if self.flight.as_mut().is_some_and(|flight| flight.as_mut().poll(cx).is_ready()) {
+                self.flight = None;
+            }
+            work.as_mut().poll(cx)
+        })
+        .await
+    }
+}
+
+impl Drop for Own {
+    fn drop(&mut self) {
+        // Without a runtime the flight ends here, and whoever waits for it learns that.
+        if let (Some(flight), Ok(runtime)) = (self.flight.take(), Handle::try_current()) {
+            self.tasks.spawn_on(flight, &runtime);
+        }
+    }
+}
+
 /// Takes pages out of the flight plan: each as it lands, the rest at the end.
 struct Landing {
     shared: Arc<Shared>,
     block: BlockId,
-    left: BTreeSet<usize>,
+    /// Whether its pages go on the stage.
+    ahead: bool,
+    /// The pages that have not landed, and their bytes.
+    left: BTreeMap<usize, usize>,
     flight: Arc<Flight>,
 }
 
@@ -304,9 +371,14 @@ impl Landing {
     /// Pages are there: readers are woken once for all of them.
     fn land(&mut self, pages: Vec<(usize, Bytes)>) {
         let count = pages.len();
-        for (page, bytes) in &pages {
-            self.shared.cache.insert((self.block, *page as u32), bytes.clone());
+        for (page, _) in &pages {
             self.left.remove(page);
+        }
+        if self.ahead {
+            let (mut stage, now) = (self.shared.stage.lock(), Instant::now());
+            for (page, bytes) in &pages {
+                stage.land((self.block, *page as u32), bytes.clone(), now);
+            }
         }
         let keys: Vec<PageKey> = pages.iter().map(|(page, _)| (self.block, *page as u32)).collect();
         self.flight.landed.lock().extend(pages);
@@ -323,8 +395,12 @@ impl Landing {
     }
 
     fn forget(&mut self) {
+        let left = std::mem::take(&mut self.left);
+        if self.ahead {
+            self.shared.stage.lock().give_up(left.values().sum());
+        }
         let mut flights = self.shared.flights.lock();
-        for page in std::mem::take(&mut self.left) {
+        for page in left.into_keys() {
             flights.remove(&(self.block, page as u32));
         }
     }

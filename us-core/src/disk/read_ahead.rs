@@ -20,7 +20,7 @@ pub struct ReadAheadLimits {
 
 impl Default for ReadAheadLimits {
     fn default() -> Self {
-        Self { window_bytes_min: 512 << 10, window_bytes_max: 32 << 20, align_bytes: 4 << 20 }
+        Self { window_bytes_min: 512 << 10, window_bytes_max: 16 << 20, align_bytes: 4 << 20 }
     }
 }
 

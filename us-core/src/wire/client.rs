@@ -1,14 +1,17 @@
 //! The client's end of a framed connection.
 //!
-//! One task owns the connection. Callers hand it requests through a bounded channel and get their
-//! answers through channels of their own; when the connection ends, every one of them learns why.
+//! One task drives the connection. A caller that finds it quiet writes its request to the socket
+//! itself, which saves waking the task; else it hands the request over through a bounded channel.
+//! Answers come through channels of the callers' own; when the connection ends, every one of them
+//! learns why.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, Waker};
 
 use futures::Stream;
+use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio::time::{Instant, timeout_at};
@@ -75,6 +78,7 @@ impl Status {
 struct Shared {
     peer: PeerIdentity,
     commands: mpsc::Sender<Command>,
+    direct: Arc<dyn Direct>,
     request_next: AtomicU64,
     status: Arc<Status>,
 }
@@ -124,7 +128,7 @@ impl BulkClient {
             closing: CancellationToken::new(),
             closed: CancellationToken::new(),
         });
-        let driver = Driver {
+        let driver = Arc::new(Mutex::new(Some(Driver {
             io,
             reader: FrameReader::new(Side::Client, Admission::new(limits.received_bytes_max, None)),
             writer: FrameWriter::new(),
@@ -134,10 +138,13 @@ impl BulkClient {
             waiters: HashMap::new(),
             status: Arc::clone(&status),
             leaving: false,
-        };
-        tokio::spawn(driver.run());
+            waker: None,
+            fault: None,
+        })));
+        tokio::spawn(drive(Arc::clone(&driver), Arc::clone(&status)));
         let request_next = AtomicU64::new(1);
-        Self { shared: Arc::new(Shared { peer, commands, request_next, status }) }
+        let direct = driver;
+        Self { shared: Arc::new(Shared { peer, commands, direct, request_next, status }) }
     }
 
     /// Who is at the other end.
@@ -205,7 +212,15 @@ impl BulkClient {
         };
         timeout_at(deadline, sent).await.map_err(|_| self.shared.status.deadline_error())??;
         let shared = Arc::clone(&self.shared);
-        Ok(GetReplies { shared, request, caller_request, deadline, events, ended: false })
+        Ok(GetReplies {
+            shared,
+            request,
+            caller_request,
+            deadline,
+            events,
+            missing: items,
+            ended: false,
+        })
     }
 
     fn request_number(&self) -> u64 {
@@ -230,7 +245,9 @@ impl BulkClient {
         queued: Option<OwnedSemaphorePermit>,
     ) -> Result<(), BulkError> {
         let frame = Frame { request, payload };
-        let sent = self.shared.commands.send(Command::Send { frame, waiter, queued }).await;
+        let command = Command::Send { frame, waiter, queued };
+        let Err(command) = self.shared.direct.send(command) else { return Ok(()) };
+        let sent = self.shared.commands.send(command).await;
         sent.map_err(|_| self.shared.status.closed_error())
     }
 }
@@ -251,6 +268,8 @@ pub struct GetReplies {
     caller_request: u64,
     deadline: Instant,
     events: mpsc::Receiver<GetEvent>,
+    /// Replies that have not come.
+    missing: usize,
     ended: bool,
 }
 
@@ -270,6 +289,7 @@ impl GetReplies {
             Ok(Some(GetEvent::Reply { reply, admitted })) => {
                 // From here on the bytes are the caller's.
                 drop(admitted);
+                self.missing -= 1;
                 Some(Ok(GetReply { request: self.caller_request, ..reply }))
             }
             Ok(Some(GetEvent::End)) => {
@@ -308,7 +328,7 @@ impl GetReplies {
     }
 
     fn cancel(&mut self) {
-        if !std::mem::replace(&mut self.ended, true) {
+        if !std::mem::replace(&mut self.ended, true) && self.missing > 0 {
             // With a full channel the peer is not told; its replies are then dropped as they come.
             let _ = self.shared.commands.try_send(Command::Cancel { request: self.request });
         }
@@ -323,6 +343,22 @@ impl Drop for GetReplies {
     }
 }
 
+/// The way past the channel.
+trait Direct: Send + Sync {
+    /// Writes the request to a quiet connection; gives it back where the connection has other work,
+    /// or is over.
+    fn send(&self, command: Command) -> Result<(), Command>;
+}
+
+impl<IO: AsyncRead + AsyncWrite + Unpin + Send> Direct for Mutex<Option<Driver<IO>>> {
+    fn send(&self, command: Command) -> Result<(), Command> {
+        match self.try_lock().as_mut().and_then(|driver| driver.as_mut()) {
+            Some(driver) => driver.send_directly(command),
+            None => Err(command),
+        }
+    }
+}
+
 struct Driver<IO> {
     io: IO,
     reader: FrameReader,
@@ -334,26 +370,68 @@ struct Driver<IO> {
     status: Arc<Status>,
     /// The peer said goodbye: it still answers what it has, and gets nothing new.
     leaving: bool,
+    /// Wakes the task; `None` before it ran.
+    waker: Option<Waker>,
+    /// Why the task must end the connection: found by a caller that wrote itself.
+    fault: Option<CloseCause>,
+}
+
+/// The connection's task. Its lock is held by others for as long as they write one request.
+async fn drive<IO>(driver: Arc<Mutex<Option<Driver<IO>>>>, status: Arc<Status>)
+where
+    IO: AsyncRead + AsyncWrite + Unpin + Send,
+{
+    let poll = |cx: &mut Context<'_>| match driver.lock().as_mut() {
+        Some(driver) => driver.poll(cx),
+        None => Poll::Ready(CloseCause::Local),
+    };
+    let cause = tokio::select! {
+        // Cancel-safe: dropped only when the connection is to end.
+        cause = std::future::poll_fn(poll) => cause,
+        // Cancel-safe: a token stays cancelled.
+        () = status.closing.cancelled() => CloseCause::Local,
+    };
+    status.close(cause);
+    let ended = driver.lock().take();
+    let Some(Driver { mut io, waiters, commands, .. }) = ended else { return };
+    // Whoever still waits learns it by losing the other end of its channel.
+    drop((waiters, commands));
+    // The connection is over in any case.
+    let _ = tokio::time::timeout(dial::CLOSE_TIMEOUT, io.shutdown()).await;
 }
 
 impl<IO: AsyncRead + AsyncWrite + Unpin> Driver<IO> {
-    async fn run(mut self) {
-        let status = Arc::clone(&self.status);
-        let cause = tokio::select! {
-            // Cancel-safe: dropped only when the connection is to end.
-            cause = std::future::poll_fn(|cx| self.poll(cx)) => cause,
-            // Cancel-safe: a token stays cancelled.
-            () = status.closing.cancelled() => CloseCause::Local,
+    fn send_directly(&mut self, command: Command) -> Result<(), Command> {
+        let quiet = self.writer.is_idle() && self.commands.is_empty() && !self.leaving;
+        let Some(waker) = self.waker.clone().filter(|_| quiet && self.fault.is_none()) else {
+            return Err(command);
         };
-        status.close(cause);
-        let Self { mut io, waiters, commands, .. } = self;
-        // Whoever still waits learns it by losing the other end of its channel.
-        drop((waiters, commands));
-        // The connection is over in any case.
-        let _ = tokio::time::timeout(dial::CLOSE_TIMEOUT, io.shutdown()).await;
+        if !self.watchdog.begin() {
+            return Err(command);
+        }
+        // What does not fit is written by the task: its waker is the one that waits for room.
+        let written = self
+            .obey(command)
+            .map(|()| self.writer.poll_write(&mut self.io, &mut Context::from_waker(&waker)));
+        let fault = match written {
+            Ok(Poll::Ready(Ok(())) | Poll::Pending) => None,
+            Ok(Poll::Ready(Err(error))) => Some(error.into()),
+            Err(cause) => Some(cause),
+        };
+        if fault.is_some() {
+            self.fault = fault;
+            waker.wake();
+        }
+        Ok(())
     }
 
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<CloseCause> {
+        if let Some(cause) = self.fault.take() {
+            return Poll::Ready(cause);
+        }
+        if !self.waker.as_ref().is_some_and(|waker| waker.will_wake(cx.waker())) {
+            self.waker = Some(cx.waker().clone());
+        }
         let before = self.reader.read_bytes() + self.writer.written_bytes();
         loop {
             match self.step(cx) {

@@ -1,5 +1,5 @@
-//! Moves frames over a byte stream. Both halves are polled by the one task that owns the
-//! connection, so that no lock stands between reading and writing.
+//! Moves frames over a byte stream. Both halves are polled by the one task that drives the
+//! connection, so that reading and writing never wait for each other.
 //!
 //! A body is read straight into a buffer of its own size and written straight from the caller's
 //! `Bytes`; only what shares a read with its header is copied. Small frames leave together, in one

@@ -1,7 +1,8 @@
 //! One framed connection, as the server sees it.
 //!
-//! One task owns the connection and reads, writes and starts requests; each request runs in a task
-//! of its own and hands its replies back through a bounded channel.
+//! One task owns the connection and reads, writes and starts requests. What the service has at hand
+//! it answers itself; every other request runs in a task of its own and hands its replies back through
+//! a bounded channel.
 
 use std::collections::HashMap;
 use std::pin::Pin;
@@ -200,6 +201,9 @@ impl<S: BulkService, IO: AsyncRead + AsyncWrite + Unpin> Served<S, IO> {
                 self.tasks.spawn(serve_put(service, peer, outbox, put, admitted));
             }
             Payload::Get(get) => {
+                if self.answer_now(request, &get)? {
+                    return Ok(());
+                }
                 let (cancel, cancelled) = oneshot::channel();
                 if self.cancels.insert(request, cancel).is_some() {
                     return Err(FrameError::Duplicate { request }.into());
@@ -218,6 +222,27 @@ impl<S: BulkService, IO: AsyncRead + AsyncWrite + Unpin> Served<S, IO> {
             Payload::Goodbye(_) => return Err(out_of_place(Kind::Goodbye)),
         }
         Ok(())
+    }
+
+    /// Answers a get whose replies are at hand and have room; false where a task must.
+    fn answer_now(&mut self, request: u64, get: &GetRequest) -> Result<bool, CloseCause> {
+        if self.cancels.contains_key(&request) || !self.writer.has_room() {
+            return Ok(false);
+        }
+        let Some(replies) = self.service.get_now(&self.peer, get) else { return Ok(false) };
+        let bytes = replies.iter().map(|reply| reply.data.len()).sum();
+        let queued = Arc::clone(&self.outbox.queued);
+        let Ok(guard) = queued.try_acquire_many_owned(units(bytes)) else { return Ok(false) };
+        let mut frames: Vec<Payload> = replies.into_iter().map(Payload::GetReply).collect();
+        frames.push(Payload::GetEnd);
+        let mut guard = Some(guard);
+        // The bytes are given back with the last of them.
+        let last = frames.len().saturating_sub(2);
+        for (at, payload) in frames.into_iter().enumerate() {
+            let guard = if at == last { guard.take() } else { None };
+            self.writer.push(Frame { request, payload }, guard)?;
+        }
+        Ok(true)
     }
 
     /// Tells a peer that broke the protocol so, if it reads, and closes.

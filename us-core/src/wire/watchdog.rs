@@ -20,6 +20,17 @@ impl Watchdog {
         Self { timeout, last_progress: Instant::now(), busy: false, sleep: None }
     }
 
+    /// Work begins outside the task that polls. False where no timer is running that would wake the
+    /// task: then it must be woken, and sets one.
+    pub(crate) fn begin(&mut self) -> bool {
+        let armed = self.sleep.as_ref().is_some_and(|sleep| !sleep.is_elapsed());
+        if armed && !self.busy {
+            self.busy = true;
+            self.last_progress = Instant::now();
+        }
+        armed
+    }
+
     /// Ready when the time is over. Progress only notes the time; the timer is moved when it fires.
     pub(crate) fn poll(&mut self, cx: &mut Context<'_>, busy: bool, progress: bool) -> Poll<()> {
         if progress || busy != self.busy {

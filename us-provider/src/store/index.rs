@@ -28,6 +28,9 @@ use super::accounts::{Accounts, Class, SegmentAccount};
 use super::format::padded_bytes;
 pub use sound::Soundness;
 
+/// What the index lacks after a crash is read from the segments: at most what was stored in this time.
+const FLUSH_EVERY_MS: u64 = 5000;
+
 /// Where a record begins.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub struct Place {
@@ -490,7 +493,7 @@ fn open_caught(path: &Path, cache_bytes: u64) -> Result<sled::Db, sled::Error> {
         .path(path)
         .cache_capacity(cache_bytes)
         .mode(sled::Mode::HighThroughput)
-        .flush_every_ms(Some(1000));
+        .flush_every_ms(Some(FLUSH_EVERY_MS));
     std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| config.open())).unwrap_or_else(|_| {
         Err(sled::Error::ReportableBug("sled panicked while it opened the index".into()))
     })

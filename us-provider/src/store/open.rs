@@ -21,6 +21,7 @@ use us_core::ids::{FragmentId, VolumeId};
 use super::accounts::Accounts;
 use super::format::{Envelope, SEGMENT_HEADER_BYTES, SegmentHeader};
 use super::index::{Entry, Index, IndexError, Place, Staged};
+use super::read::Fronts;
 use super::scan::{Content, Depth, Found, Scanner};
 use super::segments::{Segment, SegmentError, Segments};
 use super::writer::{Start, Writer, entry_of, kept_bytes};
@@ -79,6 +80,7 @@ pub(super) fn open(dir: &Path, options: StoreOptions) -> Result<Handle, OpenErro
         options,
         index,
         segments,
+        fronts: Fronts::default(),
         accounts: Mutex::new(accounts),
         trouble: Mutex::new(None),
         unmarked: Mutex::default(),

@@ -3,6 +3,9 @@
 //! A read looks the fragment up, then reads its segment without any lock. Meanwhile the fragment may
 //! be moved by compaction or purged, so bytes that do not hold are damage only if the index still
 //! points to them afterwards.
+//!
+//! Small pieces of a large fragment are read again and again: its header and its sums, checked when
+//! they were first read, are kept for the next ([`Fronts`]), which then needs one call and not three.
 
 use std::io;
 use std::sync::Arc;
@@ -13,7 +16,7 @@ use us_core::fragment::{FragmentHeader, FragmentRecord, FragmentTrailer, HEADER_
 use us_core::ids::FragmentId;
 
 use super::format::{ENVELOPE_BYTES, Envelope, RecordKind};
-use super::index::Entry;
+use super::index::{Entry, Place};
 use super::segments::{Segment, SegmentError};
 use super::writer::Command;
 use super::{Shared, Store, StoreError};
@@ -22,6 +25,45 @@ use super::{Shared, Store, StoreError};
 const ATTEMPTS: usize = 4;
 /// A record up to this size is read whole, whatever is wanted of it: one call instead of three.
 const WHOLE_BYTES: usize = 64 << 10;
+
+/// Fragments whose header and sums are kept: about a KiB each.
+const FRONTS_MAX: usize = 4096;
+
+/// Header and sums of a record.
+#[derive(Debug)]
+struct Front {
+    /// Where the record lies, and its number: another one has another front.
+    place: Place,
+    seq: u64,
+    header: FragmentHeader,
+    trailer: Bytes,
+    sums: FragmentTrailer,
+}
+
+/// The fronts of fragments of which a part was read lately.
+#[derive(Debug)]
+pub(super) struct Fronts(quick_cache::sync::Cache<FragmentId, Arc<Front>>);
+
+impl Default for Fronts {
+    fn default() -> Self {
+        Self(quick_cache::sync::Cache::new(FRONTS_MAX))
+    }
+}
+
+impl Fronts {
+    fn get(&self, id: FragmentId, entry: &Entry) -> Option<Arc<Front>> {
+        self.0.get(&id).filter(|front| front.place == entry.place && front.seq == entry.seq)
+    }
+}
+
+/// How bytes are read from a segment.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Patience {
+    /// They are waited for.
+    Waits,
+    /// Only what the system has in memory.
+    Now,
+}
 
 /// What to read of a fragment.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -51,7 +93,7 @@ enum Miss {
     Wrong(String),
     /// The request does not fit the fragment.
     Request(StoreError),
-    /// The disk failed.
+    /// The disk failed, or has not yet what is wanted now.
     Io(&'static str, io::Error),
 }
 
@@ -62,7 +104,20 @@ impl Store {
     /// [`StoreError::NotFound`], [`StoreError::Damaged`], [`StoreError::Invalid`] for slots it does
     /// not have, [`StoreError::Io`], [`StoreError::Segment`], [`StoreError::Index`].
     pub fn read(&self, request: ReadRequest) -> Result<Read, StoreError> {
-        self.attempt(request.id, |segment, entry| read_slots(segment, entry, &request))
+        let fronts = &self.handle.shared.fronts;
+        self.attempt(request.id, |segment, entry| {
+            read_slots(fronts, segment, entry, &request, Patience::Waits)
+        })
+    }
+
+    /// As [`Store::read`] where the system has all of it in memory. `None` where it must be waited
+    /// for, or is not well: [`Store::read`] says what it is. Does not wait for the disk, but for a
+    /// page of the index that is not in its cache.
+    pub fn read_now(&self, request: ReadRequest) -> Option<Read> {
+        let shared = &self.handle.shared;
+        let entry = shared.readable(request.id).ok()?;
+        let segment = shared.segments.opened(entry.place.segment)?;
+        read_slots(&shared.fronts, &segment, &entry, &request, Patience::Now).ok()
     }
 
     /// Reads a fragment's whole record. Blocks.
@@ -207,7 +262,7 @@ impl Shared {
     pub(super) fn read_payload(&self, entry: &Entry, id: FragmentId) -> Result<Bytes, StoreError> {
         let segment = self.segments.open(entry.place.segment);
         let segment = segment.map_err(|error| StoreError::Segment(Arc::new(error)))?;
-        read_raw(&segment, entry).map_err(|miss| match miss {
+        read_raw(&segment, entry, Patience::Waits).map_err(|miss| match miss {
             Miss::Wrong(detail) => StoreError::Damaged { id, detail },
             Miss::Request(error) => error,
             Miss::Io(action, source) => {
@@ -218,30 +273,56 @@ impl Shared {
     }
 }
 
-fn read_slots(segment: &Segment, entry: &Entry, request: &ReadRequest) -> Result<Read, Miss> {
-    let start_bytes = ENVELOPE_BYTES + HEADER_BYTES;
+fn read_slots(
+    fronts: &Fronts,
+    segment: &Segment,
+    entry: &Entry,
+    request: &ReadRequest,
+    patience: Patience,
+) -> Result<Read, Miss> {
     let whole = entry.payload_bytes as usize <= WHOLE_BYTES;
     let part = request.slots.is_some() || request.first_slot > 0;
-    let small = (part && !whole).then(|| fetch(segment, entry, 0, start_bytes));
-    let Some(start) = small.transpose()? else {
-        let (payload, record) = read_envelope_and_all(segment, entry, request.id)?;
+    if !part || whole {
+        let (payload, record) = read_envelope_and_all(segment, entry, request.id, patience)?;
         let range = slot_range(&record.header, request)?;
         let trailer_at = HEADER_BYTES + record.header.fragment_bytes();
         let trailer = payload.slice(trailer_at..);
         let data = record.body.slice(range);
         check_slots(&record.header, &record.trailer, request, &data)?;
         return Ok(Read { header: record.header, trailer, data });
+    }
+    let front = match fronts.get(request.id, entry) {
+        Some(front) => front,
+        None => {
+            let front = Arc::new(read_front(segment, entry, request.id, patience)?);
+            fronts.0.insert(request.id, Arc::clone(&front));
+            front
+        }
     };
+    let range = slot_range(&front.header, request)?;
+    let body_at = ENVELOPE_BYTES + HEADER_BYTES;
+    let data = fetch(segment, entry, body_at + range.start, range.len(), patience)?;
+    check_slots(&front.header, &front.sums, request, &data)?;
+    let (header, trailer) = (front.header, front.trailer.clone());
+    Ok(Read { header, trailer, data: Bytes::from(data) })
+}
+
+/// What is around the slots, checked.
+fn read_front(
+    segment: &Segment,
+    entry: &Entry,
+    id: FragmentId,
+    patience: Patience,
+) -> Result<Front, Miss> {
+    let start_bytes = ENVELOPE_BYTES + HEADER_BYTES;
+    let start = fetch(segment, entry, 0, start_bytes, patience)?;
     check_envelope(segment, entry, &start)?;
-    let header = header_of(&start[ENVELOPE_BYTES..], entry, request.id)?;
-    let range = slot_range(&header, request)?;
-    let body_at = start_bytes;
-    let trailer_at = body_at + header.fragment_bytes();
-    let trailer = Bytes::from(fetch(segment, entry, trailer_at, header.trailer_bytes())?);
+    let header = header_of(&start[ENVELOPE_BYTES..], entry, id)?;
+    let trailer_at = start_bytes + header.fragment_bytes();
+    let trailer = fetch(segment, entry, trailer_at, header.trailer_bytes(), patience)?;
     let sums = FragmentTrailer::decode(&header, &trailer).map_err(wrong)?;
-    let data = Bytes::from(fetch(segment, entry, body_at + range.start, range.len())?);
-    check_slots(&header, &sums, request, &data)?;
-    Ok(Read { header, trailer, data })
+    let (place, seq, trailer) = (entry.place, entry.seq, Bytes::from(trailer));
+    Ok(Front { place, seq, header, trailer, sums })
 }
 
 fn check_slots(
@@ -259,7 +340,7 @@ fn read_whole(
     entry: &Entry,
     id: FragmentId,
 ) -> Result<(Bytes, FragmentRecord), Miss> {
-    let (payload, record) = read_envelope_and_all(segment, entry, id)?;
+    let (payload, record) = read_envelope_and_all(segment, entry, id, Patience::Waits)?;
     record.verify_body().map_err(wrong)?;
     Ok((payload, record))
 }
@@ -269,8 +350,9 @@ fn read_envelope_and_all(
     segment: &Segment,
     entry: &Entry,
     id: FragmentId,
+    patience: Patience,
 ) -> Result<(Bytes, FragmentRecord), Miss> {
-    let payload = read_raw(segment, entry)?;
+    let payload = read_raw(segment, entry, patience)?;
     let record = FragmentRecord::decode(payload.clone()).map_err(wrong)?;
     if record.header.id() != id {
         return Err(Miss::Wrong(format!("fragment {} lies there", record.header.id())));
@@ -279,8 +361,9 @@ fn read_envelope_and_all(
 }
 
 /// The payload where the entry says, under its envelope.
-fn read_raw(segment: &Segment, entry: &Entry) -> Result<Bytes, Miss> {
-    let bytes = fetch(segment, entry, 0, ENVELOPE_BYTES + entry.payload_bytes as usize)?;
+fn read_raw(segment: &Segment, entry: &Entry, patience: Patience) -> Result<Bytes, Miss> {
+    let bytes = ENVELOPE_BYTES + entry.payload_bytes as usize;
+    let bytes = fetch(segment, entry, 0, bytes, patience)?;
     check_envelope(segment, entry, &bytes)?;
     Ok(Bytes::from(bytes).slice(ENVELOPE_BYTES..))
 }
@@ -327,9 +410,19 @@ fn slot_range(
 }
 
 /// Exactly `bytes` at `offset` of the entry's record.
-fn fetch(segment: &Segment, entry: &Entry, offset: usize, bytes: usize) -> Result<Vec<u8>, Miss> {
+fn fetch(
+    segment: &Segment,
+    entry: &Entry,
+    offset: usize,
+    bytes: usize,
+    patience: Patience,
+) -> Result<Vec<u8>, Miss> {
     let at = entry.place.offset + offset as u64;
-    let found = segment.read(at, bytes).map_err(|error| Miss::Io("read", error))?;
+    let found = match patience {
+        Patience::Waits => segment.read(at, bytes),
+        Patience::Now => segment.read_now(at, bytes),
+    };
+    let found = found.map_err(|error| Miss::Io("read", error))?;
     if found.len() != bytes {
         return Err(Miss::Wrong(format!("{} of {bytes} bytes are there", found.len())));
     }

@@ -54,6 +54,19 @@ impl Segment {
         Ok(buffer)
     }
 
+    /// As [`Segment::read`], of what the system has in memory: fewer bytes where it has not all.
+    ///
+    /// # Errors
+    /// Any I/O error; [`io::ErrorKind::WouldBlock`] where it has none of them.
+    pub fn read_now(&self, offset: u64, bytes: usize) -> io::Result<Vec<u8>> {
+        let mut buffer = vec![0; bytes];
+        let parts = &mut [io::IoSliceMut::new(&mut buffer)];
+        let flags = rustix::io::ReadWriteFlags::NOWAIT;
+        let found = rustix::io::preadv2(&self.file, parts, offset, flags)?;
+        buffer.truncate(found);
+        Ok(buffer)
+    }
+
     /// Whether nothing is stored between two offsets; not where the file system does not say.
     pub fn is_hole(&self, from: u64, to: u64) -> bool {
         match rustix::fs::seek(&self.file, rustix::fs::SeekFrom::Data(from)) {
@@ -174,12 +187,17 @@ impl Segments {
         Ok(segment)
     }
 
+    /// A segment that is open.
+    pub fn opened(&self, number: u32) -> Option<Arc<Segment>> {
+        self.open.lock().get(number)
+    }
+
     /// Opens a segment.
     ///
     /// # Errors
     /// [`SegmentError`].
     pub fn open(&self, number: u32) -> Result<Arc<Segment>, SegmentError> {
-        if let Some(segment) = self.open.lock().get(number) {
+        if let Some(segment) = self.opened(number) {
             return Ok(segment);
         }
         let segment = Arc::new(self.open_file(number)?);

@@ -321,6 +321,7 @@ fn disk_config(options: &MountOptions) -> DiskConfig {
         store_bytes_max: options.memory_bytes / 6,
         read_bytes_max: options.memory_bytes / 6,
         cache_bytes: options.memory_bytes / 6,
+        ahead_bytes: options.memory_bytes / 10,
         ..DiskConfig::default()
     }
 }

@@ -9,6 +9,7 @@ use anyhow::Context;
 use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal};
 use us_core::daemon::heap;
 use us_core::daemon::logging::{self, LogArgs};
+use us_core::daemon::runtime::{Program, runtime};
 use us_core::daemon::shutdown::Shutdown;
 use us_core::daemon::size::Size;
 use us_provider::config::ProviderConfig;
@@ -70,11 +71,14 @@ pub fn daemon(args: &DaemonArgs) -> anyhow::Result<ExitCode> {
     }
     logging::init(&args.log, "info")?;
     heap::keep_large_buffers();
-    let runtime = tokio::runtime::Runtime::new().context("start the runtime")?;
     match &args.role {
-        Role::Directory(flags) => runtime.block_on(run_directory(flags))?,
+        Role::Directory(flags) => {
+            let runtime = runtime(Program::Foreground).context("start the runtime")?;
+            runtime.block_on(run_directory(flags))?;
+        }
         Role::Provider(flags) => {
             let daemon = open_provider(flags)?;
+            let runtime = runtime(Program::Guest).context("start the runtime")?;
             runtime.block_on(run_provider(daemon))?;
         }
     }

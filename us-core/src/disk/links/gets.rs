@@ -1,4 +1,5 @@
-//! The gets of one provider: those that wait are sent together.
+//! The gets of one provider: one that finds a free turn is sent by itself, those that wait for one
+//! are sent together.
 
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -10,19 +11,39 @@ use us_proto::v1::{self, GetItem, GetReply, GetRequest};
 use super::{FetchedSlots, Inner, Link, status_result};
 use crate::daemon::logging::RequestId;
 use crate::disk::{FragmentFailure, SlotRange};
-use crate::wire::GET_ITEMS_MAX;
+use crate::wire::{BulkClient, BulkError, GET_ITEMS_MAX};
 
 /// Connections are not closed sooner, whatever the configuration says.
 const IDLE_MIN: Duration = Duration::from_millis(10);
 
-/// A get in a provider's queue.
-pub(super) struct Waiting {
+/// A get.
+pub(super) struct Wanted {
     pub slots: SlotRange,
     /// Whether header and trailer are wanted too.
     pub record: bool,
     pub deadline: Instant,
     /// Whom it is for.
     pub request: RequestId,
+}
+
+impl Wanted {
+    fn item(&self) -> GetItem {
+        GetItem {
+            fragment: Some(v1::FragmentId {
+                block: self.slots.fragment.block.as_bytes().to_vec().into(),
+                index: self.slots.fragment.index.into(),
+            }),
+            first_slot: self.slots.first_slot,
+            slots: self.slots.slots,
+            trailer: self.record,
+            trace: self.request.0,
+        }
+    }
+}
+
+/// A get in a provider's queue.
+pub(super) struct Waiting {
+    pub wanted: Wanted,
     pub answer: oneshot::Sender<Result<FetchedSlots, FragmentFailure>>,
 }
 
@@ -30,6 +51,7 @@ pub(super) struct Waiting {
 pub(super) struct Dispatch {
     pub inner: Arc<Inner>,
     pub link: Weak<Link>,
+    pub turns: Arc<Semaphore>,
     pub queue: mpsc::Receiver<Waiting>,
 }
 
@@ -48,7 +70,6 @@ impl Dispatch {
 
     pub async fn run(mut self) {
         let config = self.inner.config;
-        let inflight = Arc::new(Semaphore::new(config.gets_inflight_max.max(1)));
         let mut held: Option<Waiting> = None;
         loop {
             let first = match held.take() {
@@ -59,19 +80,19 @@ impl Dispatch {
                 },
             };
             // While all are in flight, what comes meanwhile gathers in the queue.
-            let Ok(permit) = Arc::clone(&inflight).acquire_owned().await else { return };
-            let mut bytes = first.slots.bytes();
+            let Ok(permit) = Arc::clone(&self.turns).acquire_owned().await else { return };
+            let mut bytes = first.wanted.slots.bytes();
             let mut batch = vec![first];
             while batch.len() < GET_ITEMS_MAX {
                 let Ok(next) = self.queue.try_recv() else { break };
                 if next.answer.is_closed() {
                     continue;
                 }
-                if bytes + next.slots.bytes() > config.get_bytes_max {
+                if bytes + next.wanted.slots.bytes() > config.get_bytes_max {
                     held = Some(next);
                     break;
                 }
-                bytes += next.slots.bytes();
+                bytes += next.wanted.slots.bytes();
                 batch.push(next);
             }
             let Some(link) = self.link.upgrade() else { return };
@@ -87,28 +108,38 @@ impl Dispatch {
 /// Sends one Get for all of `batch` and gives each its answer as it comes.
 async fn fetch(inner: &Inner, link: &Link, mut batch: Vec<Waiting>) {
     batch.retain(|waiting| !waiting.answer.is_closed());
-    let Some(deadline) = batch.iter().map(|waiting| waiting.deadline).max() else { return };
-    let items = batch.iter().map(|waiting| GetItem {
-        fragment: Some(v1::FragmentId {
-            block: waiting.slots.fragment.block.as_bytes().to_vec().into(),
-            index: waiting.slots.fragment.index.into(),
-        }),
-        first_slot: waiting.slots.first_slot,
-        slots: waiting.slots.slots,
-        trailer: waiting.record,
-        trace: waiting.request.0,
-    });
-    let grant = inner.grant.read().clone();
-    let request = GetRequest { request: 0, grant, items: items.collect() };
+    let Some(deadline) = batch.iter().map(|waiting| waiting.wanted.deadline).max() else { return };
+    let items = batch.iter().map(|waiting| waiting.wanted.item()).collect();
+    let request = request(inner, items);
     let mut waiting: Vec<Option<Waiting>> = batch.into_iter().map(Some).collect();
     let result = exchange(inner, link, request, deadline, &mut waiting).await;
-    let failure = result.err().unwrap_or_else(|| FragmentFailure::Unreachable {
-        detail: "it left the item unanswered".to_owned(),
-    });
+    let failure = result.err().unwrap_or_else(unanswered);
     for waiting in waiting.into_iter().flatten() {
         // Refused only where the reader is gone.
         let _ = waiting.answer.send(Err(failure.clone()));
     }
+}
+
+fn request(inner: &Inner, items: Vec<GetItem>) -> GetRequest {
+    GetRequest { request: 0, grant: inner.grant.read().clone(), items }
+}
+
+fn unanswered() -> FragmentFailure {
+    FragmentFailure::Unreachable { detail: "it left the item unanswered".to_owned() }
+}
+
+/// Sends one get by itself. Dropping it tells the provider that nobody wants the answer.
+pub(super) async fn ask(
+    inner: &Inner,
+    link: &Link,
+    client: &BulkClient,
+    wanted: &Wanted,
+) -> Result<FetchedSlots, FragmentFailure> {
+    let request = request(inner, vec![wanted.item()]);
+    let broke = |error: BulkError| link.broke(&error);
+    let mut replies = client.get(request, wanted.deadline).await.map_err(broke)?;
+    let reply = replies.next().await.ok_or_else(unanswered)?.map_err(broke)?;
+    reply_result(reply, &wanted.slots)
 }
 
 async fn exchange(
@@ -132,7 +163,7 @@ async fn exchange(
         let Some(waiting) = waiting.get_mut(reply.item as usize).and_then(Option::take) else {
             continue;
         };
-        let result = reply_result(reply, &waiting.slots);
+        let result = reply_result(reply, &waiting.wanted.slots);
         let _ = waiting.answer.send(result);
     }
 }
