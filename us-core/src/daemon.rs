@@ -6,6 +6,7 @@
 //! [`config::load`], [`shutdown::Shutdown::on_signals`], [`http::serve`], its own work, then the
 //! stages of its end, each with [`shutdown::drain`].
 
+pub mod append;
 pub mod cli;
 pub mod config;
 pub mod disk;

@@ -119,7 +119,7 @@ fn write_journal(dir: &Path, incarnation: u64, records: &[(Seq, Bytes)]) -> anyh
         }
     }
     file.append(&buffer)?;
-    Ok(file.sync()?)
+    Ok(file.finish()?)
 }
 
 /// What the last commit must know.

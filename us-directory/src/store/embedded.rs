@@ -233,6 +233,7 @@ impl Writer {
                     Command::Sync => sync = true,
                     Command::Rotate(frozen) => {
                         self.sync()?;
+                        self.file.finish()?;
                         let tag = FileTag { salt: salt(), ..self.file.tag() };
                         self.file = JournalFile::create(&self.dir, tag, frozen.seq + 1)?;
                         self.records.began(frozen.seq + 1, file_path(&self.dir, frozen.seq + 1));
@@ -249,7 +250,8 @@ impl Writer {
                         let (tag, seq) = (self.file.tag(), self.written + 1);
                         encode_record(&mut self.buffer, tag, seq, self.synced, &body);
                         self.written = seq;
-                        return self.sync();
+                        self.sync()?;
+                        return self.file.finish();
                     }
                 }
             }
@@ -629,7 +631,10 @@ fn replay(dir: &Path, checkpoint: Seq, overlay: &mut Overlay) -> Result<(Seq, u6
             continue;
         }
         if replayed.torn_bytes > 0 {
-            tracing::warn!(path = %path.display(), bytes = replayed.torn_bytes, "torn tail cut");
+            if !replayed.clean {
+                let bytes = replayed.torn_bytes;
+                tracing::warn!(path = %path.display(), bytes, "torn tail cut");
+            }
             cut(path, replayed.good_bytes)?;
         }
         journal_bytes += replayed.good_bytes;

@@ -19,18 +19,21 @@
 //! for each file, so that no stored value can pass for a record. `synced` is the last commit known to
 //! be on stable storage when the record was written.
 //!
+//! Behind the last record lie zeros, which are cut off when a successor is made ([`AppendFile`]).
+//!
 //! Reading tells a torn tail from damage. A record that does not hold is the torn tail of the last
 //! file, and is cut, *unless* a later record of that file says that it was synced: then durable bytes
 //! are damaged, which is an error. A file is synced whole before its successor is made, so a bad
 //! record in any file but the last is damage, and so is a missing number.
 
 use std::fs::{File, OpenOptions};
-use std::io::{Read, Write};
+use std::io::Read;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
 use crc_fast::{CrcAlgorithm, Digest, checksum};
+use us_core::daemon::append::{AppendFile, are_zeros};
 use us_core::daemon::disk;
 
 use super::{KEY_BYTES_MAX, Seq, StoreError, VALUE_BYTES_MAX, WriteBatch};
@@ -206,8 +209,10 @@ pub struct Replayed {
     pub batches: Vec<(Seq, WriteBatch)>,
     /// Bytes up to the end of the last record that holds.
     pub good_bytes: u64,
-    /// Bytes behind that: a torn tail.
+    /// Bytes behind that: a torn tail, or zeros.
     pub torn_bytes: u64,
+    /// Whether they are the zeros that a crash leaves.
+    pub clean: bool,
 }
 
 /// Reads a journal file. Records before `expected` must be there but are not decoded further.
@@ -277,8 +282,9 @@ pub fn replay(
         at = record.end;
     }
     let good = at.min(bytes.len());
-    let torn_bytes = (bytes.len() - good) as u64;
-    Ok(Replayed { batches, good_bytes: good as u64, torn_bytes })
+    let tail = &bytes[good..];
+    let (torn_bytes, clean) = (tail.len() as u64, are_zeros(tail));
+    Ok(Replayed { batches, good_bytes: good as u64, torn_bytes, clean })
 }
 
 /// Whether any record behind `at` says that record `seq` was on stable storage.
@@ -339,7 +345,7 @@ pub fn cut(path: &Path, bytes: u64) -> Result<(), StoreError> {
 /// A journal file that is written to.
 #[derive(Debug)]
 pub struct JournalFile {
-    file: File,
+    file: AppendFile,
     path: PathBuf,
     tag: FileTag,
 }
@@ -353,9 +359,10 @@ impl JournalFile {
         let path = file_path(dir, first_seq);
         let mut options = OpenOptions::new();
         let made = options.read(true).write(true).create(true).truncate(true).open(&path);
-        let mut file = made.map_err(|error| StoreError::io("make", &path, error))?;
-        file.write_all(&encode_header(tag, first_seq))
-            .and_then(|()| disk::sync_all(&file, &path))
+        let file = made.map_err(|error| StoreError::io("make", &path, error))?;
+        let mut file = AppendFile::new(file, 0);
+        file.append(&encode_header(tag, first_seq))
+            .and_then(|()| disk::sync_all(file.file(), &path))
             .map_err(|error| StoreError::io("write", &path, error))?;
         sync_dir(dir)?;
         Ok(Self { file, path, tag })
@@ -371,7 +378,7 @@ impl JournalFile {
     /// # Errors
     /// [`StoreError::Io`]: nothing more must be written then.
     pub fn append(&mut self, records: &[u8]) -> Result<(), StoreError> {
-        self.file.write_all(records).map_err(|error| StoreError::io("append to", &self.path, error))
+        self.file.append(records).map_err(|error| StoreError::io("append to", &self.path, error))
     }
 
     /// Makes everything appended durable.
@@ -379,7 +386,16 @@ impl JournalFile {
     /// # Errors
     /// [`StoreError::Io`]: nothing more must be written then.
     pub fn sync(&mut self) -> Result<(), StoreError> {
-        let synced = disk::sync_data(&self.file, &self.path);
+        let synced = disk::sync_data(self.file.file(), &self.path);
         synced.map_err(|error| StoreError::io("sync", &self.path, error))
+    }
+
+    /// Makes it durable as it is to stay: nothing more is appended.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`].
+    pub fn finish(&mut self) -> Result<(), StoreError> {
+        let cut = self.file.cut().and_then(|()| disk::sync_all(self.file.file(), &self.path));
+        cut.map_err(|error| StoreError::io("finish", &self.path, error))
     }
 }

@@ -8,10 +8,11 @@
 //! - after a failed write or sync nothing more is acknowledged until the next start.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
+use us_core::daemon::append::{AppendFile, are_zeros};
 use us_core::daemon::disk;
 use us_proto::v1::{RecordPart, RecordsHeld, StoreRecords, StoreRoot};
 
@@ -123,7 +124,7 @@ pub struct RecordLog {
     limit_bytes: u64,
     files: Vec<LogFile>,
     /// The last of `files`, once something was appended since the start.
-    current: Option<File>,
+    current: Option<AppendFile>,
     next_number: u32,
     newest: Option<Newest>,
     unsynced: bool,
@@ -174,14 +175,17 @@ impl RecordLog {
             self.note_newest(label, &part);
         }
         if at < bytes.len() && last {
-            tracing::warn!(path = %path.display(), bytes = bytes.len() - at, "torn tail cut");
+            if !are_zeros(&bytes[at..]) {
+                let torn = bytes.len() - at;
+                tracing::warn!(path = %path.display(), bytes = torn, "torn tail cut");
+            }
             let cut = OpenOptions::new().write(true).open(&path);
             cut.and_then(|file| {
                 file.set_len(at as u64).and_then(|()| disk::sync_all(&file, &path))
             })
             .map_err(|error| LogError::io("cut", &path, error))?;
             file.bytes = at as u64;
-        } else if at < bytes.len() {
+        } else if !are_zeros(&bytes[at..]) {
             tracing::error!(path = %path.display(), at, "damaged: what follows is not given back");
         }
         self.files.push(file);
@@ -247,7 +251,7 @@ impl RecordLog {
             return Ok(());
         };
         let path = path_of(&self.dir, file.number);
-        current.write_all(frames).map_err(|error| LogError::io("append to", &path, error))?;
+        current.append(frames).map_err(|error| LogError::io("append to", &path, error))?;
         self.unsynced = true;
         file.bytes += frames.len() as u64;
         seqs.iter().for_each(|seq| note(file, *seq));
@@ -258,12 +262,14 @@ impl RecordLog {
     fn begin(&mut self, label: Label) -> Result<(), LogError> {
         // One fdatasync covers one file: what is in the old one first.
         self.sync()?;
+        self.finish()?;
         let number = self.next_number;
         let path = path_of(&self.dir, number);
-        let create = || -> io::Result<File> {
-            let mut file = OpenOptions::new().append(true).create_new(true).open(&path)?;
-            file.write_all(&encode_header(number, &label))?;
-            disk::sync_all(&file, &path)?;
+        let create = || -> io::Result<AppendFile> {
+            let file = OpenOptions::new().write(true).create_new(true).open(&path)?;
+            let mut file = AppendFile::new(file, 0);
+            file.append(&encode_header(number, &label))?;
+            disk::sync_all(file.file(), &path)?;
             File::open(&self.dir)?.sync_all()?;
             Ok(file)
         };
@@ -272,6 +278,16 @@ impl RecordLog {
         self.current = Some(file);
         self.files.push(LogFile { number, label, bytes: HEADER_BYTES as u64, seqs: None });
         Ok(())
+    }
+
+    /// The file written last gets no more: what it holds is durable already.
+    fn finish(&mut self) -> Result<(), LogError> {
+        let (Some(mut current), Some(file)) = (self.current.take(), self.files.last()) else {
+            return Ok(());
+        };
+        let path = path_of(&self.dir, file.number);
+        let cut = current.cut().and_then(|()| disk::sync_all(current.file(), &path));
+        cut.map_err(|error| LogError::io("finish", &path, error))
     }
 
     /// Makes everything appended durable.
@@ -287,7 +303,7 @@ impl RecordLog {
         }
         let Some(current) = &self.current else { return Ok(()) };
         let number = self.files.last().map_or(0, |file| file.number);
-        let synced = disk::sync_data(current, &path_of(&self.dir, number));
+        let synced = disk::sync_data(current.file(), &path_of(&self.dir, number));
         synced.map_err(|error| {
             self.failed = Some(error.to_string());
             LogError::io("sync a file in", &self.dir, error)

@@ -7,6 +7,7 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::time::Duration;
 
 use bytes::Bytes;
 use us_core::ids::Ino;
@@ -20,8 +21,13 @@ use crate::fs::FsError;
 const COMMITTED_EXTENTS_MAX: usize = CHUNK_EXTENTS_MAX - 24;
 /// The most that allocating, punching and cloning may: a commit of blocks must find room behind them.
 const PLACED_EXTENTS_MAX: usize = 900;
-/// From here on it is written anew in the background.
+/// From here on it is written anew in the background, once it is left alone.
 const CHUNK_EXTENTS_MANY: usize = 500;
+/// From here on it is written anew at once: it will be full soon.
+const CHUNK_EXTENTS_TOO_MANY: usize = 850;
+/// Left alone: nothing of it was stored in this time. Random writes of 4 KiB would else have every
+/// chunk that they touch read and written whole while they last.
+const LEFT_ALONE: Duration = Duration::from_secs(10);
 
 /// A chunk to write anew.
 #[derive(Clone, Debug)]
@@ -103,34 +109,51 @@ impl Core {
         }
         data.abort(ticket);
         node.postponed += 1;
-        self.dirty.crowded.extend(full.into_iter().map(|chunk| (ino, chunk)));
+        self.dirty.crowded.extend(full.into_iter().map(|chunk| ((ino, chunk), Duration::ZERO)));
         self.note_dirty(now, ino);
         true
     }
 
-    /// Notes chunks that these extents have made crowded.
-    pub(super) fn note_crowded(&mut self, ino: Ino, extents: &[Extent]) {
+    /// Notes chunks that these extents (in order) have made crowded.
+    pub(super) fn note_crowded(&mut self, now: Now, ino: Ino, extents: &[Extent]) {
         let Some(data) = self.nodes.get(&ino).and_then(|node| node.data.as_deref()) else { return };
-        for extent in extents {
-            let chunk = extent.offset / CHUNK_BYTES;
-            if extents_in(data, chunk_range(chunk)) > CHUNK_EXTENTS_MANY {
-                self.dirty.crowded.insert((ino, chunk));
+        let mut seen = None;
+        for chunk in extents.iter().map(|extent| extent.offset / CHUNK_BYTES) {
+            if seen.replace(chunk) == Some(chunk) {
+                continue;
+            }
+            let due = match extents_in(data, chunk_range(chunk)) {
+                0..=CHUNK_EXTENTS_MANY => continue,
+                CHUNK_EXTENTS_TOO_MANY.. => Duration::ZERO,
+                _ => now.boot + LEFT_ALONE,
+            };
+            let noted = self.dirty.crowded.entry((ino, chunk)).or_insert(due);
+            // Where somebody waits for it, it stays due.
+            if !noted.is_zero() {
+                *noted = due;
             }
         }
     }
 
-    /// Takes a chunk that should be written anew, if there is one.
-    pub fn take_crowded(&mut self) -> Option<(Ino, u64)> {
-        let next = *self.dirty.crowded.iter().next()?;
-        self.dirty.crowded.remove(&next);
-        Some(next)
+    /// Takes a chunk that should be written anew now, if there is one.
+    pub fn take_crowded(&mut self, now: Now) -> Option<(Ino, u64)> {
+        let due = self.dirty.crowded.iter().find(|(_, due)| **due <= now.boot);
+        let chunk = due.map(|(chunk, _)| *chunk)?;
+        self.dirty.crowded.remove(&chunk);
+        Some(chunk)
+    }
+
+    /// When the next chunk should be written anew.
+    pub fn next_crowded_at(&self) -> Option<Duration> {
+        self.dirty.crowded.values().min().copied()
     }
 
     /// Whether a chunk of `ino` must be written anew before more of it is stored.
     pub fn take_crowded_of(&mut self, ino: Ino) -> Option<u64> {
-        let found = self.dirty.crowded.iter().find(|(other, _)| *other == ino).copied()?;
-        self.dirty.crowded.remove(&found);
-        Some(found.1)
+        let of_ino = |(chunk, due): &(&(Ino, u64), &Duration)| chunk.0 == ino && due.is_zero();
+        let chunk = self.dirty.crowded.iter().find(of_ino).map(|(chunk, _)| *chunk)?;
+        self.dirty.crowded.remove(&chunk);
+        Some(chunk.1)
     }
 
     /// How often bytes of `ino` that were stored became dirty again, because of a crowded chunk. Who

@@ -8,7 +8,7 @@
 //! A ticket commits when its block is stored and no older ticket of any of its files is open: a
 //! file's commits are in the order of its seals, and an fsync waits for no other file.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -105,8 +105,8 @@ pub(super) struct DirtyFiles {
     failing: Option<FsError>,
     /// The last block found no space, and there will be some.
     waits_for_space: bool,
-    /// Chunks of maps with so many extents that they should be written anew.
-    pub(super) crowded: HashSet<(Ino, u64)>,
+    /// Chunks of maps with so many extents that they should be written anew, and from when on.
+    pub(super) crowded: HashMap<(Ino, u64), Duration>,
 }
 
 impl DirtyFiles {
@@ -123,7 +123,7 @@ impl DirtyFiles {
             retry_at: None,
             failing: None,
             waits_for_space: false,
-            crowded: HashSet::new(),
+            crowded: HashMap::new(),
         }
     }
 }
@@ -415,7 +415,7 @@ impl Core {
             }
             message.extents.extend(extents.iter().map(|extent| extent_write(ino, extent)));
             message.files.extend(self.growth(ino));
-            self.note_crowded(ino, &extents);
+            self.note_crowded(now, ino, &extents);
             inos.push(ino);
             self.note_dirty(now, ino);
         }

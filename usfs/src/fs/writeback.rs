@@ -45,7 +45,7 @@ pub(crate) async fn run(shared: Arc<Shared>, dirty_bytes_max: usize) {
         };
         let Ok(slot) = slot else { return };
         let now = shared.now();
-        let crowded = shared.lock().core.take_crowded();
+        let crowded = shared.lock().core.take_crowded(now);
         if let Some((ino, chunk)) = crowded {
             let shared_too = Arc::clone(&shared);
             shared.tasks.spawn(async move {
@@ -59,7 +59,8 @@ pub(crate) async fn run(shared: Arc<Shared>, dirty_bytes_max: usize) {
         let (plan, due) = {
             let mut state = shared.lock();
             let pressure = state.core.uncommitted_bytes() > dirty_bytes_max as u64 / 2;
-            (state.core.next_block(now, pressure), state.core.next_block_at())
+            let due = [state.core.next_block_at(), state.core.next_crowded_at()];
+            (state.core.next_block(now, pressure), due.into_iter().flatten().min())
         };
         if let Some(plan) = plan {
             let shared_too = Arc::clone(&shared);
