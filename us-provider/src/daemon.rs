@@ -227,7 +227,12 @@ impl Daemon {
             scrub,
             copies: self.copies.clone(),
         };
-        let joined = crate::membership::run(link, hands, shutdown.token().clone()).await;
+        // On a thread that waits for the network: the directory waits for its journal's copies.
+        let membership = crate::membership::run(link, hands, shutdown.token().clone());
+        let joined = match tokio::spawn(membership).await {
+            Ok(joined) => joined,
+            Err(error) => std::panic::resume_unwind(error.into_panic()),
+        };
         // From here on the end, in order. The goodbye is said.
         shutdown.request();
         let rebuilding = tokio::spawn(async move { rebuilder.close().await });

@@ -20,6 +20,7 @@ mod crowding;
 mod files;
 mod flush;
 mod handles;
+mod inlined;
 mod install;
 mod known;
 mod leases;

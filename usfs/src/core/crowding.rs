@@ -29,12 +29,12 @@ const CHUNK_EXTENTS_TOO_MANY: usize = 850;
 /// chunk that they touch read and written whole while they last.
 const LEFT_ALONE: Duration = Duration::from_secs(10);
 
-/// A chunk to write anew.
+/// A range of a file to write anew: a chunk, or what lies inline.
 #[derive(Clone, Debug)]
 pub struct Rewrite {
     /// The file.
     pub ino: Ino,
-    /// The bytes of the chunk that the file has.
+    /// The range, as far as the file goes.
     pub range: Range<u64>,
     /// What they are now.
     pub pieces: Vec<ReadPiece>,
@@ -164,10 +164,15 @@ impl Core {
 
     /// What a chunk holds now, for writing it anew; `None` where that makes no sense any more.
     pub fn plan_rewrite(&mut self, ino: Ino, chunk: u64) -> Option<Rewrite> {
+        self.plan_range(ino, chunk_range(chunk))
+    }
+
+    /// What a range of a file holds now, as far as the file goes.
+    pub(super) fn plan_range(&mut self, ino: Ino, range: Range<u64>) -> Option<Rewrite> {
         let node = self.nodes.get(&ino)?;
         let size = node.attributes?.size;
         let exclusive = node.lease.level == super::Level::Exclusive;
-        let range = chunk * CHUNK_BYTES..((chunk + 1) * CHUNK_BYTES).min(size);
+        let range = range.start..range.end.min(size);
         if !exclusive || range.is_empty() {
             return None;
         }
@@ -175,11 +180,10 @@ impl Core {
         Some(Rewrite { ino, range, pieces })
     }
 
-    /// The chunk's bytes were read as `rewrite` planned: they become dirty where nothing newer is.
+    /// The range's bytes were read as `rewrite` planned: they become dirty where nothing newer is.
     /// Does nothing, and answers `false`, where the file has changed meanwhile.
     pub fn rewrite(&mut self, now: Now, rewrite: &Rewrite, content: &Bytes) -> bool {
-        let chunk = rewrite.range.start / CHUNK_BYTES;
-        let same = self.plan_rewrite(rewrite.ino, chunk).is_some_and(|now| {
+        let same = self.plan_range(rewrite.ino, rewrite.range.clone()).is_some_and(|now| {
             now.range == rewrite.range && same_places(&now.pieces, &rewrite.pieces)
         });
         if !same {

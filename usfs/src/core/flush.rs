@@ -19,6 +19,7 @@ use us_core::limits::CHUNK_BYTES;
 use us_proto::v1;
 use us_proto::v1::mutation::Op;
 
+use super::inlined::Inlined;
 use super::node::{WriteError, WriteRetried};
 use super::{Core, Now};
 use crate::data::{DirtyFacts, Extent, FileData, Packer, PackerLimits, Place, Ticket};
@@ -28,7 +29,7 @@ use crate::fs::FsError;
 const INLINE_FSYNC_BYTES_MAX: u64 = 32 << 10;
 /// The most bytes one inline block holds: one page.
 const INLINE_BLOCK_BYTES_MAX: u64 = 16 << 10;
-/// What one mount puts inline before its fsyncs write blocks.
+/// What one mount has inline at most before its fsyncs write blocks.
 const INLINE_SESSION_BYTES_MAX: u64 = 64 << 20;
 /// The most extents, and the most files, in one mutation.
 pub(super) const COMMIT_EXTENTS_MAX: usize = 8192;
@@ -97,7 +98,7 @@ pub(super) struct DirtyFiles {
     tickets: BTreeMap<u64, OpenTicket>,
     tickets_made: u64,
     in_flight_bytes: u64,
-    inline_bytes: u64,
+    pub(super) inlined: Inlined,
     block_bytes_max: u64,
     /// After a failure nothing is tried in the background before this.
     retry_at: Option<Duration>,
@@ -118,7 +119,7 @@ impl DirtyFiles {
             tickets: BTreeMap::new(),
             tickets_made: 0,
             in_flight_bytes: 0,
-            inline_bytes: 0,
+            inlined: Inlined::default(),
             block_bytes_max,
             retry_at: None,
             failing: None,
@@ -238,11 +239,8 @@ impl Core {
         let bytes = dirty(self);
         let inline = reason == FlushReason::Durable
             && bytes <= INLINE_FSYNC_BYTES_MAX
-            && self.dirty.inline_bytes + bytes <= INLINE_SESSION_BYTES_MAX;
+            && self.dirty.inlined.bytes() + bytes <= INLINE_SESSION_BYTES_MAX;
         let max = if inline { INLINE_BLOCK_BYTES_MAX } else { self.dirty.block_bytes_max };
-        if inline {
-            self.dirty.inline_bytes += bytes;
-        }
         let mut plans = Vec::new();
         while dirty(self) > 0 {
             let (ticket, mut pieces) = (self.new_ticket(), Vec::new());
@@ -416,6 +414,9 @@ impl Core {
             message.extents.extend(extents.iter().map(|extent| extent_write(ino, extent)));
             message.files.extend(self.growth(ino));
             self.note_crowded(now, ino, &extents);
+            if info.inline.is_some() {
+                self.dirty.inlined.note(now, ino, &extents);
+            }
             inos.push(ino);
             self.note_dirty(now, ino);
         }
@@ -471,6 +472,7 @@ impl Core {
             data.truncate(0);
         }
         self.note_dirty(Now::default(), ino);
+        self.dirty.inlined.forget(ino);
     }
 
     /// Late fragments of a block have become durable.

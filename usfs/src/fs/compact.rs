@@ -1,4 +1,5 @@
-//! Writing a crowded chunk of a file anew: read it, make it dirty, and it is stored as one run.
+//! Writing parts of a file anew: read them, make them dirty, and they are stored like new ones. So a
+//! crowded chunk becomes one run, and what an fsync put into the directory becomes fragments.
 
 use std::sync::Arc;
 
@@ -7,6 +8,7 @@ use us_core::ids::Ino;
 use super::files::assemble;
 use super::shared::Shared;
 use super::{Fs, FsError};
+use crate::core::Rewrite;
 
 /// Tries against a file that changes all the time.
 const TRIES_MAX: usize = 8;
@@ -26,4 +28,20 @@ pub(crate) async fn compact(shared: &Arc<Shared>, ino: Ino, chunk: u64) -> Resul
         }
     }
     Err(FsError::Io("the file changes too fast to tidy up its map".to_owned()))
+}
+
+/// Packs what lies inline in the directory: makes it dirty, and the background stores it in blocks with
+/// what else is dirty. What changed meanwhile is left for the next time.
+pub(crate) async fn pack(shared: &Arc<Shared>, plans: Vec<Rewrite>) {
+    let fs = Fs { shared: Arc::clone(shared) };
+    for plan in plans {
+        match assemble(&fs, plan.pieces.clone()).await {
+            Ok(content) => {
+                let now = shared.now();
+                shared.lock().core.rewrite(now, &plan, &content);
+            }
+            Err(error) => tracing::debug!(ino = %plan.ino, %error, "stays inline"),
+        }
+    }
+    shared.dirty.notify_one();
 }

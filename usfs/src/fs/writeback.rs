@@ -12,7 +12,7 @@ use us_core::disk::{LateFragments, PlacementError, StoreError, StoredBlock};
 use us_core::ids::{BlockId, Ino};
 
 use super::FsError;
-use super::compact::compact;
+use super::compact::{compact, pack};
 use super::shared::{Shared, State};
 use crate::core::{FlushReason, SealPlan, StoreFailure, Stored};
 use crate::data::Ticket;
@@ -56,10 +56,20 @@ pub(crate) async fn run(shared: Arc<Shared>, dirty_bytes_max: usize) {
             });
             continue;
         }
+        let packed = shared.lock().core.take_packed(now);
+        if !packed.is_empty() {
+            let shared_too = Arc::clone(&shared);
+            shared.tasks.spawn(async move {
+                pack(&shared_too, packed).await;
+                drop(slot);
+            });
+            continue;
+        }
         let (plan, due) = {
             let mut state = shared.lock();
             let pressure = state.core.uncommitted_bytes() > dirty_bytes_max as u64 / 2;
-            let due = [state.core.next_block_at(), state.core.next_crowded_at()];
+            let core = &state.core;
+            let due = [core.next_block_at(), core.next_crowded_at(), core.next_packed_at()];
             (state.core.next_block(now, pressure), due.into_iter().flatten().min())
         };
         if let Some(plan) = plan {
