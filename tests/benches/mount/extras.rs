@@ -46,9 +46,12 @@ fn factors(bed: &mut Bed, shared: &Shared) -> Result<(f64, f64)> {
     let (stores, path) = (bed.disk.stores(), bed.path(FILE));
     let empty = machine::steady_bytes(&stores);
     let count = small::make_all(&path, shared)?.amount;
+    // What a client still holds back is stored when it unmounts.
+    bed.disk.remount()?;
     let with_small = machine::steady_bytes(&stores);
     let large = path.join("large");
     bulk::write_file(&large, shared)?;
+    bed.disk.remount()?;
     let with_large = machine::steady_bytes(&stores);
     remove(&path)?;
     let small_bytes = count * small::FILE_BYTES as f64;

@@ -37,8 +37,8 @@ use self::sources::Sources;
 pub(crate) const PASS_THROUGH_FLAG: &str = "--pass-through";
 /// A row that takes a file system longer is taken once.
 const ROW_SECONDS_FOR_MORE_ROUNDS: f64 = 30.0;
-/// What a pass-through holds open: a descriptor for each name the kernel knows.
-const DESCRIPTORS_MAX: u64 = 1 << 20;
+/// A pass-through holds a descriptor for each name the kernel knows: trees, copies, small files.
+const DESCRIPTORS_MIN: u64 = 16_384;
 
 /// Measures usfs beside the local file system, a FUSE pass-through and GlusterFS.
 #[derive(Debug, Parser)]
@@ -135,10 +135,7 @@ async fn outside(arguments: &Arguments) -> Result<ExitCode> {
 
 fn inside(arguments: &Arguments, root: &Path) -> Result<()> {
     call("ip", ["link", "set", "lo", "up"])?;
-    let limit =
-        rustix::process::Rlimit { current: Some(DESCRIPTORS_MAX), maximum: Some(DESCRIPTORS_MAX) };
-    rustix::process::setrlimit(rustix::process::Resource::Nofile, limit)
-        .context("allow many open files")?;
+    allow_open_files()?;
     let kinds: Vec<Kind> = Kind::ALL.into_iter().filter(|kind| is_here(*kind, arguments)).collect();
     let rows: Vec<&Row> = ROWS.iter().filter(|row| can_run(row, arguments)).collect();
     let needs_sources = rows.iter().any(|row| ["tar", "cp", "rm", "clone"].contains(&row.name));
@@ -175,6 +172,16 @@ fn inside(arguments: &Arguments, root: &Path) -> Result<()> {
         extras::degraded(bed, &shared, arguments.rounds)?;
     }
     beds.iter_mut().try_for_each(|bed| bed.disk.end())
+}
+
+/// Lets this process and all it starts hold as many files open as the machine allows.
+fn allow_open_files() -> Result<()> {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let most = getrlimit(Resource::Nofile).maximum;
+    let enough = most.is_none_or(|most| most >= DESCRIPTORS_MIN);
+    ensure!(enough, "{most:?} open files are too few: {DESCRIPTORS_MIN} are needed (ulimit -Hn)");
+    setrlimit(Resource::Nofile, Rlimit { current: most, maximum: most })
+        .context("allow many open files")
 }
 
 /// Whether a file system takes part.

@@ -109,12 +109,8 @@ impl<'f> Reader<'f> {
         &self.pages[slot].0
     }
 
-    /// Waits for all that is under way.
-    pub(super) fn finish(mut self) -> Result<()> {
-        while self.under_way > 0 {
-            let _ended = self.wait()?;
-        }
-        Ok(())
+    pub(super) fn under_way(&self) -> usize {
+        self.under_way
     }
 }
 

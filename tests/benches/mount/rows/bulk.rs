@@ -109,7 +109,7 @@ pub(super) fn random_read_16(bed: &mut Bed, shared: &Shared) -> Result<Sample> {
     random_read(bed, shared, 16)
 }
 
-/// Reads blocks anywhere for some seconds, `depth` at a time.
+/// Reads blocks anywhere, `depth` at a time: each at most once, for some seconds.
 fn random_read(bed: &mut Bed, shared: &Shared, depth: usize) -> Result<Sample> {
     make_random_file(bed, shared)?;
     bed.cool()?;
@@ -118,31 +118,29 @@ fn random_read(bed: &mut Bed, shared: &Shared, depth: usize) -> Result<Sample> {
         .custom_flags(libc::O_DIRECT)
         .open(bed.path(RANDOM_FILE))
         .context("open with O_DIRECT")?;
-    let order = shuffled(bed.generations.len(), depth as u64);
-    let mut order = order.iter().copied().cycle();
+    let mut order = shuffled(bed.generations.len(), depth as u64).into_iter();
     let generations = &bed.generations;
     bed.time(shared, || {
         let mut reader = Reader::new(&file, depth)?;
-        let mut asked = vec![0; depth];
-        let mut ask = |reader: &mut Reader<'_>, slot: usize| -> Result<u64> {
-            let number = order.next().context("a block")?;
+        let mut asked: Vec<u32> = vec![0; depth];
+        for (slot, number) in order.by_ref().take(depth).enumerate() {
             reader.ask(slot, u64::from(number) * SLOT_BYTES as u64)?;
-            Ok(u64::from(number))
-        };
-        for (slot, number) in asked.iter_mut().enumerate() {
-            *number = ask(&mut reader, slot)?;
+            asked[slot] = number;
         }
         let (begun, mut reads) = (Instant::now(), 0.0);
-        while begun.elapsed() < RANDOM_READS {
+        while reader.under_way() > 0 {
             for slot in reader.wait()? {
                 let number = asked[slot];
-                let wanted = block(shared, number, generations[number as usize]);
+                let wanted = block(shared, number.into(), generations[number as usize]);
                 ensure!(reader.bytes(slot) == wanted, "block {number} is not what was written");
                 reads += 1.0;
-                asked[slot] = ask(&mut reader, slot)?;
+                let next = order.next().filter(|_| begun.elapsed() < RANDOM_READS);
+                if let Some(number) = next {
+                    reader.ask(slot, u64::from(number) * SLOT_BYTES as u64)?;
+                    asked[slot] = number;
+                }
             }
         }
-        reader.finish()?;
         Ok(Done::all(reads))
     })
 }
@@ -165,6 +163,7 @@ pub(super) fn overwrite(bed: &mut Bed, shared: &Shared) -> Result<Sample> {
         file.sync_all()?;
         Ok(Done::all(order.len() as f64))
     })?;
+    drop(file);
     bed.cool()?;
     let mut file = File::open(&path)?;
     let mut bytes = vec![0; SLOT_BYTES];
