@@ -29,7 +29,7 @@ impl Data {
     /// The bytes of a number: at most a MiB; those of another number begin elsewhere.
     pub(crate) fn of(&self, number: u64, bytes: usize) -> &[u8] {
         let mixed = number.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        let from = (mixed >> 32) as usize % POOL_BYTES & !63;
+        let from = ((mixed >> 32) as usize % POOL_BYTES) & !63;
         &self.0[from..from + bytes]
     }
 }

@@ -55,7 +55,8 @@ struct Arguments {
     /// Leave these rows and file systems out, for example "gluster|space"
     #[arg(long, default_value = "")]
     skip: String,
-    /// Below this folder everything is stored [default: the folder for temporary files]
+    /// Below this folder, named from the root, everything is stored [default: the folder for
+    /// temporary files]
     #[arg(long, value_name = "DIR")]
     on: Option<PathBuf>,
     /// The source tree for tar, cp and rm [default: one made up]
@@ -109,6 +110,7 @@ async fn outside(arguments: &Arguments) -> Result<ExitCode> {
         ensure!(machine::has(tool), "`{tool}` is needed (util-linux, iproute2)");
     }
     let on = arguments.on.clone().unwrap_or_else(std::env::temp_dir);
+    ensure!(on.is_absolute(), "--on {} is not named from the root", on.display());
     let on = on.canonicalize().with_context(|| on.display().to_string())?;
     let root = tempfile::Builder::new().prefix("us-bench-").tempdir_in(on)?;
     // Namespaces and all in them end with the first process inside, and that one with us.
