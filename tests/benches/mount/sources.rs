@@ -21,7 +21,7 @@ const SIZE_LOG_MIN: u32 = 8;
 /// One file of so many is executable, one is a link to its neighbour.
 const EXECUTABLE_OF: u64 = 8;
 const LINK_OF: u64 = 200;
-/// The commit's time: a repository made again is the same.
+/// The author's time of the commit.
 const WHEN: &str = "2024-01-01T00:00:00Z";
 
 /// What is unpacked, copied and cloned.
@@ -61,23 +61,21 @@ impl Sources {
     }
 }
 
-/// One commit of all of a tree, packed.
+/// One commit of all of a tree, packed: a clone of loose objects would measure git's compression.
 fn repository(tree: &Path, bare: &Path) -> Result<PathBuf> {
-    let git = |words: &[&str], more: &[&OsStr]| {
-        let words: Vec<&OsStr> = words.iter().map(OsStr::new).chain(more.iter().copied()).collect();
-        run("git", &words).map(drop)
-    };
-    let at = ["-C".as_ref(), tree.as_os_str()];
-    let here = |words: &[&str]| {
+    let git = |at: &Path, words: &[&str]| {
+        let at = ["-C".as_ref(), at.as_os_str()];
         let words: Vec<&OsStr> = at.into_iter().chain(words.iter().map(OsStr::new)).collect();
         run("git", &words).map(drop)
     };
-    here(&["init", "-q", "-b", "main"])?;
-    here(&["add", "--all"])?;
+    git(tree, &["init", "-q", "-b", "main"])?;
+    git(tree, &["add", "--all"])?;
     let date = format!("--date={WHEN}");
     let who = ["-c", "user.name=Bench", "-c", "user.email=bench@example.org"];
-    here(&[&who[..], &["commit", "-q", "-m", "All", &date]].concat())?;
-    git(&["clone", "-q", "--bare"], &[tree.as_ref(), bare.as_ref()])?;
+    git(tree, &[&who[..], &["commit", "-q", "-m", "All", &date]].concat())?;
+    let clone = ["clone", "-q", "--bare"].map(OsStr::new);
+    run("git", &[&clone[..], &[tree.as_ref(), bare.as_ref()]].concat())?;
+    git(bare, &["repack", "-a", "-d", "-q"])?;
     Ok(bare.to_path_buf())
 }
 
