@@ -89,6 +89,9 @@ pub struct Shape {
     pub sites: usize,
     /// Where the providers run, each on the node of its number; else on loopback.
     pub net: Option<Arc<Net>>,
+    /// Leases, fences and the providers' gates for busy machines as shipped: for measurements. Else
+    /// short ones, so that a fence takes seconds, and no gates.
+    pub as_shipped: bool,
 }
 
 impl Default for Shape {
@@ -101,6 +104,7 @@ impl Default for Shape {
             provider: &[],
             sites: 0,
             net: None,
+            as_shipped: false,
         }
     }
 }
@@ -332,7 +336,10 @@ impl Cluster {
         let listen = self.listen.clone().unwrap_or_else(|| format!("{}:0", own()));
         let mut command = self.program("us-directory");
         command.args(["run", "--data", &self.at("directory"), "--listen", &listen]);
-        command.args(["--lease-ms", LEASE_MS, "--fence-ms", FENCE_MS, "--settle-ms", SETTLE_MS]);
+        if !self.shape.as_shipped {
+            command.args(["--lease-ms", LEASE_MS, "--fence-ms", FENCE_MS]);
+            command.args(["--settle-ms", SETTLE_MS]);
+        }
         command.args(self.shape.directory);
         let log = self.at("directory.log");
         let mut running = Running::start("us-directory", command, Path::new(&log));
@@ -424,9 +431,11 @@ impl Cluster {
         if self.shape.sites > 0 {
             command.args(["--site", &format!("site{}", number % self.shape.sites)]);
         }
-        // The machine that runs all of this is busy; its owner does not mind.
-        command.env("US_PROVIDER_GUEST__REPAIR_CPU_PRESSURE_PERCENT_MAX", "1000.0");
-        command.env("US_PROVIDER_GUEST__REPAIR_IO_PRESSURE_PERCENT_MAX", "1000.0");
+        if !self.shape.as_shipped {
+            // The machine that runs all of this is busy; its owner does not mind.
+            command.env("US_PROVIDER_GUEST__REPAIR_CPU_PRESSURE_PERCENT_MAX", "1000.0");
+            command.env("US_PROVIDER_GUEST__REPAIR_IO_PRESSURE_PERCENT_MAX", "1000.0");
+        }
         let log = self.at(&format!("provider{number}.log"));
         let running = Running::start("us-provider", command, Path::new(&log));
         self.providers[number] = Some(running);
