@@ -246,7 +246,7 @@ impl BulkClient {
     ) -> Result<(), BulkError> {
         let frame = Frame { request, payload };
         let command = Command::Send { frame, waiter, queued };
-        let Err(command) = self.shared.direct.send(command) else { return Ok(()) };
+        let Some(command) = self.shared.direct.send(command) else { return Ok(()) };
         let sent = self.shared.commands.send(command).await;
         sent.map_err(|_| self.shared.status.closed_error())
     }
@@ -347,14 +347,14 @@ impl Drop for GetReplies {
 trait Direct: Send + Sync {
     /// Writes the request to a quiet connection; gives it back where the connection has other work,
     /// or is over.
-    fn send(&self, command: Command) -> Result<(), Command>;
+    fn send(&self, command: Command) -> Option<Command>;
 }
 
 impl<IO: AsyncRead + AsyncWrite + Unpin + Send> Direct for Mutex<Option<Driver<IO>>> {
-    fn send(&self, command: Command) -> Result<(), Command> {
+    fn send(&self, command: Command) -> Option<Command> {
         match self.try_lock().as_mut().and_then(|driver| driver.as_mut()) {
             Some(driver) => driver.send_directly(command),
-            None => Err(command),
+            None => Some(command),
         }
     }
 }
@@ -401,13 +401,13 @@ where
 }
 
 impl<IO: AsyncRead + AsyncWrite + Unpin> Driver<IO> {
-    fn send_directly(&mut self, command: Command) -> Result<(), Command> {
+    fn send_directly(&mut self, command: Command) -> Option<Command> {
         let quiet = self.writer.is_idle() && self.commands.is_empty() && !self.leaving;
         let Some(waker) = self.waker.clone().filter(|_| quiet && self.fault.is_none()) else {
-            return Err(command);
+            return Some(command);
         };
         if !self.watchdog.begin() {
-            return Err(command);
+            return Some(command);
         }
         // What does not fit is written by the task: its waker is the one that waits for room.
         let written = self
@@ -422,7 +422,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Driver<IO> {
             self.fault = fault;
             waker.wake();
         }
-        Ok(())
+        None
     }
 
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<CloseCause> {

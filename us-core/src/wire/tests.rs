@@ -1,10 +1,11 @@
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
+use super::frame::{Frame, Payload, Side};
 use super::*;
 use crate::ids::ClusterId;
 use crate::tls::{CertificateAuthority, ExpectedPeer, Identity, KeyHash, Role};
 use bytes::Bytes;
-use futures::StreamExt;
+use futures::{FutureExt, StreamExt};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
 use tokio::net::TcpListener;
 use tokio::sync::Notify;
@@ -20,6 +21,8 @@ struct Memory {
     dropped: Arc<AtomicBool>,
     held: AtomicBool,
     go: Notify,
+    /// Gets are answered at once.
+    at_hand: AtomicBool,
 }
 
 struct SetOnDrop(Arc<AtomicBool>);
@@ -55,6 +58,11 @@ impl BulkService for Memory {
             }
         });
         futures::stream::iter(replies).boxed()
+    }
+
+    fn get_now(&self, peer: &PeerIdentity, request: &GetRequest) -> Option<Vec<GetReply>> {
+        let at_hand = self.at_hand.load(Ordering::SeqCst);
+        at_hand.then(|| self.get(peer, request.clone()).collect::<Vec<_>>().now_or_never())?
     }
 }
 
@@ -264,6 +272,62 @@ async fn a_silent_server_meets_the_deadline_then_the_watchdog() {
     assert!(matches!(replies.next().await, Some(Err(BulkError::Deadline { .. }))));
     assert!(replies.next().await.is_none());
     let error = client.closed().await;
+    assert!(matches!(cause_of(&error), CloseCause::Silent { .. }), "{error}");
+}
+
+/// What is at hand is answered in the order in which it was asked, and what is not beside it.
+#[tokio::test]
+async fn what_is_at_hand_is_answered_by_the_connection_itself() {
+    let (service, stop) = (Arc::new(Memory::default()), CancellationToken::new());
+    let (client, _served) = pair(&service, BulkLimits::default(), &stop);
+    for round in 0..6 {
+        service.at_hand.store(round % 3 != 0, Ordering::SeqCst);
+        let replies = client.get(get_of(3, 5000), soon()).await.unwrap().all().await.unwrap();
+        assert_eq!(replies.len(), 3);
+        for (item, reply) in replies.iter().enumerate() {
+            assert_eq!((reply.item, reply.request, reply.data.len()), (item as u32, 77, 5000));
+        }
+    }
+    // More than may be queued: a task answers it, however much of it is at hand.
+    service.at_hand.store(true, Ordering::SeqCst);
+    let replies = client.get(get_of(64, 1 << 20), soon()).await.unwrap().all().await.unwrap();
+    assert_eq!(replies.len(), 64);
+    client.put(put_of(1, 10), soon()).await.unwrap();
+}
+
+/// A server that answers each get with one byte more than the one before.
+async fn answer_gets(mut far: DuplexStream, gets: usize) -> DuplexStream {
+    let mut reader =
+        frame_io::FrameReader::new(Side::Server, frame_io::Admission::new(1 << 20, None));
+    for get in 0..gets {
+        let next = std::future::poll_fn(|cx| reader.poll_next(&mut far, cx)).await;
+        let request = next.unwrap().unwrap().frame.request;
+        let mut out = frame_io::FrameWriter::new();
+        let data = Bytes::from(vec![1; get + 1]);
+        let reply = GetReply { data, status: FragmentStatus::Ok.into(), ..GetReply::default() };
+        out.push(Frame { request, payload: Payload::GetReply(reply) }, None).unwrap();
+        out.push(Frame { request, payload: Payload::GetEnd }, None).unwrap();
+        std::future::poll_fn(|cx| out.poll_write(&mut far, cx)).await.unwrap();
+    }
+    far
+}
+
+/// On one thread: the connection's task cannot run while the caller does.
+#[tokio::test]
+async fn a_request_on_a_quiet_connection_is_written_by_its_caller_and_watched() {
+    let progress_timeout = Duration::from_millis(300);
+    let (client, far) = against(BulkLimits { progress_timeout, ..BulkLimits::default() });
+    // The first goes through the channel: nobody watches yet.
+    let answering = tokio::spawn(answer_gets(far, 1));
+    let replies = client.get(get_of(1, 1), soon()).await.unwrap().all().await.unwrap();
+    assert_eq!(replies[0].data.len(), 1);
+    let mut far = answering.await.unwrap();
+    let get = client.get(get_of(1, 1), soon()).now_or_never();
+    let mut replies = get.expect("it waits for nobody").unwrap();
+    let mut sent = [0; HEADER_BYTES];
+    far.read_exact(&mut sent).now_or_never().expect("it is written").unwrap();
+    // No answer comes: the connection ends long before the request's deadline.
+    let error = replies.next().await.unwrap().unwrap_err();
     assert!(matches!(cause_of(&error), CloseCause::Silent { .. }), "{error}");
 }
 

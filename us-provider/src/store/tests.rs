@@ -45,6 +45,8 @@ fn read_all(store: &Store, id: FragmentId) -> Result<Bytes, super::StoreError> {
         let bytes = read.header.geometry().slot_bytes();
         assert_eq!(one.data, read.data.slice(slot * bytes..(slot + 1) * bytes));
         assert_eq!(one.trailer, read.trailer);
+        let now = store.read_now(ReadRequest { id, first_slot: slot, slots: Some(1) });
+        assert!(now.is_none_or(|now| now == one));
     }
     Ok(whole)
 }

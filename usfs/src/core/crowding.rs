@@ -24,7 +24,7 @@ const PLACED_EXTENTS_MAX: usize = 900;
 /// From here on it is written anew in the background, once it is left alone.
 const CHUNK_EXTENTS_MANY: usize = 500;
 /// From here on it is written anew at once: it will be full soon.
-const CHUNK_EXTENTS_TOO_MANY: usize = 850;
+const CHUNK_EXTENTS_TOO_MANY: usize = 980;
 /// Left alone: nothing of it was stored in this time. Random writes of 4 KiB would else have every
 /// chunk that they touch read and written whole while they last.
 const LEFT_ALONE: Duration = Duration::from_secs(10);

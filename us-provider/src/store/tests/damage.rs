@@ -75,6 +75,46 @@ fn other_slots_of_a_damaged_fragment_are_still_served() {
     });
 }
 
+/// What was checked when it was first read is kept; the bytes themselves are checked every time.
+#[test]
+fn a_read_from_memory_checks_its_bytes_too() {
+    let slot = |first_slot| {
+        let id = sample(1, 200_000, 0).0;
+        ReadRequest { id, first_slot, slots: Some(1) }
+    };
+    let in_slot_3 = |_| (ENVELOPE_BYTES + HEADER_BYTES + 3 * 16_400 + 77) as u64;
+    with_flip(200_000, in_slot_3, |store, _| {
+        for other in [0, 2, 12] {
+            // Just written, it is in memory.
+            let now = store.read_now(slot(other)).expect("it is in memory");
+            assert_eq!(now, store.read(slot(other)).unwrap());
+        }
+        assert_eq!(store.read_now(slot(3)), None);
+        assert!(matches!(store.read(slot(3)), Err(StoreError::Damaged { .. })));
+        assert_eq!(store.read_now(slot(13)), None, "there is no such slot");
+    });
+}
+
+/// A fragment that was put again, or moved, lies elsewhere: what was kept of the old place is not
+/// believed for the new one.
+#[test]
+fn what_is_kept_of_a_record_is_not_believed_of_another() {
+    let dir = tempfile::tempdir().unwrap();
+    let clock = TestClock::default();
+    let store = Store::open(dir.path(), options(&clock)).unwrap();
+    let (id, record) = sample(1, 200_000, 0);
+    let request = ReadRequest { id, first_slot: 1, slots: Some(2) };
+    store.put_blocking(record.clone()).unwrap();
+    let first = store.read(request).unwrap();
+    super::block_on(store.delete(vec![id])).unwrap();
+    clock.advance(1_000_000);
+    assert_eq!(store.read_now(request), None, "it is gone");
+    assert!(matches!(store.read(request), Err(StoreError::NotFound { .. })));
+    assert_eq!(store.put_blocking(record).unwrap(), PutOutcome::Stored);
+    assert_eq!(store.read(request).unwrap(), first);
+    assert_eq!(store.read_now(request), Some(first));
+}
+
 #[test]
 fn a_scrub_finds_what_nobody_reads() {
     let in_body = |_| (ENVELOPE_BYTES + HEADER_BYTES + 5) as u64;
