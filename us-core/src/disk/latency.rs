@@ -207,7 +207,7 @@ mod tests {
             hedged
         };
         let saved = HEDGED_BYTES_MAX as usize / 4 / megabyte;
-        assert_eq!(hedged(&mut latencies, 160), saved + 160 / BYTES_PER_HEDGED as usize);
+        assert_eq!(hedged(&mut latencies, 160), saved + 159 / BYTES_PER_HEDGED as usize);
         assert_eq!(latencies.rank(ProviderId(0), megabyte).0, 0, "late is not missing");
     }
 

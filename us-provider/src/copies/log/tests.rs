@@ -90,10 +90,13 @@ fn a_torn_tail_is_cut_wherever_it_was_torn() {
     let mut here = Here::new();
     here.store(label(1, 1, 1), 1..=3);
     let path = here.files().pop().unwrap();
+    let with_zeros = fs::read(&path).unwrap();
+    here.again();
     let whole = fs::read(&path).unwrap();
+    assert!(with_zeros.starts_with(&whole) && with_zeros.len() > whole.len());
     let frame = (whole.len() - HEADER_BYTES) / 3;
-    for cut in HEADER_BYTES..whole.len() {
-        fs::write(&path, &whole[..cut]).unwrap();
+    for (cut, zeros) in (HEADER_BYTES..whole.len()).flat_map(|cut| [(cut, 0), (cut, 9999)]) {
+        fs::write(&path, [&whole[..cut], &vec![0; zeros]].concat()).unwrap();
         here.again();
         let left = ((cut - HEADER_BYTES) / frame) as u64;
         assert_eq!(here.read(), run_of(1, 1..=left), "cut at {cut}");
