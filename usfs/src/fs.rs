@@ -11,6 +11,7 @@
 mod blocks;
 mod compact;
 mod files;
+mod held_locks;
 mod locks;
 mod mount;
 mod names;
