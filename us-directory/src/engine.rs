@@ -56,6 +56,7 @@ mod sessions;
 mod spread;
 #[cfg(test)]
 mod tests;
+pub mod trash;
 
 pub use event::{
     Answer, AskId, ConnId, Effect, Event, Moment, Peer, Question, RefusalKind, StateSnapshot,
@@ -111,6 +112,8 @@ pub struct EngineConfig {
     pub retain_every_ms: u64,
     /// How often providers report.
     pub report_every_ms: u64,
+    /// Files that are removed younger than this do not go to the trash.
+    pub trash_age_ms: u64,
     /// When a silent provider is absent, dormant, dead.
     pub clocks: presence::Clocks,
     /// How much repair may be under way.
@@ -135,6 +138,7 @@ impl Default for EngineConfig {
             garbage_age_ms: 3_600_000,
             retain_every_ms: 7 * 24 * 3_600_000,
             report_every_ms: 2_000,
+            trash_age_ms: 10_000,
             clocks: presence::Clocks::default(),
             repair: repair::RepairLimits::default(),
             copies: 2,
@@ -219,6 +223,7 @@ pub struct Engine {
     births: garbage::Births,
     spread: spread::Spread,
     retain: Option<retain::Retain>,
+    trash: trash::Trash,
     /// The wall-clock hour whose presence was learnt last, and the slow ticks of the present one.
     learnt_hour: u64,
     hour_ticks: u64,
@@ -321,6 +326,7 @@ impl Engine {
             births: garbage::Births::default(),
             spread: spread::Spread::default(),
             retain: None,
+            trash: trash::Trash::default(),
             learnt_hour: 0,
             hour_ticks: 0,
             next_event: 1,
@@ -532,9 +538,10 @@ impl Engine {
 
     /// A transaction on a volume as it is now.
     fn tx(&self, volume: VolumeId) -> Option<Tx<'_>> {
-        let code = self.volumes.get(&volume)?.code;
+        let known = self.volumes.get(&volume)?;
         let due_ms = self.clock_ms() + 2 * self.config.lease_ms;
-        Some(Tx::new(&*self.store, volume, code, due_ms))
+        let tx = Tx::new(&*self.store, volume, known.code, due_ms);
+        Some(tx.with_trash(self.trash_rule(known)))
     }
 
     /// Notes what a commit changed, so that no other session sees it before it is durable.

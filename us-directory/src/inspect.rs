@@ -1,6 +1,8 @@
 //! Looking around in a snapshot for administrators: where a file's bytes lie, what a block is. Runs
 //! outside the engine's thread.
 
+pub mod trash;
+
 use std::collections::BTreeMap;
 
 use bytes::Bytes;

@@ -138,6 +138,21 @@ pub fn doomed(volume: &VolumeId, ino: u64) -> Bytes {
     numbers(volume, b'k', &[ino])
 }
 
+/// `t` when it was removed, ino: something in the trash.
+pub fn trashed(volume: &VolumeId, at_ms: u64, ino: u64) -> Bytes {
+    numbers(volume, b't', &[at_ms, ino])
+}
+
+/// The end of the `t` keys of what was removed at `at_ms` or before.
+pub fn trashed_end(volume: &VolumeId, at_ms: u64) -> Bytes {
+    numbers(volume, b't', &[at_ms.saturating_add(1)])
+}
+
+/// When what a `t` key names was removed.
+pub fn trashed_at(key: &[u8]) -> u64 {
+    last_number(&key[..key.len().saturating_sub(8)])
+}
+
 /// `u`: what a volume uses.
 pub fn usage(volume: &VolumeId) -> Bytes {
     tag(volume, b'u')

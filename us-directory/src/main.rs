@@ -139,6 +139,10 @@ struct Flags {
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     report_every_ms: Option<u64>,
+    /// Files that are removed younger than this do not go to the trash
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    trash_age_ms: Option<u64>,
     /// How long a silent provider is absent before it counts as asleep
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]

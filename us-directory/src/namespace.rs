@@ -9,7 +9,8 @@
 //! - `allocated_bytes` of an inode is the sum of its extents; a chunk's extents are sorted, disjoint;
 //! - the sum of a block's `r` keys is its `live_bytes`, their number its `references`; a block
 //!   without references is gone from `b` and `p` and has a `g` key (unless it was inline);
-//! - an inode without names is gone from `i` and has a `k` key, unless an `o` key keeps it.
+//! - an inode without names is gone from `i` and has a `k` key, unless an `o` key keeps it or it lies
+//!   in the trash ([`trash`]).
 //!
 //! Called by the engine only. Fails with [`ApplyError`]: a broken rule (the client's fault) or the
 //! store's failure.
@@ -28,11 +29,13 @@ mod images;
 mod reap;
 #[cfg(test)]
 mod tests;
+mod trash;
 mod tx;
 
 pub use attributes::XattrRecord;
 pub use blocks::{margin_holds, with_bit_cleared};
-pub use tx::{BlockChange, Outcome, Tx};
+pub use trash::Purged;
+pub use tx::{BlockChange, Outcome, TrashRule, Tx};
 pub use us_core::limits::{CHUNK_BYTES, CHUNK_EXTENTS_MAX, DEPTH_MAX, FILE_BYTES_MAX};
 use us_core::limits::{SEALED_XATTRS_BYTES_MAX, ZERO_EXTENT_BYTES_MAX};
 
@@ -70,6 +73,8 @@ pub trait Authority {
     fn provider_exists(&self, provider: u32) -> bool;
     /// Whether a lease with this birth was ever given.
     fn birth_given(&self, birth: u64) -> bool;
+    /// No lease was granted yet under this number, or a greater one.
+    fn next_grant(&self) -> u64;
 }
 
 /// A rule that a mutation breaks. The client should have known: its session ends.
@@ -103,6 +108,12 @@ pub enum Rule {
         /// The directory.
         dir: u64,
         /// What has it.
+        ino: u64,
+    },
+    /// Not in the trash.
+    #[error("inode {ino} is not in the trash")]
+    NotTrashed {
+        /// The inode.
         ino: u64,
     },
     /// Not a directory.
@@ -278,6 +289,7 @@ impl Tx<'_> {
             Some(Op::CommitData(commit)) => self.commit_data(who, commit)?,
             Some(Op::Release(release)) => self.release(who.session(), release.ino)?,
             Some(Op::FragmentsDurable(durable)) => self.fragments_durable(durable)?,
+            Some(Op::Restore(restore)) => self.restore(who, restore)?,
             None => return Err(Rule::Malformed { field: "mutation" }.into()),
         }
         self.bury()?;

@@ -64,6 +64,70 @@ pub struct InodeRecord {
     /// Of an unlinked inode: the sessions that have it open (`o` keys).
     #[prost(uint32, tag = "18")]
     pub orphans: u32,
+    /// The cluster's clock when it was made.
+    #[prost(uint64, tag = "19")]
+    pub born_ms: u64,
+    /// Mapped bytes that are zeros, and in no block.
+    #[prost(uint64, tag = "20")]
+    pub zero_bytes: u64,
+    /// It has no name, and goes to the trash when nobody has it open, or is there.
+    #[prost(message, optional, tag = "21")]
+    pub removed: Option<RemovedRecord>,
+    /// It was in the trash.
+    #[prost(message, optional, tag = "22")]
+    pub restored: Option<RestoredRecord>,
+    /// Of a directory: something that lay in it went to the trash.
+    #[prost(bool, tag = "23")]
+    pub keeps_trash: bool,
+}
+
+impl InodeRecord {
+    /// Whether it lies in the trash: only the trash knows it.
+    pub fn is_trashed(&self) -> bool {
+        self.removed.as_ref().is_some_and(|removed| removed.trashed)
+    }
+
+    /// Bytes of blocks that it refers to.
+    pub fn stored_bytes(&self) -> u64 {
+        self.allocated_bytes.saturating_sub(self.zero_bytes)
+    }
+}
+
+/// How an inode lost its last name.
+#[derive(Clone, PartialEq, Message)]
+pub struct RemovedRecord {
+    /// The directory it lay in.
+    #[prost(uint64, tag = "1")]
+    pub dir: u64,
+    /// 16 bytes.
+    #[prost(bytes = "bytes", tag = "2")]
+    pub name_hash: Bytes,
+    /// The name, sealed for that directory.
+    #[prost(bytes = "bytes", tag = "3")]
+    pub sealed_name: Bytes,
+    /// When, as the mount says.
+    #[prost(message, optional, tag = "4")]
+    pub time: Option<Timestamp>,
+    /// By whom, as the mount says.
+    #[prost(uint32, optional, tag = "5")]
+    pub uid: Option<u32>,
+    /// The cluster's clock: its place in the trash.
+    #[prost(uint64, tag = "6")]
+    pub at_ms: u64,
+    /// Nobody has it open any more: it has a `t` key.
+    #[prost(bool, tag = "7")]
+    pub trashed: bool,
+}
+
+/// How an inode came out of the trash. Leases of the time before are none any more.
+#[derive(Clone, Copy, PartialEq, Message)]
+pub struct RestoredRecord {
+    /// The session that took it out.
+    #[prost(uint64, tag = "1")]
+    pub session: u64,
+    /// Grants below this are of the time before.
+    #[prost(uint64, tag = "2")]
+    pub grant: u64,
 }
 
 /// `d`: what a name is.
@@ -207,7 +271,7 @@ pub fn with_bit(bitmap: &[u8], index: usize, value: bool) -> Bytes {
     bitmap.into()
 }
 
-/// `r`: how much of a block a chunk refers to.
+/// `r`: how much of a block a chunk refers to; `t`: bytes that something in the trash keeps.
 #[derive(Clone, Copy, PartialEq, Message)]
 pub struct ReferenceRecord {
     /// Bytes.
@@ -240,7 +304,7 @@ pub struct GraveRecord {
 /// `u`: what a volume uses.
 #[derive(Clone, Copy, PartialEq, Message)]
 pub struct UsageRecord {
-    /// Inodes, unlinked but open ones among them.
+    /// Inodes, unlinked but open ones among them, without those in the trash.
     #[prost(uint64, tag = "1")]
     pub inodes: u64,
     /// Bytes of blocks that files refer to.
@@ -258,6 +322,12 @@ pub struct UsageRecord {
     /// Bytes inline.
     #[prost(uint64, tag = "6")]
     pub inline_bytes: u64,
+    /// Inodes in the trash; they are not among `inodes`.
+    #[prost(uint64, tag = "7")]
+    pub trash_files: u64,
+    /// Bytes of blocks that they refer to; they are among `live_bytes`.
+    #[prost(uint64, tag = "8")]
+    pub trash_bytes: u64,
 }
 
 /// `s`: a session.
@@ -325,6 +395,19 @@ pub struct VolumeRecord {
     /// as one is lost.
     #[prost(uint32, tag = "8")]
     pub repair_at: u32,
+    /// What is removed can be had back for so long; 0: there is no trash; absent: the default.
+    #[prost(uint32, optional, tag = "9")]
+    pub trash_hours: Option<u32>,
+}
+
+/// How long what is removed can be had back, where nothing else was said: seven days.
+pub const TRASH_HOURS: u32 = 7 * 24;
+
+impl VolumeRecord {
+    /// How long what is removed can be had back.
+    pub fn kept_hours(&self) -> u32 {
+        self.trash_hours.unwrap_or(TRASH_HOURS)
+    }
 }
 
 /// `y`: a provider.

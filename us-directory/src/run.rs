@@ -61,6 +61,9 @@ pub struct Config {
     pub retain_every_ms: u64,
     /// How often providers report.
     pub report_every_ms: u64,
+    /// Files that are removed younger than this do not go to the trash: programs make many for
+    /// themselves.
+    pub trash_age_ms: u64,
     /// How long a silent provider is absent before it counts as asleep.
     pub absent_ms: u64,
     /// How long a provider may be silent beyond what was expected before it is given up.
@@ -111,6 +114,7 @@ impl Default for Config {
             garbage_age_ms: engine.garbage_age_ms,
             retain_every_ms: engine.retain_every_ms,
             report_every_ms: engine.report_every_ms,
+            trash_age_ms: engine.trash_age_ms,
             absent_ms: engine.clocks.absent_ms,
             dead_ms: engine.clocks.dead_ms,
             newcomer_ms: engine.clocks.newcomer_ms,
@@ -141,6 +145,7 @@ impl Config {
             garbage_age_ms: self.garbage_age_ms,
             retain_every_ms: self.retain_every_ms,
             report_every_ms: self.report_every_ms,
+            trash_age_ms: self.trash_age_ms,
             fetch_wait_ms: self.fence_ms + self.lease_ms / 2,
             clocks: Clocks {
                 absent_ms: self.absent_ms,

@@ -20,15 +20,17 @@ use us_proto::v1::{
     BackupChunk, BackupRequest, BlockRequest, CreateVolumeRequest, DeleteVolumeReply,
     DeleteVolumeRequest, DrainReply, DrainRequest, EventsReply, EventsRequest, FsckReply,
     FsckRequest, GiveUpReply, GiveUpRequest, ListVolumesReply, ListVolumesRequest, ProviderDown,
-    ProviderUp, RepairRequest, RepairStatus, ScrubReply, ScrubRequest, SessionDown, SessionUp,
-    SetVolumeRequest, StatusReply, StatusRequest, VolumeInfo, WhatIfReply, WhatIfRequest,
-    WhereBlock, WhereRequest,
+    ProviderUp, PurgeTrashReply, PurgeTrashRequest, RepairRequest, RepairStatus, ScrubReply,
+    ScrubRequest, SessionDown, SessionUp, SetVolumeRequest, StatusReply, StatusRequest, TrashReply,
+    TrashRequest, VolumeInfo, WhatIfReply, WhatIfRequest, WhereBlock, WhereRequest,
 };
 
 use crate::engine::{Answer, Event, Peer, Question, RefusalKind};
 use crate::fsck::Fsck;
 use crate::image::ImageWriter;
+use crate::inspect::trash::list_trash;
 use crate::inspect::{files_lost, find_block, where_file};
+use crate::namespace::Purged;
 use crate::shell::{Directory, Gone};
 
 /// The largest message taken: a batch of 4 MiB and what goes with it.
@@ -37,6 +39,8 @@ const MESSAGE_BYTES_MAX: usize = 8 << 20;
 pub const ANSWER_BYTES_MAX: usize = 32 << 20;
 /// Blocks of `where` that wait for the caller to read them.
 const WHERE_QUEUE_MAX: usize = 64;
+/// Pages of a trash that wait for the caller to read them.
+const TRASH_QUEUE_MAX: usize = 4;
 /// Providers one what-if leaves out, and files it names.
 const WHAT_IF_PROVIDERS_MAX: usize = 4096;
 const WHAT_IF_FILES_MAX: u32 = 10_000;
@@ -182,6 +186,7 @@ impl Admin for Service {
     type WhereStream = Down<WhereBlock>;
     type BackupStream = Down<BackupChunk>;
     type FsckStream = Down<FsckReply>;
+    type TrashStream = Down<TrashReply>;
 
     async fn status(
         &self,
@@ -199,8 +204,9 @@ impl Admin for Service {
         request: Request<CreateVolumeRequest>,
     ) -> Result<Response<VolumeInfo>, Status> {
         allowed(&request, &[Role::Client, Role::Admin])?;
-        let CreateVolumeRequest { name, s, r, quota_bytes, repair_at } = request.into_inner();
-        let question = Question::CreateVolume { name, s, r, quota_bytes, repair_at };
+        let CreateVolumeRequest { name, s, r, quota_bytes, repair_at, trash_hours } =
+            request.into_inner();
+        let question = Question::CreateVolume { name, s, r, quota_bytes, repair_at, trash_hours };
         match self.ask(question).await? {
             Answer::Volume(info) => Ok(Response::new(info)),
             other => Err(unexpected(&other)),
@@ -212,8 +218,9 @@ impl Admin for Service {
         request: Request<SetVolumeRequest>,
     ) -> Result<Response<VolumeInfo>, Status> {
         allowed(&request, &[Role::Admin])?;
-        let SetVolumeRequest { name, repair_at, quota_bytes } = request.into_inner();
-        match self.ask(Question::SetVolume { name, repair_at, quota_bytes }).await? {
+        let SetVolumeRequest { name, repair_at, quota_bytes, trash_hours } = request.into_inner();
+        let question = Question::SetVolume { name, repair_at, quota_bytes, trash_hours };
+        match self.ask(question).await? {
             Answer::Volume(info) => Ok(Response::new(info)),
             other => Err(unexpected(&other)),
         }
@@ -386,6 +393,41 @@ impl Admin for Service {
             drop(permit);
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
+    }
+
+    async fn trash(
+        &self,
+        request: Request<TrashRequest>,
+    ) -> Result<Response<Self::TrashStream>, Status> {
+        // Those who may open a session on the volume, which gives them its key too.
+        allowed(&request, &[Role::Client, Role::Admin])?;
+        let volume = request.into_inner().volume;
+        let basis = match self.ask(Question::TrashBasis { volume }).await? {
+            Answer::TrashBasis(basis) => basis,
+            other => return Err(unexpected(&other)),
+        };
+        let (replies, stream) = tokio::sync::mpsc::channel(TRASH_QUEUE_MAX);
+        tokio::task::spawn_blocking(move || {
+            let told = list_trash(&basis, |reply| replies.blocking_send(Ok(reply)).is_ok());
+            if let Err(error) = told {
+                let _gone = replies.blocking_send(Err(Status::internal(error.to_string())));
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
+    }
+
+    async fn purge_trash(
+        &self,
+        request: Request<PurgeTrashRequest>,
+    ) -> Result<Response<PurgeTrashReply>, Status> {
+        allowed(&request, &[Role::Admin])?;
+        let PurgeTrashRequest { volume, inos } = request.into_inner();
+        match self.ask(Question::PurgeTrash { volume, inos }).await? {
+            Answer::Purged(Purged { files, stored_bytes }) => {
+                Ok(Response::new(PurgeTrashReply { files, stored_bytes }))
+            }
+            other => Err(unexpected(&other)),
+        }
     }
 
     async fn events(

@@ -117,8 +117,14 @@ async fn what_was_durable_is_there_after_a_restart() {
     let provider = identity(&data, Role::Provider, "provider");
     let daemon = start(&data).await;
 
-    let create =
-        CreateVolumeRequest { name: "home".into(), s: 4, r: 2, quota_bytes: 0, repair_at: None };
+    let create = CreateVolumeRequest {
+        name: "home".into(),
+        s: 4,
+        r: 2,
+        quota_bytes: 0,
+        repair_at: None,
+        trash_hours: None,
+    };
     let mut asks = AdminClient::new(daemon.dial(&admin).await);
     asks.create_volume(create.clone()).await.unwrap();
     let again = asks.create_volume(create).await.unwrap_err();

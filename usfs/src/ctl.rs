@@ -13,6 +13,7 @@ mod place;
 mod plan;
 mod status;
 mod table;
+mod trash;
 mod volume;
 
 use std::io::Write;
@@ -107,6 +108,9 @@ enum Command {
     WhatIf(act::WhatIfArgs),
     /// Compare what the directory says with what the providers hold, both ways
     Fsck(fsck::FsckArgs),
+    /// What was removed and can be had back
+    #[command(subcommand)]
+    Trash(trash::TrashCommand),
     /// What happened
     Events(act::EventsArgs),
     /// Work out what a swarm needs
@@ -148,6 +152,9 @@ enum VolumeCommand {
         /// as soon as one is
         #[arg(long, value_name = "R0")]
         repair_at: Option<u32>,
+        /// Keep what is removed for so many hours; 0: do not keep it; the default is 7 days
+        #[arg(long, value_name = "N")]
+        trash_hours: Option<u32>,
         #[command(flatten)]
         json: JsonArgs,
     },
@@ -156,11 +163,14 @@ enum VolumeCommand {
         /// Its name
         name: String,
         /// Repair a block when no more than this many of its fragments can be lost
-        #[arg(long, value_name = "R0", required_unless_present = "quota")]
+        #[arg(long, value_name = "R0", required_unless_present_any = ["quota", "trash_hours"])]
         repair_at: Option<u32>,
         /// The most it may hold; 0: no limit
         #[arg(long, value_name = "SIZE")]
         quota: Option<Size>,
+        /// Keep what is removed for so many hours; 0: not at all, and what was kept goes
+        #[arg(long, value_name = "N")]
+        trash_hours: Option<u32>,
         #[command(flatten)]
         json: JsonArgs,
     },
@@ -223,20 +233,35 @@ async fn act(args: CtlArgs) -> anyhow::Result<ExitCode> {
                 table::providers(&reply.providers, &pids)
             })?;
         }
-        Command::Volume(VolumeCommand::Create { name, code, quota, repair_at, json }) => {
+        Command::Volume(VolumeCommand::Create {
+            name,
+            code,
+            quota,
+            repair_at,
+            trash_hours,
+            json,
+        }) => {
             volume::check_repair_at(repair_at, code.r() as u32)?;
-            let mut admin = connect(&target).await?;
-            let info = admin.create_volume(&name, code, quota, repair_at).await?;
+            let request = us_proto::v1::CreateVolumeRequest {
+                name,
+                s: code.s() as u32,
+                r: code.r() as u32,
+                quota_bytes: quota.map_or(0, Size::bytes),
+                repair_at,
+                trash_hours,
+            };
+            let info = connect(&target).await?.create_volume(request).await?;
             print(json, &json::volume(&info), || volume::created(&info))?;
         }
-        Command::Volume(VolumeCommand::Set { name, repair_at, quota, json }) => {
+        Command::Volume(VolumeCommand::Set { name, repair_at, quota, trash_hours, json }) => {
             let mut admin = connect(&target).await?;
             let known = admin.list_volumes().await?;
             if let Some(known) = known.iter().find(|known| known.name == name) {
                 volume::check_repair_at(repair_at, known.r)?;
             }
             let quota_bytes = quota.map(Size::bytes);
-            let request = us_proto::v1::SetVolumeRequest { name, repair_at, quota_bytes };
+            let request =
+                us_proto::v1::SetVolumeRequest { name, repair_at, quota_bytes, trash_hours };
             let info = admin.set_volume(request).await?;
             print(json, &json::volume(&info), || volume::changed(&info))?;
         }
@@ -266,6 +291,7 @@ async fn act(args: CtlArgs) -> anyhow::Result<ExitCode> {
         Command::Drain(args) => act::drain(&target, &args).await?,
         Command::GiveUp(args) => act::give_up(&target, &args).await?,
         Command::WhatIf(args) => act::what_if(&target, &args).await?,
+        Command::Trash(command) => trash::run(&target, command).await?,
         Command::Events(args) => act::events(&target, &args).await?,
         Command::Plan(PlanCommand::Code(args)) => plan::code(&args)?,
         Command::Plan(PlanCommand::Lines(args)) => plan::lines(&args)?,
@@ -325,6 +351,14 @@ mod tests {
         assert!(parse(&["plan", "lines", "--peers", "0", "--fragments", "5"]).is_err());
         assert!(parse(&["plan", "lines", "--peers", "9", "--fragments", "256"]).is_err());
         assert!(parse(&["what-if"]).is_err() && parse(&["drain"]).is_err());
+        assert!(parse(&["trash", "list"]).is_ok());
+        assert!(parse(&["trash", "restore", "disk", "7", "docs/a", "--to", "out"]).is_ok());
+        assert!(parse(&["trash", "restore", "disk"]).is_err());
+        assert!(parse(&["trash", "purge", "disk", "--older-than", "24", "--yes"]).is_ok());
+        assert!(parse(&["trash", "purge", "disk"]).is_err(), "everything only when asked for");
+        assert!(parse(&["trash", "purge", "disk", "7", "--all"]).is_err());
+        assert!(parse(&["volume", "set", "disk", "--trash-hours", "0"]).is_ok());
+        assert!(parse(&["volume", "set", "disk"]).is_err());
         assert!(parse(&["snapshot"]).is_err(), "what is not built is not there");
         assert!(parse(&["completions", "bash"]).is_ok() && parse(&["man"]).is_ok());
     }

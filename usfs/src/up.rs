@@ -256,7 +256,13 @@ impl Disk {
         let volumes = admin.list_volumes().await?;
         match volumes.into_iter().find(|volume| volume.name == VOLUME) {
             Some(info) => Ok(info),
-            None => admin.create_volume(VOLUME, self.state.settings.code()?, None, None).await,
+            None => {
+                let code = self.state.settings.code()?;
+                let (s, r) = (code.s() as u32, code.r() as u32);
+                let name = VOLUME.to_owned();
+                let request = v1::CreateVolumeRequest { name, s, r, ..Default::default() };
+                admin.create_volume(request).await
+            }
         }
     }
 

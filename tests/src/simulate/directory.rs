@@ -131,7 +131,14 @@ impl Directory {
         };
         directory.count_blocks()?;
         let (name, s, r) = (VOLUME.to_owned(), code.s() as u32, code.r() as u32);
-        directory.ask(Question::CreateVolume { name, s, r, quota_bytes: 0, repair_at: None })?;
+        directory.ask(Question::CreateVolume {
+            name,
+            s,
+            r,
+            quota_bytes: 0,
+            repair_at: None,
+            trash_hours: None,
+        })?;
         Ok(directory)
     }
 

@@ -23,7 +23,7 @@ const VOLUME_NAME_BYTES_MAX: usize = 64;
 /// Sessions that status lists.
 const SESSIONS_LISTED_MAX: usize = 256;
 
-fn refused(kind: RefusalKind, detail: impl Into<String>) -> Answer {
+pub(super) fn refused(kind: RefusalKind, detail: impl Into<String>) -> Answer {
     Answer::Refused { kind, detail: detail.into() }
 }
 
@@ -33,11 +33,30 @@ impl Engine {
             Question::Status => Answer::Status(Box::new(self.status()?)),
             Question::ListVolumes => Answer::Volumes(self.volume_infos()?),
             Question::Snapshot => Answer::Snapshot(self.state_snapshot()),
-            Question::CreateVolume { name, s, r, quota_bytes, repair_at } => {
-                return self.create_volume(ask, name, (s, r), quota_bytes, repair_at);
+            Question::CreateVolume { name, s, r, quota_bytes, repair_at, trash_hours } => {
+                let record = VolumeRecord {
+                    name,
+                    s,
+                    r,
+                    quota_bytes,
+                    repair_at: stored_repair_at(repair_at, r),
+                    trash_hours,
+                    ..Default::default()
+                };
+                return self.create_volume(ask, record);
             }
-            Question::SetVolume { name, repair_at, quota_bytes } => {
-                return self.set_volume(ask, &name, repair_at, quota_bytes);
+            Question::SetVolume { name, repair_at, quota_bytes, trash_hours } => {
+                return self.set_volume(ask, &name, |record| {
+                    if repair_at.is_some() {
+                        record.repair_at = stored_repair_at(repair_at, record.r);
+                    }
+                    record.quota_bytes = quota_bytes.unwrap_or(record.quota_bytes);
+                    record.trash_hours = trash_hours.or(record.trash_hours);
+                });
+            }
+            Question::TrashBasis { volume } => self.trash_basis(&volume),
+            Question::PurgeTrash { volume, inos } => {
+                return self.purge_trash(ask, &volume, &inos);
             }
             Question::DeleteVolume { name } => return self.delete_volume(ask, &name),
             Question::Drain { provider, undo } => self.drain(provider, undo)?,
@@ -87,16 +106,10 @@ impl Engine {
         }
     }
 
-    fn create_volume(
-        &mut self,
-        ask: AskId,
-        name: String,
-        (s, r): (u32, u32),
-        quota_bytes: u64,
-        repair_at: Option<u32>,
-    ) -> Result<(), StoreError> {
+    fn create_volume(&mut self, ask: AskId, record: VolumeRecord) -> Result<(), StoreError> {
+        let VolumeRecord { name, s, r, .. } = &record;
         let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
-        let answer = match Code::new(s as usize, r as usize) {
+        let answer = match Code::new(*s as usize, *r as usize) {
             Err(error) => Err(refused(RefusalKind::Invalid, error.to_string())),
             Ok(_)
                 if name.is_empty()
@@ -107,7 +120,7 @@ impl Engine {
                 let detail = "a volume's name has 1 to 64 letters, digits, '-', '_' or '.'";
                 Err(refused(RefusalKind::Invalid, detail))
             }
-            Ok(_) if self.volumes.values().any(|volume| volume.record.name == name) => {
+            Ok(_) if self.volumes.values().any(|volume| volume.record.name == *name) => {
                 let detail = format!("there is a volume {name:?} already");
                 Err(refused(RefusalKind::Exists, detail))
             }
@@ -128,16 +141,7 @@ impl Engine {
         let mut id = [0; 16];
         self.entropy.fill(&mut id);
         let id = VolumeId::from_bytes(id);
-        let record = VolumeRecord {
-            name,
-            s,
-            r,
-            quota_bytes,
-            key: key.into(),
-            next_ino: 2,
-            repair_at: stored_repair_at(repair_at, r),
-            ..Default::default()
-        };
+        let record = VolumeRecord { key: key.into(), next_ino: 2, ..record };
         let time = Timestamp {
             seconds: (self.at.unix_ms / 1000) as i64,
             nanos: (self.at.unix_ms % 1000) as u32 * 1_000_000,
@@ -159,8 +163,7 @@ impl Engine {
         &mut self,
         ask: AskId,
         name: &str,
-        repair_at: Option<u32>,
-        quota_bytes: Option<u64>,
+        change: impl FnOnce(&mut VolumeRecord),
     ) -> Result<(), StoreError> {
         let shown = |(id, volume): &(&VolumeId, &Volume)| {
             volume.record.name == name && !volume.record.deleting && !self.is_hidden(id)
@@ -173,15 +176,13 @@ impl Engine {
         let usage = self.usage(&id)?;
         let Some(volume) = self.volumes.get_mut(&id) else { return Ok(()) };
         let record = &mut volume.record;
-        if repair_at.is_some() {
-            record.repair_at = stored_repair_at(repair_at, record.r);
-        }
-        record.quota_bytes = quota_bytes.unwrap_or(record.quota_bytes);
+        change(record);
         let mut batch = crate::store::WriteBatch::new();
         batch.put(keys::volume(&id), encode(record));
         let info = volume_info(&id, volume, usage);
-        let (left, quota) = (info.repair_at, info.quota_bytes);
-        let detail = format!("{name}: repaired at {left} to spare, quota {quota} bytes");
+        let (left, quota, hours) = (info.repair_at, info.quota_bytes, info.trash_hours);
+        let detail =
+            format!("{name}: repaired at {left} to spare, quota {quota} bytes, trash {hours} h");
         self.note_event(EventKind::VolumeChanged, 0, detail)?;
         let seq = self.commit(batch, Durability::Durable)?;
         self.scan_blocks();
@@ -227,7 +228,7 @@ impl Engine {
         Ok(infos)
     }
 
-    fn usage(&self, volume: &VolumeId) -> Result<UsageRecord, StoreError> {
+    pub(super) fn usage(&self, volume: &VolumeId) -> Result<UsageRecord, StoreError> {
         let key = keys::usage(volume);
         let stored = self.store.get(&key)?.map(|value| decode(&key, &value));
         Ok(stored.transpose()?.unwrap_or_default())
@@ -377,6 +378,8 @@ impl Engine {
             ("us_directory_journal_copies", self.live_copies().len() as f64),
             ("us_directory_journal_bytes", self.store.facts().journal_bytes as f64),
             ("us_directory_signatures", self.counts.signatures() as f64),
+            ("us_directory_trash_files", self.trash.files as f64),
+            ("us_directory_trash_bytes", self.trash.bytes as f64),
         ])
     }
 }
@@ -401,6 +404,9 @@ fn volume_info(id: &VolumeId, volume: &Volume, usage: UsageRecord) -> VolumeInfo
             0 => volume.record.r.saturating_sub(1),
             at => (at - 1).min(volume.record.r.saturating_sub(1)),
         },
+        trash_hours: volume.record.kept_hours(),
+        trash_files: usage.trash_files,
+        trash_bytes: usage.trash_bytes,
     }
 }
 

@@ -67,6 +67,10 @@ impl Authority for SessionAuthority<'_> {
     fn birth_given(&self, birth: u64) -> bool {
         birth > 0 && birth < self.engine.cluster.births_end
     }
+
+    fn next_grant(&self) -> u64 {
+        self.engine.leases.next_grant()
+    }
 }
 
 impl Engine {
@@ -201,6 +205,9 @@ impl Engine {
         self.pending_deletes += outcome.graves as i64;
         self.note_recent(session, volume, &outcome.touched, seq);
         self.note_blocks(volume, outcome.blocks);
+        for ino in &outcome.restored {
+            self.leases.forget_everyone(&(volume, *ino));
+        }
         for ino in &outcome.created {
             for other in self.leases.created(session, &(volume, *ino)) {
                 self.refuse(other, format!("it held inode {ino} before that was made"))?;

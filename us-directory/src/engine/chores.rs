@@ -32,6 +32,8 @@ const DELETE_ANSWER_MS: u64 = 60_000;
 const SLOW_TICK_MS: u64 = 500;
 /// How far the stored clock may lag behind while something waits for it.
 const CLOCK_LAG_MS: u64 = 10_000;
+/// How far it may while something lies in the trash.
+const TRASH_CLOCK_LAG_MS: u64 = 600_000;
 
 /// A block with fragments that are not confirmed.
 #[derive(Clone, Copy, Debug)]
@@ -63,18 +65,25 @@ impl Engine {
         self.raise_floor()?;
         self.retain_chore()?;
         self.leave_chore()?;
+        self.trash_chore()?;
         self.tell_spread()?;
         if std::mem::take(&mut self.deletes_wait) {
             self.send_deletes()?;
         }
-        if self.pending_deletes > 0 && self.clock_ms() > self.clock_stored_ms + CLOCK_LAG_MS {
+        let lag_ms = if self.pending_deletes > 0 { CLOCK_LAG_MS } else { TRASH_CLOCK_LAG_MS };
+        let needed = self.pending_deletes > 0 || self.trash.files > 0;
+        if needed && self.clock_ms() > self.clock_stored_ms + lag_ms {
             self.commit_cluster(Durability::Applied)?;
         }
         Ok(())
     }
 
     /// Commits what a chore did.
-    fn chore_done(&mut self, volume: VolumeId, outcome: Outcome) -> Result<(), StoreError> {
+    pub(super) fn chore_done(
+        &mut self,
+        volume: VolumeId,
+        outcome: Outcome,
+    ) -> Result<(), StoreError> {
         if outcome.batch.is_empty() {
             return Ok(());
         }
@@ -392,12 +401,12 @@ fn pending(key: &(VolumeId, BlockId), block: &BlockRecord) -> impl Iterator<Item
 }
 
 /// A chore breaks no rule of the namespace; one that does is a damaged record: it is left alone.
-fn no_rule(error: ApplyError) -> Result<usize, StoreError> {
+pub(super) fn no_rule<T: Default>(error: ApplyError) -> Result<T, StoreError> {
     match error {
         ApplyError::Store(error) => Err(error),
         ApplyError::Rule(rule) => {
             tracing::error!(%rule, "freeing what was deleted found a broken record");
-            Ok(0)
+            Ok(T::default())
         }
     }
 }

@@ -11,6 +11,8 @@ use us_proto::v1::{
 use super::garbage::{FsckBasis, Stray, Verdict};
 use super::health::CountedSlice;
 use super::keeping::ImagePlan;
+use super::trash::TrashBasis;
+use crate::namespace::Purged;
 use crate::recovery::{ImageBlock, ImageRun};
 use crate::store::{Seq, View};
 
@@ -116,6 +118,8 @@ pub enum Question {
         quota_bytes: u64,
         /// Repair begins when no more than so many can be lost; `None`: as soon as one is.
         repair_at: Option<u32>,
+        /// What is removed can be had back for so long; 0: no trash; `None`: the default.
+        trash_hours: Option<u32>,
     },
     /// Changes a volume's settings.
     SetVolume {
@@ -125,6 +129,20 @@ pub enum Question {
         repair_at: Option<u32>,
         /// 0: no limit; `None`: as it is.
         quota_bytes: Option<u64>,
+        /// 0: no trash; `None`: as it is.
+        trash_hours: Option<u32>,
+    },
+    /// What a look into a volume's trash starts from.
+    TrashBasis {
+        /// Its name or id.
+        volume: String,
+    },
+    /// Removes things from the trash for ever.
+    PurgeTrash {
+        /// The volume's name or id.
+        volume: String,
+        /// What.
+        inos: Vec<u64>,
     },
     /// All volumes.
     ListVolumes,
@@ -244,6 +262,10 @@ pub enum Answer {
     FsckBasis(Box<FsckBasis>),
     /// What to think of each.
     Verdicts(Vec<Verdict>),
+    /// What a look into a volume's trash starts from.
+    TrashBasis(TrashBasis),
+    /// What left the trash.
+    Purged(Purged),
     /// A page of the log.
     Events(Vec<ClusterEvent>),
     /// The state of a durable commit, and its number.
@@ -302,6 +324,8 @@ impl std::fmt::Debug for Answer {
             Self::WhatIf(summary) => f.debug_tuple("WhatIf").field(summary).finish(),
             Self::FsckBasis(basis) => f.debug_tuple("FsckBasis").field(&basis.floor).finish(),
             Self::Verdicts(all) => f.debug_tuple("Verdicts").field(&all.len()).finish(),
+            Self::TrashBasis(basis) => f.debug_tuple("TrashBasis").field(&basis.volume).finish(),
+            Self::Purged(purged) => f.debug_tuple("Purged").field(purged).finish(),
             Self::Events(events) => f.debug_tuple("Events").field(events).finish(),
             Self::Backup(_, seq) => f.debug_tuple("Backup").field(seq).finish(),
             Self::Plan(plan) => f.debug_tuple("Plan").field(plan).finish(),

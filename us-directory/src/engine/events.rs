@@ -53,6 +53,8 @@ pub(super) enum EventKind {
     ProviderLeft = 17,
     /// A volume's settings were changed.
     VolumeChanged = 18,
+    /// Space is short: what was removed longest ago leaves the trash early.
+    TrashYields = 19,
 }
 
 impl EventKind {
@@ -77,6 +79,7 @@ impl EventKind {
             16 => "placement",
             17 => "provider-left",
             18 => "volume-changed",
+            19 => "trash-yields",
             _ => "unknown",
         }
     }

@@ -299,9 +299,19 @@ impl Engine {
         self.sessions.get(&asker.session).map_or(keys::CLUSTER, |known| known.volume)
     }
 
+    /// An inode that is not in the trash.
+    pub(super) fn live_inode(
+        &self,
+        volume: &us_core::ids::VolumeId,
+        ino: u64,
+    ) -> Result<Option<InodeRecord>, StoreError> {
+        let key = keys::inode(volume, ino);
+        let stored = self.store.get(&key)?.map(|value| decode::<InodeRecord>(&key, &value));
+        Ok(stored.transpose()?.filter(|record| !record.is_trashed()))
+    }
+
     fn stored_inode(&self, asker: Asker, ino: u64) -> Result<Option<InodeRecord>, StoreError> {
-        let key = keys::inode(&self.volume_of(asker), ino);
-        self.store.get(&key)?.map(|value| decode(&key, &value)).transpose()
+        self.live_inode(&self.volume_of(asker), ino)
     }
 
     fn fetch_inode(&mut self, asker: Asker, ino: u64, level: Level) -> Result<Fetched, Stop> {

@@ -113,6 +113,9 @@ impl Authority for EngineAuthority<'_> {
     fn birth_given(&self, birth: u64) -> bool {
         birth > 0 && birth < self.0.cluster.births_end
     }
+    fn next_grant(&self) -> u64 {
+        1
+    }
 }
 
 impl Engine {

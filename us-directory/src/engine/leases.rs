@@ -235,6 +235,18 @@ impl Leases {
         self.remove(session, key);
     }
 
+    /// The inode was in the trash, where nobody holds anything: what is left is of the time before.
+    pub fn forget_everyone(&mut self, key: &InodeKey) {
+        let holders = self.holders.get(key).into_iter().flatten();
+        let sessions: Vec<u64> = holders.map(|holder| holder.session).collect();
+        sessions.into_iter().for_each(|session| self.remove(session, key));
+    }
+
+    /// The number of the next grant.
+    pub fn next_grant(&self) -> u64 {
+        self.next_grant
+    }
+
     fn remove(&mut self, session: u64, key: &InodeKey) {
         if let Some(holders) = self.holders.get_mut(key) {
             holders.retain(|holder| holder.session != session);

@@ -14,7 +14,7 @@ use us_proto::v1::{
 use super::members::Member;
 use super::{BIRTHS_AHEAD, ConnId, Durability, Engine, Then};
 use crate::keys;
-use crate::records::{BlockRecord, InodeRange, UsageRecord, decode, encode};
+use crate::records::{BlockRecord, InodeRange, encode};
 use crate::store::{StoreError, WriteBatch};
 
 /// The most placements one request leases.
@@ -27,6 +27,17 @@ const INODE_RANGES_MAX: usize = 1024;
 const RESERVE_BLOCKS_MIN: u64 = 64;
 /// One block in this many is kept for the cleaner and deletes.
 const RESERVE_SHARE: u64 = 50;
+
+/// How many blocks of a code fit into the swarm.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Space {
+    /// Were it empty.
+    pub total_blocks: u64,
+    /// Now, with what providers can clear away.
+    pub free_blocks: u64,
+    /// Of them kept for the cleaner and deletes.
+    pub reserve_blocks: u64,
+}
 
 /// The most bytes a fragment of this code takes at a provider.
 pub(super) fn fragment_bytes_max(code: Code) -> u64 {
@@ -101,6 +112,7 @@ impl Engine {
                                 >= needed
                         }
                     };
+                    self.trash.pressed |= reply.no_space;
                     reply.space_comes = reply.no_space && self.space_comes(code);
                     reply.error = error.to_string();
                     break;
@@ -157,6 +169,22 @@ impl Engine {
         }
     }
 
+    /// How many blocks of this code fit.
+    pub(super) fn space(&self, code: Code) -> Space {
+        let fragment_bytes = fragment_bytes_max(code);
+        let fragments = code.fragments() as u64;
+        let room = |bytes: fn(&Member) -> u64| -> Vec<u64> {
+            let usable = self.members.values().filter(|member| member.may_have_space());
+            usable.map(|member| bytes(member) / fragment_bytes).collect()
+        };
+        let total_blocks = blocks_that_fit(&room(|m| m.report.capacity_bytes), fragments);
+        Space {
+            total_blocks,
+            free_blocks: blocks_that_fit(&room(Member::clearable_bytes), fragments),
+            reserve_blocks: (total_blocks / RESERVE_SHARE).max(RESERVE_BLOCKS_MIN),
+        }
+    }
+
     /// Whether blocks of this code fit once what was deleted is cleared away.
     fn space_comes(&self, code: Code) -> bool {
         let fragment_bytes = fragment_bytes_max(code);
@@ -169,7 +197,9 @@ impl Engine {
         let roomy = self.members.values().filter(will_have).count();
         let roomy_now = self.members.values().filter(has_room).count();
         // What lies in graves, or is being deleted, is in no provider's trash yet.
-        (roomy >= providers_needed(code) && roomy > roomy_now) || self.pending_deletes > 0
+        (roomy >= providers_needed(code) && roomy > roomy_now)
+            || self.pending_deletes > 0
+            || self.trash.bytes > 0
     }
 
     /// Space that was promised is not free until the provider's next reports say so.
@@ -224,34 +254,22 @@ impl Engine {
             return Ok(());
         };
         let Some(volume) = self.volumes.get(&volume_id) else { return Ok(()) };
-        let key = keys::usage(&volume_id);
-        let usage: UsageRecord = self
-            .store
-            .get(&key)?
-            .map(|value| decode(&key, &value))
-            .transpose()?
-            .unwrap_or_default();
+        let usage = self.usage(&volume_id)?;
         let (code, quota) = (volume.code, volume.record.quota_bytes);
-        let fragment_bytes = fragment_bytes_max(code);
-        let fragments = code.fragments() as u64;
         let block_bytes = code.block_bytes_max() as u64;
-        let room = |bytes: fn(&super::Member) -> u64| -> Vec<u64> {
-            let usable = self.members.values().filter(|member| member.may_have_space());
-            usable.map(|member| bytes(member) / fragment_bytes).collect()
-        };
-        let total_blocks = blocks_that_fit(&room(|m| m.report.capacity_bytes), fragments);
-        // The trash yields to need.
-        let free_blocks = blocks_that_fit(&room(Member::clearable_bytes), fragments);
-        let reserve = (total_blocks / RESERVE_SHARE).max(RESERVE_BLOCKS_MIN);
+        let space = self.space(code);
+        let used_bytes = usage.live_bytes.saturating_sub(usage.trash_bytes);
+        // The trash of volumes yields to need, as that of providers does.
+        let free_blocks = (space.free_blocks + self.trash_blocks(code)?).min(space.total_blocks);
         let mut reply = StatfsReply {
             request: ask.request,
-            total_bytes: (total_blocks * block_bytes).max(usage.live_bytes),
+            total_bytes: (space.total_blocks * block_bytes).max(used_bytes),
             free_bytes: free_blocks * block_bytes,
-            available_bytes: free_blocks.saturating_sub(reserve) * block_bytes,
+            available_bytes: free_blocks.saturating_sub(space.reserve_blocks) * block_bytes,
             inodes: usage.inodes,
         };
         if quota > 0 {
-            let left = quota.saturating_sub(usage.live_bytes);
+            let left = quota.saturating_sub(used_bytes);
             reply.total_bytes = reply.total_bytes.min(quota);
             reply.free_bytes = reply.free_bytes.min(left);
             reply.available_bytes = reply.available_bytes.min(left);

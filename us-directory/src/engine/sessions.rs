@@ -330,7 +330,13 @@ impl Engine {
             return Ok(None);
         }
         if level > granted {
-            let exists = self.store.get(&keys::inode(&key.0, key.1))?.is_some();
+            let record = self.live_inode(&key.0, key.1)?;
+            let restored = record.as_ref().and_then(|record| record.restored);
+            if restored.is_some_and(|at| at.session != session && lease.grant < at.grant) {
+                // It removed the inode, did not hear that it was gone, and another has had it back.
+                return Ok(None);
+            }
+            let exists = record.is_some();
             if exists && !first {
                 return Ok(Some(format!("inode {} was never leased to it", key.1)));
             }

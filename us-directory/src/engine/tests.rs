@@ -30,6 +30,7 @@ mod repair;
 mod routes;
 mod simulation;
 mod swarm;
+mod trash;
 
 /// Counts up: distinct, and the same in every run.
 struct Counting(u8);
@@ -56,21 +57,30 @@ pub(super) struct World {
     pub providers: Vec<(u64, u32)>,
     /// What the owners of all providers state of their lines, up and down, bytes a second.
     pub line: (u64, u64),
+    /// What is free at each of them.
+    pub free_bytes: u64,
+    trash_age_ms: u64,
 }
 
-fn engine_on(store: MemoryStore) -> Engine {
+fn engine_on(store: MemoryStore, trash_age_ms: u64) -> Engine {
     let (entropy, chooser) = (Box::new(Counting(0)), Box::<Hybrid>::default());
     let mut config = EngineConfig::default();
     // Who is silent is waited for as long as for one that has been known for weeks.
     config.clocks.newcomer_ms = config.clocks.dead_ms;
+    config.trash_age_ms = trash_age_ms;
     Engine::start(Box::new(store), config, entropy, chooser, [7; 16]).unwrap()
 }
 
 impl World {
     pub fn new() -> Self {
+        Self::with_trash_age(EngineConfig::default().trash_age_ms)
+    }
+
+    /// Files that are removed younger than this do not go to the trash.
+    pub fn with_trash_age(trash_age_ms: u64) -> Self {
         let (store, history) = MemoryStore::manual();
         let mut world = Self {
-            engine: engine_on(store),
+            engine: engine_on(store, trash_age_ms),
             history,
             durable: 0,
             auto: true,
@@ -81,6 +91,8 @@ impl World {
             answers: VecDeque::new(),
             providers: Vec::new(),
             line: (0, 0),
+            free_bytes: report().free_bytes,
+            trash_age_ms,
         };
         world.make_durable();
         world
@@ -91,7 +103,7 @@ impl World {
         let mut batches = std::mem::take(&mut *self.history.lock());
         batches.truncate(self.durable + more);
         let (store, history) = MemoryStore::replay(batches);
-        self.engine = engine_on(store);
+        self.engine = engine_on(store, self.trash_age_ms);
         self.history = history;
         self.to_sessions.clear();
         self.to_providers.clear();
@@ -136,7 +148,9 @@ impl World {
         self.now_ms += ms;
         for (conn, _) in self.providers.clone() {
             let (uplink_bytes_per_s, downlink_bytes_per_s) = self.line;
-            let line = ProviderReport { uplink_bytes_per_s, downlink_bytes_per_s, ..report() };
+            let free_bytes = self.free_bytes;
+            let line =
+                ProviderReport { uplink_bytes_per_s, downlink_bytes_per_s, free_bytes, ..report() };
             self.provider_says(conn, PUp::Report(line));
         }
         self.event(Event::Tick);
@@ -155,8 +169,14 @@ impl World {
     }
 
     pub fn volume(&mut self, name: &str, s: u32, r: u32) {
-        let question =
-            Question::CreateVolume { name: name.to_owned(), s, r, quota_bytes: 0, repair_at: None };
+        let question = Question::CreateVolume {
+            name: name.to_owned(),
+            s,
+            r,
+            quota_bytes: 0,
+            repair_at: None,
+            trash_hours: None,
+        };
         assert!(matches!(self.ask(question), Answer::Volume(_)));
     }
 
@@ -284,7 +304,8 @@ pub(super) fn create(dir: u64, name: &str, ino: u64, mode: u32) -> Op {
 
 pub(super) fn unlink(dir: u64, name: &str, ino: u64, open: bool) -> Op {
     let name_hash = hash(name);
-    Op::Unlink(Unlink { dir, name_hash, ino, directory: false, open, time: at(200) })
+    let (directory, time) = (false, at(200));
+    Op::Unlink(Unlink { dir, name_hash, ino, directory, open, time, uid: Some(7) })
 }
 
 impl Mount {

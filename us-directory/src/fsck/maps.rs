@@ -6,6 +6,7 @@
 //! ```
 //! Every extent lies in a block that is there and knows the chunk; every block's counts are the sum of
 //! its references; every provider is listed with just the fragments the block's record says.
+//! What the trash lists is marked as trashed, nothing else is, and the sums are known.
 //! Memory: a page of each, and one chunk's blocks.
 
 use std::collections::BTreeMap;
@@ -18,8 +19,8 @@ use super::Found;
 use crate::keys;
 use crate::namespace::CHUNK_BYTES;
 use crate::records::{
-    BlockRecord, ChunkRecord, HoldingRecord, ReferenceRecord, UsageRecord, block_id, decode,
-    with_bit,
+    BlockRecord, ChunkRecord, HoldingRecord, InodeRecord, ReferenceRecord, UsageRecord, block_id,
+    decode, with_bit,
 };
 use crate::store::{KeyRange, Pair, StoreError, View};
 
@@ -87,7 +88,8 @@ impl Maps<'_> {
     ) -> Result<(), StoreError> {
         let go_on = self.chunks(sink, progress)?
             && self.blocks(sink, progress)?
-            && self.holdings(sink, progress)?;
+            && self.holdings(sink, progress)?
+            && self.trash(sink, progress)?;
         tracing::debug!(volume = %self.volume, go_on, "its records are checked");
         Ok(())
     }
@@ -263,6 +265,57 @@ impl Maps<'_> {
             }
         }
         Ok(wrong)
+    }
+
+    /// Everything in the trash: its inode says so, and their sums are the volume's.
+    fn trash(
+        &mut self,
+        sink: &mut dyn FnMut(Found) -> bool,
+        progress: &mut dyn FnMut(u64) -> bool,
+    ) -> Result<bool, StoreError> {
+        let wrong = |ino: u64, detail: String| Found {
+            kind: FsckKind::WrongUsage,
+            volume: Some(self.volume),
+            ino,
+            detail,
+            ..Found::default()
+        };
+        let (mut files, mut bytes) = (0, 0);
+        let mut walk = Walk::new(self.view, &keys::tag(&self.volume, b't'));
+        while let Some((key, value)) = walk.next()? {
+            let (at_ms, ino) = (keys::trashed_at(&key), keys::last_number(&key));
+            let listed: ReferenceRecord = decode(&key, &value)?;
+            files += 1;
+            bytes += listed.bytes;
+            let record: Option<InodeRecord> = read(self.view, &keys::inode(&self.volume, ino))?;
+            let here = record.filter(InodeRecord::is_trashed).is_some_and(|record| {
+                let removed_ms = record.removed.as_ref().map(|removed| removed.at_ms);
+                removed_ms == Some(at_ms) && record.stored_bytes() == listed.bytes
+            });
+            let detail = "listed in the trash, and its inode does not say so".to_owned();
+            if !here && !sink(wrong(ino, detail)) {
+                return Ok(false);
+            }
+        }
+        let (mut seen, mut marked) = (0, 0);
+        let mut walk = Walk::new(self.view, &keys::tag(&self.volume, b'i'));
+        while let Some((key, value)) = walk.next()? {
+            seen += 1;
+            marked += u64::from(decode::<InodeRecord>(&key, &value)?.is_trashed());
+            if seen % PAGE as u64 == 0 && !progress(seen) {
+                return Ok(false);
+            }
+        }
+        let usage: UsageRecord = read(self.view, &keys::usage(&self.volume))?.unwrap_or_default();
+        let known = (usage.trash_files, usage.trash_bytes);
+        if (files, bytes) == known && marked == files {
+            return Ok(true);
+        }
+        let sums = (files, bytes);
+        let detail = format!(
+            "in the trash, and bytes: {sums:?}, and {known:?} known; {marked} inodes say so"
+        );
+        Ok(sink(wrong(0, detail)))
     }
 
     /// Every listed holding: its block's record names the provider.

@@ -282,17 +282,21 @@ impl Tx<'_> {
         if let Place::Block(block, _) = place {
             self.refer(&block, ino, chunk, length as i64)?;
         }
-        let mut freed = 0;
+        let (mut freed, mut freed_zeros) = (0, 0);
         for extent in &removed {
             freed += u64::from(extent.length);
-            if let Some(block) = block_id(&extent.block) {
-                self.refer(&block, ino, chunk, -i64::from(extent.length))?;
+            match block_id(&extent.block) {
+                Some(block) => self.refer(&block, ino, chunk, -i64::from(extent.length))?,
+                None => freed_zeros += u64::from(extent.length),
             }
         }
         let mapped = if place == Place::Hole { 0 } else { length };
-        if mapped != freed && self.inode(ino)?.is_some() {
+        let zeros = if place == Place::Zeros { length } else { 0 };
+        let same = mapped == freed && zeros == freed_zeros;
+        if !same && self.inode(ino)?.is_some() {
             let record = self.inode_mut(ino)?;
             record.allocated_bytes = (record.allocated_bytes + mapped).saturating_sub(freed);
+            record.zero_bytes = (record.zero_bytes + zeros).saturating_sub(freed_zeros);
         }
         Ok(())
     }

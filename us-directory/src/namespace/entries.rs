@@ -11,17 +11,26 @@ use crate::keys;
 use crate::records::{CookieRecord, EntryRecord, InodeRecord};
 
 /// A name: its directory, its hash, and its sealed text.
-struct Name<'n> {
-    dir: u64,
-    hash: &'n Bytes,
-    sealed: &'n Bytes,
+pub(super) struct Name<'n> {
+    pub dir: u64,
+    pub hash: &'n Bytes,
+    pub sealed: &'n Bytes,
 }
 
-fn is_dir(record: &InodeRecord) -> bool {
+/// Who took a name away, and how.
+pub(super) struct Removal<'n> {
+    pub name: Name<'n>,
+    /// The session says that it has the inode open.
+    pub open: bool,
+    pub time: Option<Timestamp>,
+    pub uid: Option<u32>,
+}
+
+pub(super) fn is_dir(record: &InodeRecord) -> bool {
     record.mode & S_IFMT == S_IFDIR
 }
 
-fn check_name(hash: &Bytes, sealed: &Bytes) -> Result<(), Rule> {
+pub(super) fn check_name(hash: &Bytes, sealed: &Bytes) -> Result<(), Rule> {
     if hash.len() != NAME_HASH_BYTES {
         return Err(Rule::Malformed { field: "name_hash" });
     }
@@ -37,7 +46,7 @@ impl Tx<'_> {
         Err(Rule::NotExclusive { ino })
     }
 
-    fn need_dir(&mut self, dir: u64) -> Result<(), ApplyError> {
+    pub(super) fn need_dir(&mut self, dir: u64) -> Result<(), ApplyError> {
         let record = self.inode(dir)?.ok_or(Rule::NoInode { ino: dir })?;
         if !is_dir(record) {
             return Err(Rule::NotADirectory { ino: dir }.into());
@@ -60,7 +69,7 @@ impl Tx<'_> {
         Ok(entry)
     }
 
-    fn vacant(&self, dir: u64, hash: &Bytes) -> Result<(), ApplyError> {
+    pub(super) fn vacant(&self, dir: u64, hash: &Bytes) -> Result<(), ApplyError> {
         match self.lookup(dir, hash)? {
             None => Ok(()),
             Some(entry) => Err(Rule::Exists { dir, ino: entry.ino }.into()),
@@ -68,7 +77,7 @@ impl Tx<'_> {
     }
 
     /// Puts a name at the end of its directory's listing.
-    fn add_name(
+    pub(super) fn add_name(
         &mut self,
         name: &Name<'_>,
         ino: u64,
@@ -133,6 +142,7 @@ impl Tx<'_> {
         self.need_dir(create.dir)?;
         self.vacant(create.dir, &create.name_hash)?;
         let used = self.inode(create.ino)?.is_some()
+            || self.trashed(create.ino)?.is_some()
             || self.deleted.contains(&create.ino)
             || self.exists(&keys::doomed(&self.volume, create.ino))?;
         if used || !who.may_create(create.ino) {
@@ -155,6 +165,7 @@ impl Tx<'_> {
             sealed_target: create.sealed_target.clone(),
             parent: if kind == S_IFDIR { create.dir } else { 0 },
             version: 1,
+            born_ms: self.trash.clock_ms,
             ..Default::default()
         };
         self.set_inode(create.ino, Some(record))?;
@@ -164,7 +175,7 @@ impl Tx<'_> {
         self.add_name(&name, create.ino, create.time)
     }
 
-    fn exists(&self, key: &Bytes) -> Result<bool, ApplyError> {
+    pub(super) fn exists(&self, key: &Bytes) -> Result<bool, ApplyError> {
         Ok(self.read::<crate::records::ReferenceRecord>(key)?.is_some())
     }
 
@@ -202,16 +213,19 @@ impl Tx<'_> {
             _ => {}
         }
         self.remove_name(unlink.dir, &unlink.name_hash, &entry, unlink.time)?;
-        self.drop_link(who, unlink.ino, unlink.open, unlink.time)
+        let (dir, hash, sealed) = (unlink.dir, &unlink.name_hash, &entry.sealed_name);
+        let name = Name { dir, hash, sealed };
+        let removal = Removal { name, open: unlink.open, time: unlink.time, uid: unlink.uid };
+        self.drop_link(who, unlink.ino, &removal)
     }
 
-    /// Takes one name from an inode; without names it lives on only where it is open.
+    /// Takes one name from an inode; without names it lives on only where it is open, and then in the
+    /// trash.
     fn drop_link(
         &mut self,
         who: &dyn Authority,
         ino: u64,
-        open: bool,
-        time: Option<Timestamp>,
+        removal: &Removal<'_>,
     ) -> Result<(), ApplyError> {
         let record = self.inode_mut(ino)?;
         if is_dir(record) {
@@ -223,12 +237,13 @@ impl Tx<'_> {
             record.nlink = record.nlink.saturating_sub(1);
         }
         let gone = record.nlink == 0;
-        self.changed(ino, time, false)?;
+        self.changed(ino, removal.time, false)?;
         if !gone {
             return Ok(());
         }
+        self.note_removal(ino, removal)?;
         let mut holders = who.open_elsewhere(ino);
-        holders.extend(open.then(|| who.session()));
+        holders.extend(removal.open.then(|| who.session()));
         holders.sort_unstable();
         holders.dedup();
         self.inode_mut(ino)?.orphans = holders.len() as u32;
@@ -238,23 +253,7 @@ impl Tx<'_> {
                 &crate::records::ReferenceRecord { bytes: 0 },
             );
         }
-        if holders.is_empty() { self.doom(ino) } else { Ok(()) }
-    }
-
-    /// Removes an inode; its map and xattrs are freed by [`Tx::reap`].
-    fn doom(&mut self, ino: u64) -> Result<(), ApplyError> {
-        let record = self.inode_mut(ino)?;
-        let bare = record.allocated_bytes == 0 && record.xattrs == 0;
-        self.set_inode(ino, None)?;
-        self.deleted.insert(ino);
-        self.count("inodes", -1);
-        if !bare {
-            self.put(
-                keys::doomed(&self.volume, ino),
-                &crate::records::ReferenceRecord { bytes: 0 },
-            );
-        }
-        Ok(())
+        if holders.is_empty() { self.lay_aside(ino) } else { Ok(()) }
     }
 
     /// A session closed an unlinked inode. Not open there: nothing happens.
@@ -272,7 +271,7 @@ impl Tx<'_> {
         }
         let record = self.inode_mut(ino)?;
         record.orphans = record.orphans.saturating_sub(1);
-        if record.orphans == 0 { self.doom(ino) } else { Ok(()) }
+        if record.orphans == 0 { self.lay_aside(ino) } else { Ok(()) }
     }
 
     /// Fails when `dir` lies in `moved`, or is it.
@@ -361,7 +360,10 @@ impl Tx<'_> {
             _ => {}
         }
         self.remove_name(rename.to_dir, &rename.to_hash, to, rename.time)?;
-        self.drop_link(who, ino, rename.replaced_open, rename.time)
+        let (dir, hash, sealed) = (rename.to_dir, &rename.to_hash, &to.sealed_name);
+        let name = Name { dir, hash, sealed };
+        let (open, time, uid) = (rename.replaced_open, rename.time, rename.uid);
+        self.drop_link(who, ino, &Removal { name, open, time, uid })
     }
 
     fn exchange(

@@ -9,7 +9,9 @@ use us_core::ids::{BlockId, VolumeId};
 use us_proto::v1::mutation::Op;
 use us_proto::v1::*;
 
-use super::{ApplyError, Authority, CHUNK_BYTES, Outcome, S_IFDIR, S_IFREG, Tx, new_root};
+use super::{
+    ApplyError, Authority, CHUNK_BYTES, Outcome, S_IFDIR, S_IFREG, TrashRule, Tx, new_root,
+};
 use crate::keys;
 use crate::records::*;
 use crate::store::memory::MemoryStore;
@@ -17,6 +19,7 @@ use crate::store::{Durability, KeyRange, MetaStore, View};
 
 mod data;
 mod names;
+mod trash;
 
 const VOLUME: VolumeId = VolumeId::from_bytes([5; 16]);
 
@@ -42,21 +45,25 @@ impl Authority for Anyone {
     fn birth_given(&self, _birth: u64) -> bool {
         true
     }
+    fn next_grant(&self) -> u64 {
+        1
+    }
 }
 
 struct Volume {
     store: MemoryStore,
+    trash: TrashRule,
 }
 
 impl Volume {
     fn new() -> Self {
         let (mut store, _) = MemoryStore::manual();
         store.commit(new_root(&VOLUME, Timestamp::default()), Durability::Applied).unwrap();
-        Self { store }
+        Self { store, trash: TrashRule::default() }
     }
 
     fn tx(&self) -> Tx<'_> {
-        Tx::new(&self.store, VOLUME, Code::new(2, 1).unwrap(), 7)
+        Tx::new(&self.store, VOLUME, Code::new(2, 1).unwrap(), 7).with_trash(self.trash)
     }
 
     fn finish(&mut self, outcome: Outcome) {

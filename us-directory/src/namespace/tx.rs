@@ -44,12 +44,25 @@ pub struct Outcome {
     pub touched: Vec<u64>,
     /// Inodes that are new.
     pub created: Vec<u64>,
-    /// Inodes that are gone.
+    /// Inodes that are gone, to the trash or for ever.
     pub deleted: Vec<u64>,
+    /// Inodes that came out of the trash; they are among the created.
+    pub restored: Vec<u64>,
     /// Blocks whose record changed.
     pub blocks: Vec<BlockChange>,
     /// Dead blocks that got a grave.
     pub graves: u64,
+}
+
+/// What becomes of files that are removed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TrashRule {
+    /// The cluster's clock.
+    pub clock_ms: u64,
+    /// What is removed younger than this is not kept: programs make such files for themselves.
+    pub age_ms: u64,
+    /// Whether anything is kept.
+    pub on: bool,
 }
 
 /// A transaction on one volume.
@@ -71,6 +84,8 @@ pub struct Tx<'a> {
     /// Chunks that had too many extents after a piece of the present mutation.
     pub(super) crowded: BTreeSet<(u64, u64)>,
     pub(super) graves: u64,
+    pub(super) trash: TrashRule,
+    pub(super) restored: BTreeSet<u64>,
 }
 
 impl<'a> Tx<'a> {
@@ -94,7 +109,16 @@ impl<'a> Tx<'a> {
             unreferenced: BTreeSet::new(),
             crowded: BTreeSet::new(),
             graves: 0,
+            trash: TrashRule::default(),
+            restored: BTreeSet::new(),
         }
+    }
+
+    /// What is removed in it goes to the trash by this rule; without one nothing does.
+    #[must_use]
+    pub fn with_trash(mut self, rule: TrashRule) -> Self {
+        self.trash = rule;
+        self
     }
 
     /// When blocks that die now are deleted.
@@ -168,16 +192,27 @@ impl<'a> Tx<'a> {
         Ok(self.inodes.get_mut(&ino).expect("just inserted"))
     }
 
-    /// The inode, where there is one.
+    /// The inode, where there is one that is not in the trash.
     pub fn inode(&mut self, ino: u64) -> Result<Option<&InodeRecord>, StoreError> {
+        Ok(self.inode_slot(ino)?.now.as_ref().filter(|record| !record.is_trashed()))
+    }
+
+    /// The inode, in the trash or not.
+    pub(super) fn any_inode(&mut self, ino: u64) -> Result<Option<&InodeRecord>, StoreError> {
         Ok(self.inode_slot(ino)?.now.as_ref())
+    }
+
+    /// The inode, where it lies in the trash.
+    pub fn trashed(&mut self, ino: u64) -> Result<Option<&InodeRecord>, StoreError> {
+        Ok(self.inode_slot(ino)?.now.as_ref().filter(|record| record.is_trashed()))
     }
 
     /// The inode, to change it.
     pub(super) fn inode_mut(&mut self, ino: u64) -> Result<&mut InodeRecord, ApplyError> {
         self.touched.insert(ino);
         let slot = self.inode_slot(ino)?;
-        slot.now.as_mut().ok_or(ApplyError::Rule(Rule::NoInode { ino }))
+        let live = slot.now.as_mut().filter(|record| !record.is_trashed());
+        live.ok_or(ApplyError::Rule(Rule::NoInode { ino }))
     }
 
     /// Makes or removes an inode.
@@ -322,6 +357,8 @@ impl<'a> Tx<'a> {
                 "blocks" => &mut usage.blocks,
                 "stored_bytes" => &mut usage.stored_bytes,
                 "inline_blocks" => &mut usage.inline_blocks,
+                "trash_files" => &mut usage.trash_files,
+                "trash_bytes" => &mut usage.trash_bytes,
                 _ => &mut usage.inline_bytes,
             };
             *field = field.saturating_add_signed(change);
@@ -372,6 +409,7 @@ impl<'a> Tx<'a> {
             touched: self.touched.into_iter().collect(),
             created: self.created.into_iter().collect(),
             deleted: self.deleted.into_iter().collect(),
+            restored: self.restored.into_iter().collect(),
             blocks,
             graves: self.graves,
         })

@@ -254,6 +254,7 @@ impl Core {
     pub fn unlink(
         &mut self,
         now: Now,
+        caller: Caller,
         dir: Ino,
         name: &[u8],
         directory: bool,
@@ -283,6 +284,7 @@ impl Core {
             directory,
             open,
             time: Some(time.into()),
+            uid: Some(caller.uid),
         };
         self.append(Op::Unlink(unlink), &[dir, ino]);
         self.names_mut(dir).remove(name);
@@ -297,6 +299,7 @@ impl Core {
     pub fn rename(
         &mut self,
         now: Now,
+        caller: Caller,
         from: (Ino, &[u8]),
         to: (Ino, &[u8]),
         mode: RenameMode,
@@ -347,7 +350,7 @@ impl Core {
             }
             self.need_committed(moved.0, flushed)?;
         }
-        self.replace(now, from, to, moved, replaced)
+        self.replace((now, caller), from, to, moved, replaced)
     }
 
     fn need_committed(&self, ino: Ino, flushed: &[Ino]) -> Result<(), Stop> {
@@ -359,7 +362,7 @@ impl Core {
 
     fn replace(
         &mut self,
-        now: Now,
+        (now, caller): (Now, Caller),
         from: (Ino, &[u8]),
         to: (Ino, &[u8]),
         moved: (Ino, FileKind),
@@ -382,6 +385,7 @@ impl Core {
             from_sealed_name: Bytes::new(),
             replaced_open,
             time: Some(time.into()),
+            uid: Some(caller.uid),
         };
         self.append(Op::Rename(rename), &[from.0, to.0, moved.0, other]);
         let moved_dirs = i32::from(moved.1 == FileKind::Directory);
@@ -424,6 +428,7 @@ impl Core {
             from_sealed_name,
             replaced_open: false,
             time: Some(time.into()),
+            uid: None,
         };
         self.append(Op::Rename(rename), &[from.0, to.0, moved.0, other.0]);
         self.names_mut(from.0).remove(from.1);

@@ -236,6 +236,7 @@ fn describe(op: &Op, paths: &mut Paths<'_>) -> Option<String> {
             }
             format!("stored {}", bytes.iter().map(file).collect::<Vec<_>>().join(", "))
         }
-        Op::Release(_) | Op::FragmentsDurable(_) => return None,
+        // A mount restores nothing.
+        Op::Release(_) | Op::FragmentsDurable(_) | Op::Restore(_) => return None,
     })
 }

@@ -131,8 +131,14 @@ fn names_are_made_and_moved_in_memory_and_logged_in_order() {
     give_root(&mut core);
     let (ino, _) = file(&mut core, b"a");
     assert_eq!(ino, Ino(100));
-    let renamed =
-        core.rename(at(3), (Ino::ROOT, b"a"), (Ino::ROOT, b"b"), RenameMode::Replace, &[]);
+    let renamed = core.rename(
+        at(3),
+        Caller::default(),
+        (Ino::ROOT, b"a"),
+        (Ino::ROOT, b"b"),
+        RenameMode::Replace,
+        &[],
+    );
     assert_eq!(renamed, Ok(Renamed { moved: ino, replaced: None }));
     assert!(matches!(core.lookup(at(3), Ino::ROOT, b"a"), Ok(Lookup::Absent(_))));
     let logged = mutations(&mut core);
@@ -173,13 +179,27 @@ fn a_rename_over_a_file_waits_for_the_data_of_the_moved_one() {
     let (new, handle) = file(&mut core, b"new");
     file(&mut core, b"old");
     core.write(at(3), handle, 0, b"content", false).unwrap();
-    let mut rename =
-        || core.rename(at(3), (Ino::ROOT, b"new"), (Ino::ROOT, b"old"), RenameMode::Replace, &[]);
+    let mut rename = || {
+        core.rename(
+            at(3),
+            Caller::default(),
+            (Ino::ROOT, b"new"),
+            (Ino::ROOT, b"old"),
+            RenameMode::Replace,
+            &[],
+        )
+    };
     assert_eq!(rename(), Err(Stop::Stall(Stall::Flush(new))));
     let plans = core.seal_file(at(3), new, FlushReason::Commit);
     store(&mut core, &plans[0]);
-    let renamed =
-        core.rename(at(3), (Ino::ROOT, b"new"), (Ino::ROOT, b"old"), RenameMode::Replace, &[]);
+    let renamed = core.rename(
+        at(3),
+        Caller::default(),
+        (Ino::ROOT, b"new"),
+        (Ino::ROOT, b"old"),
+        RenameMode::Replace,
+        &[],
+    );
     assert!(renamed.is_ok());
 }
 
@@ -193,7 +213,14 @@ fn a_rename_beside_a_writer_waits_only_for_what_was_there() {
     let (old, other) = file(&mut core, b"old");
     core.write(at(3), handle, 0, b"content", false).unwrap();
     let rename = |core: &mut Core, mode, flushed: &[Ino]| {
-        core.rename(at(3), (Ino::ROOT, b"new"), (Ino::ROOT, b"old"), mode, flushed)
+        core.rename(
+            at(3),
+            Caller::default(),
+            (Ino::ROOT, b"new"),
+            (Ino::ROOT, b"old"),
+            mode,
+            flushed,
+        )
     };
     let stall = |ino| Err(Stop::Stall(Stall::Flush(ino)));
     assert_eq!(rename(&mut core, RenameMode::Replace, &[]), stall(new));
@@ -359,7 +386,7 @@ fn an_unlinked_file_lives_until_its_last_close() {
     give_root(&mut core);
     let (ino, handle) = file(&mut core, b"a");
     core.write(at(3), handle, 0, b"abc", false).unwrap();
-    core.unlink(at(3), Ino::ROOT, b"a", false).unwrap();
+    core.unlink(at(3), Caller::default(), Ino::ROOT, b"a", false).unwrap();
     core.forget(ino, 1);
     assert_eq!(core.getattr(at(3), ino).unwrap().attributes.nlink, 0);
     assert!(matches!(core.read(at(3), handle, 0, 3).unwrap().pieces[..], [ReadPiece::Bytes(_)]));

@@ -301,7 +301,7 @@ fn event_json(event: &v1::ClusterEvent) -> Value {
 }
 
 /// A wall time as RFC 3339 writes it, to the second.
-fn utc_time(unix_ms: u64) -> String {
+pub(super) fn utc_time(unix_ms: u64) -> String {
     let seconds = i64::try_from(unix_ms / 1000).unwrap_or_default();
     let time = time::OffsetDateTime::from_unix_timestamp(seconds);
     let text = time.map(|time| time.format(&time::format_description::well_known::Rfc3339));

@@ -5,8 +5,6 @@ use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
 use tonic::transport::Channel;
-use us_core::daemon::size::Size;
-use us_core::geometry::Code;
 use us_core::ids::BlockId;
 use us_core::tls::{ExpectedPeer, Identity, Role};
 use us_core::wire::connect_grpc;
@@ -38,15 +36,21 @@ pub struct Admin {
     client: AdminClient<Channel>,
 }
 
+/// The address of the directory `target` means, and who we are there.
+pub(super) fn resolved(target: &Target) -> anyhow::Result<(String, Identity)> {
+    let (directory, identity_dir) = resolve(target, UpRecord::find()).map_err(Senseless)?;
+    let identity = Identity::load(&identity_dir)
+        .with_context(|| format!("cannot use the identity in {}", identity_dir.display()))
+        .map_err(Senseless)?;
+    Ok((directory, identity))
+}
+
 /// Connects to the directory `target` means.
 ///
 /// # Errors
 /// When none is known, or it does not answer; the text says what to do.
 pub async fn connect(target: &Target) -> anyhow::Result<Admin> {
-    let (directory, identity_dir) = resolve(target, UpRecord::find()).map_err(Senseless)?;
-    let identity = Identity::load(&identity_dir)
-        .with_context(|| format!("cannot use the identity in {}", identity_dir.display()))
-        .map_err(Senseless)?;
+    let (directory, identity) = resolved(target)?;
     let channel = connect_grpc(&directory, &identity, ExpectedPeer::role(Role::Directory))
         .await
         .with_context(|| {
@@ -89,18 +93,8 @@ impl Admin {
     /// When the directory refuses, or does not answer.
     pub async fn create_volume(
         &mut self,
-        name: &str,
-        code: Code,
-        quota: Option<Size>,
-        repair_at: Option<u32>,
+        request: v1::CreateVolumeRequest,
     ) -> anyhow::Result<v1::VolumeInfo> {
-        let request = v1::CreateVolumeRequest {
-            name: name.to_owned(),
-            s: code.s() as u32,
-            r: code.r() as u32,
-            quota_bytes: quota.map_or(0, Size::bytes),
-            repair_at,
-        };
         answer(self.client.create_volume(request)).await
     }
 
@@ -113,6 +107,34 @@ impl Admin {
         request: v1::SetVolumeRequest,
     ) -> anyhow::Result<v1::VolumeInfo> {
         answer(self.client.set_volume(request)).await
+    }
+
+    /// What lies in a volume's trash; `hear` takes it piece by piece.
+    ///
+    /// # Errors
+    /// When the directory refuses, or does not answer.
+    pub async fn trash(
+        &mut self,
+        volume: &str,
+        mut hear: impl FnMut(v1::TrashReply),
+    ) -> anyhow::Result<()> {
+        let request = v1::TrashRequest { volume: volume.to_owned() };
+        let mut stream = answer(self.client.trash(request)).await?;
+        while let Some(reply) = within(stream.message()).await? {
+            hear(reply);
+        }
+        Ok(())
+    }
+
+    /// Removes things from a volume's trash for ever; what that was.
+    ///
+    /// # Errors
+    /// When the directory refuses, or does not answer.
+    pub async fn purge_trash(
+        &mut self,
+        request: v1::PurgeTrashRequest,
+    ) -> anyhow::Result<v1::PurgeTrashReply> {
+        answer(self.client.purge_trash(request)).await
     }
 
     /// The volumes.

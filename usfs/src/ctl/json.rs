@@ -136,6 +136,9 @@ pub(super) fn volume(volume: &v1::VolumeInfo) -> Value {
         "private": volume.private,
         "quota_bytes": volume.quota_bytes,
         "repair_at": volume.repair_at,
+        "trash_hours": volume.trash_hours,
+        "trash_files": volume.trash_files,
+        "trash_bytes": volume.trash_bytes,
     })
 }
 

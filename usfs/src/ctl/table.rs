@@ -67,7 +67,8 @@ pub(super) fn provider_name(provider: &v1::ProviderStatus) -> String {
 }
 
 pub(super) fn volumes(volumes: &[v1::VolumeInfo]) -> String {
-    let mut table = table(["VOLUME", "CODE", "FILES", "DATA", "BLOCKS", "QUOTA"], &[2, 3, 4, 5]);
+    let mut table =
+        table(["VOLUME", "CODE", "FILES", "DATA", "TRASH", "BLOCKS", "QUOTA"], &[2, 3, 4, 5, 6]);
     for volume in volumes {
         let quota = match volume.quota_bytes {
             0 => "none".to_owned(),
@@ -77,10 +78,21 @@ pub(super) fn volumes(volumes: &[v1::VolumeInfo]) -> String {
             volume.name.clone(),
             format!("{}+{}", volume.s, volume.r),
             volume.inodes.to_string(),
-            Size(volume.live_bytes).to_string(),
+            Size(volume.live_bytes.saturating_sub(volume.trash_bytes)).to_string(),
+            Size(volume.trash_bytes).to_string(),
             volume.blocks.to_string(),
             quota,
         ]);
+    }
+    text(&table)
+}
+
+/// What lies in the trash: number, volume, size, when and by whom it was removed, time left, path.
+pub(super) fn trash(lines: Vec<[String; 7]>) -> String {
+    let header = ["ID", "VOLUME", "SIZE", "REMOVED", "BY", "LEFT", "PATH"];
+    let mut table = table(header, &[0, 2]);
+    for line in lines {
+        table.add_row(line);
     }
     text(&table)
 }

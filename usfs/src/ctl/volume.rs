@@ -19,8 +19,14 @@ pub(super) fn changed(info: &v1::VolumeInfo) -> String {
         0 => "no quota".to_owned(),
         bytes => format!("a quota of {}", Size(bytes)),
     };
+    let trash = match info.trash_hours {
+        0 => "what is removed is gone".to_owned(),
+        hours => format!("what is removed can be had back for {hours} h"),
+    };
     let (name, at) = (&info.name, info.repair_at);
-    format!("Volume {name}: blocks are repaired when no more than {at} can be lost; {quota}.\n")
+    format!(
+        "Volume {name}: blocks are repaired when no more than {at} can be lost; {quota}; {trash}.\n"
+    )
 }
 
 pub(super) fn created(info: &v1::VolumeInfo) -> String {

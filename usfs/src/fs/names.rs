@@ -129,26 +129,26 @@ impl Fs {
     }
 
     /// Removes a name that is not a directory.
-    pub async fn unlink(&self, _caller: Caller, parent: Ino, name: &[u8]) -> Result<(), FsError> {
-        self.run(|state, now| state.core.unlink(now, parent, name, false).map(|_| ())).await
+    pub async fn unlink(&self, caller: Caller, parent: Ino, name: &[u8]) -> Result<(), FsError> {
+        self.run(|state, now| state.core.unlink(now, caller, parent, name, false).map(|_| ())).await
     }
 
     /// Removes an empty directory.
-    pub async fn rmdir(&self, _caller: Caller, parent: Ino, name: &[u8]) -> Result<(), FsError> {
-        self.run(|state, now| state.core.unlink(now, parent, name, true).map(|_| ())).await
+    pub async fn rmdir(&self, caller: Caller, parent: Ino, name: &[u8]) -> Result<(), FsError> {
+        self.run(|state, now| state.core.unlink(now, caller, parent, name, true).map(|_| ())).await
     }
 
     /// Moves a name.
     pub async fn rename(
         &self,
-        _caller: Caller,
+        caller: Caller,
         from: (Ino, &[u8]),
         to: (Ino, &[u8]),
         mode: RenameMode,
     ) -> Result<(), FsError> {
         let mut flushed = Vec::new();
         self.run(|state, now| {
-            let renamed = state.core.rename(now, from, to, mode, &flushed);
+            let renamed = state.core.rename(now, caller, from, to, mode, &flushed);
             // It is called again when that is done.
             if let Err(Stop::Stall(Stall::Flush(ino))) = &renamed {
                 flushed.push(*ino);

@@ -118,7 +118,14 @@ impl TestDirectory {
             Self { inner: Arc::new(Mutex::new(inner)), swarm: Arc::new(MemoryProviders::new()) };
         directory.join_providers();
         let (name, s, r) = ("v".to_owned(), 4, 2);
-        let question = Question::CreateVolume { name, s, r, quota_bytes: 0, repair_at: None };
+        let question = Question::CreateVolume {
+            name,
+            s,
+            r,
+            quota_bytes: 0,
+            repair_at: None,
+            trash_hours: None,
+        };
         directory.step(Event::Ask { ask: AskId(1), question });
         directory.settle();
         let ticking = directory.clone();

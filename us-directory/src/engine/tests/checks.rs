@@ -26,14 +26,14 @@ fn check(swarm: &Swarm) -> (Vec<Found>, FsckSummary) {
     (found, seen)
 }
 
-fn kinds(swarm: &Swarm) -> Vec<FsckKind> {
+pub(super) fn kinds(swarm: &Swarm) -> Vec<FsckKind> {
     let mut kinds: Vec<FsckKind> = check(swarm).0.iter().map(|found| found.kind).collect();
     kinds.sort_unstable();
     kinds.dedup();
     kinds
 }
 
-fn change(swarm: &mut Swarm, change: impl FnOnce(&mut WriteBatch)) {
+pub(super) fn change(swarm: &mut Swarm, change: impl FnOnce(&mut WriteBatch)) {
     let mut batch = WriteBatch::new();
     change(&mut batch);
     swarm.world.engine.commit(batch, Durability::Applied).unwrap();

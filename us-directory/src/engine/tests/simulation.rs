@@ -21,6 +21,8 @@ struct Actor {
     held: BTreeMap<u64, (Level, u64)>,
     recalls: Vec<Recall>,
     log: BTreeMap<u64, Vec<Op>>,
+    /// The grants under which it held what it removed.
+    let_go: BTreeMap<u64, u64>,
     connected: bool,
 }
 
@@ -30,11 +32,13 @@ struct Simulation {
     random: StdRng,
     /// The root's names, after everything any mount has done.
     tree: BTreeMap<&'static str, u64>,
+    /// What they removed and did not have back.
+    trash: BTreeSet<u64>,
 }
 
 impl Simulation {
     fn new(seed: u64) -> Self {
-        let mut world = World::new();
+        let mut world = World::with_trash_age(0);
         world.volume("v", 4, 2);
         let actors = (0..MOUNTS)
             .map(|index| Actor {
@@ -42,15 +46,19 @@ impl Simulation {
                 held: BTreeMap::new(),
                 recalls: Vec::new(),
                 log: BTreeMap::new(),
+                let_go: BTreeMap::new(),
                 connected: true,
             })
             .collect();
         world.auto = false;
         let random = StdRng::seed_from_u64(seed);
-        Self { world, actors, random, tree: BTreeMap::new() }
+        Self { world, actors, random, tree: BTreeMap::new(), trash: BTreeSet::new() }
     }
 
     fn check_leases(&self) {
+        let ended = |down: &&Down| matches!(down, Down::Ended(_));
+        let said = self.world.to_sessions.values().flatten().find(ended);
+        assert!(said.is_none(), "{said:?}");
         let mut holders: BTreeMap<u64, Vec<Level>> = BTreeMap::new();
         for actor in &self.actors {
             for (ino, (level, _)) in &actor.held {
@@ -137,7 +145,17 @@ impl Simulation {
             return;
         }
         let name = NAMES[self.random.random_range(0..NAMES.len())];
+        let back = self.trash.iter().copied().choose(&mut self.random);
+        let back = back.filter(|_| self.random.random_bool(0.4));
         let op = match self.tree.get(name).copied() {
+            None if back.is_some() => {
+                let ino = back.unwrap();
+                self.actors[index].held.insert(ino, (Level::Exclusive, 0));
+                self.tree.insert(name, ino);
+                self.trash.remove(&ino);
+                let (name_hash, sealed_name) = (hash(name), hash(name));
+                Op::Restore(Restore { dir: 1, name_hash, sealed_name, ino, time: at(300) })
+            }
             None => {
                 let actor = &mut self.actors[index];
                 if actor.mount.next_ino == actor.mount.end_ino {
@@ -149,8 +167,11 @@ impl Simulation {
                 create(1, name, ino, 0o100_644)
             }
             Some(ino) if self.exclusive(index, ino) => {
-                self.actors[index].held.remove(&ino);
+                let actor = &mut self.actors[index];
+                let held = actor.held.remove(&ino);
+                actor.let_go.insert(ino, held.map_or(0, |(_, grant)| grant));
                 self.tree.remove(name);
+                self.trash.insert(ino);
                 unlink(1, name, ino, false)
             }
             Some(_) => return,
@@ -187,10 +208,14 @@ impl Simulation {
             let ino = match op {
                 Op::Create(create) => create.ino,
                 Op::Unlink(unlink) => unlink.ino,
+                Op::Restore(restore) => restore.ino,
                 other => panic!("{other:?}"),
             };
             for ino in [1, ino] {
-                claims.entry(ino).or_default().0 = Level::Exclusive;
+                let grant = actor.let_go.get(&ino).copied().unwrap_or(0);
+                let claim = claims.entry(ino).or_insert((Level::None, 0));
+                // What it removes and has back in one log it holds under grant 0 by now.
+                *claim = (Level::Exclusive, claim.1.max(grant));
             }
         }
         let message = |ino: u64, (level, grant): (Level, u64)| InodeLease {
@@ -287,6 +312,10 @@ impl Simulation {
             listed.entries.iter().map(|entry| (entry.name_hash.clone(), entry.ino)).collect();
         let expected = self.tree.iter().map(|(name, ino)| (hash(name), *ino)).collect();
         assert_eq!(listed, expected);
+        let volume = *self.world.engine.volumes.keys().next().unwrap();
+        let trash = self.world.engine.scan_all(&keys::tag(&volume, b't')).unwrap();
+        let trash: BTreeSet<u64> = trash.iter().map(|(key, _)| keys::last_number(key)).collect();
+        assert_eq!(trash, self.trash);
     }
 }
 

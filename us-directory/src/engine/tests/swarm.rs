@@ -79,6 +79,8 @@ pub(super) struct Swarm {
     pub failed_orders: u64,
     /// Of a block.
     pub plaintext_bytes: u32,
+    /// Of a file.
+    pub file_bytes: u64,
 }
 
 impl Swarm {
@@ -105,6 +107,7 @@ impl Swarm {
             broken: BTreeSet::new(),
             failed_orders: 0,
             plaintext_bytes: 8192,
+            file_bytes: 8192,
         };
         swarm.mount.inode(&mut swarm.world, 1, Level::Exclusive).unwrap();
         (1..=providers).for_each(|key| swarm.join(key));
@@ -181,9 +184,14 @@ impl Swarm {
             };
             let ino = self.mount.ino();
             let extents =
-                vec![ExtentWrite { ino, offset: 0, length: 8192, block, ..Default::default() }];
-            let growth =
-                FileGrowth { ino, size: 8192, mtime: at(3), ctime: at(3), clear_suid: false };
+                vec![ExtentWrite { ino, length: self.file_bytes, block, ..Default::default() }];
+            let growth = FileGrowth {
+                ino,
+                size: self.file_bytes,
+                mtime: at(3),
+                ctime: at(3),
+                clear_suid: false,
+            };
             let name = format!("f{}", self.blocks);
             let data = CommitData { blocks: vec![commit], extents, files: vec![growth] };
             let ops = vec![create(1, &name, ino, 0o100_644), Op::CommitData(data)];

@@ -8,6 +8,8 @@ enum Step {
     Link { dir: usize, name: u8, target: usize },
     Unlink { dir: usize, name: u8 },
     Rename { from: (usize, u8), to: (usize, u8), exchange: bool },
+    Restore { dir: usize, name: u8, which: usize },
+    Purge { which: usize },
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -24,6 +26,12 @@ fn step() -> impl Strategy<Value = Step> {
             target
         }),
         place.clone().prop_map(|(dir, name)| Step::Unlink { dir, name }),
+        (place.clone(), 0usize..8).prop_map(|((dir, name), which)| Step::Restore {
+            dir,
+            name,
+            which
+        }),
+        (0usize..8).prop_map(|which| Step::Purge { which }),
         (place.clone(), place, any::<bool>()).prop_map(|(from, to, exchange)| Step::Rename {
             from,
             to,
@@ -32,12 +40,22 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-/// A tree as it should be: directories by inode, and what is a directory.
+/// A tree as it should be: directories by inode, and what is a directory; and its trash.
 #[derive(Clone, Debug, Default)]
 struct Tree {
     dirs: BTreeMap<u64, BTreeMap<u8, u64>>,
     files: BTreeSet<u64>,
+    /// Whether it is a directory, and when it was removed.
+    trash: BTreeMap<u64, (bool, u64)>,
+    born: BTreeMap<u64, u64>,
+    /// Directories that something in the trash lay in.
+    keeps: BTreeSet<u64>,
+    /// Steps so far, when there is a trash.
+    clock: Option<u64>,
 }
+
+/// What is removed within so many steps is not kept.
+const AGE: u64 = 4;
 
 impl Tree {
     fn inodes(&self) -> Vec<u64> {
@@ -62,10 +80,16 @@ impl Tree {
         }
     }
 
-    fn forget(&mut self, ino: u64) {
-        if self.names_of(ino) == 0 {
-            self.dirs.remove(&ino);
-            self.files.remove(&ino);
+    fn forget(&mut self, ino: u64, dir: u64) {
+        if self.names_of(ino) > 0 {
+            return;
+        }
+        let is_dir = self.dirs.remove(&ino).is_some();
+        self.files.remove(&ino);
+        let Some(now) = self.clock else { return };
+        if now >= self.born[&ino] + AGE || self.keeps.contains(&ino) {
+            self.trash.insert(ino, (is_dir, now));
+            self.keeps.insert(dir);
         }
     }
 
@@ -106,15 +130,31 @@ impl Tree {
         }
         self.dirs.get_mut(&from.0).unwrap().remove(&from.1);
         self.dirs.get_mut(&to.0).unwrap().insert(to.1, moved);
-        there.into_iter().for_each(|there| self.forget(there));
+        there.into_iter().for_each(|there| self.forget(there, to.0));
         true
     }
 }
 
 fn check(volume: &Volume, tree: &Tree) {
-    let inodes = volume.scan(&keys::tag(&VOLUME, b'i'));
-    let found: BTreeSet<u64> = inodes.iter().map(|(key, _)| keys::last_number(key)).collect();
+    let inodes = volume.scan(&keys::tag(&VOLUME, b'i')).into_iter();
+    let inodes = inodes.map(|(key, value)| {
+        (keys::last_number(&key), decode::<InodeRecord>(&key, &value).unwrap())
+    });
+    let (trashed, found): (Vec<_>, Vec<_>) = inodes.partition(|(_, record)| record.is_trashed());
+    let found: BTreeSet<u64> = found.into_iter().map(|(ino, _)| ino).collect();
     assert_eq!(found, tree.inodes().into_iter().collect());
+    let trashed: BTreeMap<u64, (bool, u64)> = trashed
+        .into_iter()
+        .map(|(ino, record)| {
+            let is_dir = record.mode & crate::namespace::S_IFMT == S_IFDIR;
+            (ino, (is_dir, record.removed.unwrap().at_ms))
+        })
+        .collect();
+    assert_eq!(trashed, tree.trash);
+    let line = volume.scan(&keys::tag(&VOLUME, b't'));
+    let line: BTreeMap<u64, u64> =
+        line.iter().map(|(key, _)| (keys::last_number(key), keys::trashed_at(key))).collect();
+    assert_eq!(line, tree.trash.iter().map(|(ino, (_, at_ms))| (*ino, *at_ms)).collect());
     for (dir, names) in &tree.dirs {
         let record: InodeRecord = volume.get(&keys::inode(&VOLUME, *dir)).unwrap();
         assert_eq!(record.entries as usize, names.len());
@@ -141,6 +181,7 @@ fn check(volume: &Volume, tree: &Tree) {
     }
     let usage: UsageRecord = volume.get(&keys::usage(&VOLUME)).unwrap();
     assert_eq!(usage.inodes as usize, found.len());
+    assert_eq!(usage.trash_files as usize, tree.trash.len());
 }
 
 fn take(volume: &mut Volume, tree: &mut Tree, next: &mut u64, step: &Step) {
@@ -154,6 +195,7 @@ fn take(volume: &mut Volume, tree: &mut Tree, next: &mut u64, step: &Step) {
             let allowed = !tree.dirs[&at].contains_key(name);
             assert_eq!(volume.apply(vec![create(at, *name, ino, mode)]).is_ok(), allowed);
             if allowed {
+                tree.born.insert(ino, tree.clock.unwrap_or(0));
                 tree.dirs.get_mut(&at).unwrap().insert(*name, ino);
                 if *is_dir {
                     tree.dirs.insert(ino, BTreeMap::new());
@@ -188,8 +230,35 @@ fn take(volume: &mut Volume, tree: &mut Tree, next: &mut u64, step: &Step) {
             assert_eq!(volume.apply(vec![Op::Unlink(unlink)]).is_ok(), allowed);
             if let Some(ino) = ino.filter(|_| allowed) {
                 tree.dirs.get_mut(&at).unwrap().remove(name);
-                tree.forget(ino);
+                tree.forget(ino, at);
             }
+        }
+        Step::Restore { dir: at, name, which } => {
+            let at = dir(*at);
+            // What is not in the trash is tried too.
+            let some: Vec<u64> = tree.trash.keys().copied().chain(tree.inodes()).collect();
+            let ino = some[which % some.len()];
+            let (name_hash, sealed_name) = (hash(*name), hash(*name));
+            let restore = Restore { dir: at, name_hash, sealed_name, ino, time: None };
+            let allowed = tree.trash.contains_key(&ino) && !tree.dirs[&at].contains_key(name);
+            assert_eq!(volume.apply(vec![Op::Restore(restore)]).is_ok(), allowed);
+            if allowed && let Some((is_dir, _)) = tree.trash.remove(&ino) {
+                tree.dirs.get_mut(&at).unwrap().insert(*name, ino);
+                if is_dir {
+                    tree.dirs.insert(ino, BTreeMap::new());
+                } else {
+                    tree.files.insert(ino);
+                }
+            }
+        }
+        Step::Purge { which } => {
+            let some: Vec<u64> = tree.trash.keys().copied().chain(tree.inodes()).collect();
+            let ino = some[which % some.len()];
+            let mut tx = volume.tx();
+            let purged = tx.purge(ino).unwrap();
+            let outcome = tx.finish().unwrap();
+            volume.finish(outcome);
+            assert_eq!(purged.files, u64::from(tree.trash.remove(&ino).is_some()));
         }
         Step::Rename { from, to, exchange } => {
             let (from, to) = ((dir(from.0), from.1), (dir(to.0), to.1));
@@ -221,14 +290,21 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(128))]
 
     #[test]
-    fn names_agree_with_a_tree(steps in proptest::collection::vec(step(), 1..60)) {
+    fn names_agree_with_a_tree(
+        steps in proptest::collection::vec(step(), 1..80),
+        trash in any::<bool>(),
+    ) {
         let mut volume = Volume::new();
-        let mut tree = Tree::default();
+        let mut tree = Tree { clock: trash.then_some(0), ..Tree::default() };
         tree.dirs.insert(1, BTreeMap::new());
         let mut next = 2;
-        for step in &steps {
+        for (now, step) in steps.iter().enumerate() {
+            if trash {
+                tree.clock = Some(now as u64);
+                volume.trash = TrashRule { clock_ms: now as u64, age_ms: AGE, on: true };
+            }
             take(&mut volume, &mut tree, &mut next, step);
+            check(&volume, &tree);
         }
-        check(&volume, &tree);
     }
 }

@@ -88,7 +88,7 @@ fn what_is_deleted_is_not_packed() {
     core.trust_until(Duration::from_secs(1000));
     let (ino, handle) = file(&mut core, b"journal");
     assert!(write_inline(&mut core, at(1000), ino, handle, 0));
-    core.unlink(at(1001), Ino::ROOT, b"journal", false).unwrap();
+    core.unlink(at(1001), Caller::default(), Ino::ROOT, b"journal", false).unwrap();
     core.close(handle);
     core.forget(ino, 1);
     assert_eq!((core.next_packed_at(), core.take_packed(at(90_000)).len()), (None, 0));

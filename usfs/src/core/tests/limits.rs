@@ -26,7 +26,7 @@ fn extended_attributes_are_counted_as_they_are_stored() {
 }
 
 fn rename_dir(core: &mut Core, from: (Ino, &[u8]), to: (Ino, &[u8])) -> Result<Renamed, Stop> {
-    core.rename(at(9), from, to, RenameMode::Replace, &[])
+    core.rename(at(9), Caller::default(), from, to, RenameMode::Replace, &[])
 }
 
 /// The directory looks at so many parents; a rename below more of them ended the session.

@@ -15,7 +15,7 @@ fn a_removed_working_directory_can_be_changed_until_the_kernel_forgets_it() {
     let mut core = core();
     give_root(&mut core);
     let dir = make_dir(&mut core, b"d");
-    core.unlink(at(3), Ino::ROOT, b"d", true).unwrap();
+    core.unlink(at(3), Caller::default(), Ino::ROOT, b"d", true).unwrap();
     let change = SetAttributes { mode: Some(0o700), ..SetAttributes::default() };
     assert_eq!(core.setattr(at(4), dir, None, change).unwrap().attributes.nlink, 0);
     core.set_xattr(at(4), dir, b"user.x", b"y", crate::fs::XattrMode::Set).unwrap();
@@ -36,7 +36,7 @@ fn an_unlinked_file_that_the_kernel_knows_keeps_its_bytes() {
     let (ino, handle) = file(&mut core, b"a");
     core.write(at(3), handle, 0, b"abc", false).unwrap();
     core.close(handle);
-    core.unlink(at(3), Ino::ROOT, b"a", false).unwrap();
+    core.unlink(at(3), Caller::default(), Ino::ROOT, b"a", false).unwrap();
     let again = core.open(at(4), ino, RW).unwrap().handle;
     let plan = core.read(at(4), again, 0, 3).unwrap();
     assert!(matches!(&plan.pieces[..], [ReadPiece::Bytes(bytes)] if bytes == &b"abc"[..]));
