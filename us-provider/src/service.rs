@@ -71,9 +71,9 @@ pub struct FragmentService {
     reads: Arc<Semaphore>,
     repair_reads: Arc<Semaphore>,
     sums: Arc<Semaphore>,
-    /// How long a read on a connection's thread took lately, and how many were not tried.
+    /// How long a read on a connection's thread took lately, and how many were asked for.
     in_place_us: Arc<AtomicU32>,
-    in_place_skipped: Arc<AtomicU32>,
+    in_place_asked: Arc<AtomicU32>,
 }
 
 impl std::fmt::Debug for FragmentService {
@@ -95,7 +95,7 @@ impl FragmentService {
             repair_reads: Arc::new(Semaphore::new(REPAIR_READS_MAX)),
             sums: Arc::new(Semaphore::new(combine::SUM_BYTES_MAX / UNIT_BYTES)),
             in_place_us: Arc::default(),
-            in_place_skipped: Arc::default(),
+            in_place_asked: Arc::default(),
         }
     }
 
@@ -149,7 +149,8 @@ impl FragmentService {
         let may_block = runtime.runtime_flavor() == RuntimeFlavor::MultiThread;
         let average = self.in_place_us.load(Ordering::Relaxed);
         // Now and then it is tried anyway: a disk that was busy is quick again.
-        let tried = self.in_place_skipped.fetch_add(1, Ordering::Relaxed) % IN_PLACE_AGAIN == 0;
+        let asked = self.in_place_asked.fetch_add(1, Ordering::Relaxed);
+        let tried = asked.is_multiple_of(IN_PLACE_AGAIN);
         if !may_block || (average > IN_PLACE_US_MAX && !tried) {
             return None;
         }

@@ -100,6 +100,10 @@ fn recall(ino: Ino) -> Recall {
 }
 
 fn store(core: &mut Core, plan: &SealPlan) {
+    store_at(core, at(3), plan);
+}
+
+fn store_at(core: &mut Core, now: Now, plan: &SealPlan) {
     let id = BlockId::generate();
     let bytes: usize = plan.pieces.iter().map(Bytes::len).sum();
     let info = v1::BlockInfo {
@@ -111,7 +115,7 @@ fn store(core: &mut Core, plan: &SealPlan) {
     let info = BlockInfo::from_proto(&info).unwrap();
     let commit =
         v1::BlockCommit { block: info.id.as_bytes().to_vec().into(), ..Default::default() };
-    core.finish_ticket(at(3), plan.ticket, Ok(Stored { info, commit }));
+    core.finish_ticket(now, plan.ticket, Ok(Stored { info, commit }));
 }
 
 #[test]
