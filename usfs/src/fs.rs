@@ -11,7 +11,6 @@
 mod blocks;
 mod compact;
 mod files;
-mod held_locks;
 mod locks;
 mod mount;
 mod names;

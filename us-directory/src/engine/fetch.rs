@@ -248,7 +248,7 @@ impl Engine {
 
     /// Other sessions of the volume that have not said what they hold since the directory started:
     /// while there are any, nothing new is given.
-    pub(super) fn unclaimed_by(&self, session: u64) -> Vec<u64> {
+    fn unclaimed_by(&self, session: u64) -> Vec<u64> {
         let volume = self.sessions.get(&session).map(|known| known.volume);
         let others = self.sessions.iter().filter(|(id, other)| {
             **id != session && !other.claimed && Some(other.volume) == volume

@@ -3,7 +3,7 @@
 use us_proto::v1::session_down::Event as Down;
 use us_proto::v1::{LockKind, LockReply, LockRequest};
 
-use super::leases::{InodeKey, Level};
+use super::leases::InodeKey;
 use super::locks::{Lock, LockOwner};
 use super::{ConnId, Engine};
 use crate::store::StoreError;
@@ -45,16 +45,6 @@ impl Engine {
         if ask.start > ask.end {
             return self.refuse(session, "a lock that ends before it starts".to_owned());
         }
-        // Whoever has the inode for itself keeps its locks itself, and gives them to us when that is
-        // recalled; after a start it may not have said yet that it has.
-        let may_be_elsewhere = !self.leases.is_free(session, &key, Level::Shared)
-            || !self.unclaimed_by(session).is_empty();
-        if may_be_elsewhere && kind != LockKind::Unlock {
-            let request = ask.request;
-            let reply = LockReply { request, lease_first: true, ..Default::default() };
-            self.send(conn, Down::Lock(reply));
-            return Ok(());
-        }
         let by = LockOwner { session, owner: ask.owner };
         let wanted = Lock { by, start: ask.start, end: ask.end, kind, pid: ask.pid };
         let blocking =
@@ -71,14 +61,9 @@ impl Engine {
             Some(held) => self.reply_lock(conn, ask.request, session, Some(held)),
             None => {
                 let granted = ask.test || self.locks.set(&key, wanted);
-                self.retry_locks(&key);
-                let alone = granted
-                    && self.leases.level(session, &key) == Level::Exclusive
-                    && self.locks.are_of(session, &key)
-                    && self.lock_waiters.iter().all(|waiter| waiter.key != key);
-                let reply =
-                    LockReply { request: ask.request, granted, alone, ..Default::default() };
+                let reply = LockReply { request: ask.request, granted, ..Default::default() };
                 self.send(conn, Down::Lock(reply));
+                self.retry_locks(&key);
             }
         }
         Ok(())

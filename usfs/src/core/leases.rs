@@ -50,14 +50,6 @@ pub enum FinishedRecall {
 }
 
 impl Core {
-    /// Whether this mount has the inode for itself, so that it may keep its byte-range locks.
-    pub fn may_lock_here(&self, now: Now, ino: Ino) -> bool {
-        let lease = self.nodes.get(&ino).map(|node| node.lease);
-        let own =
-            lease.is_some_and(|lease| lease.level == Level::Exclusive && lease.keep.is_none());
-        own && self.check_session(now).is_ok()
-    }
-
     /// Takes a recall that nobody answers yet.
     pub fn take_recall(&mut self) -> Option<Recall> {
         self.recalls.pop_front()

@@ -1,5 +1,4 @@
-//! Byte-range locks: the directory holds them, so that they hold across mounts; those of a file that
-//! this mount has for itself it keeps itself ([`super::held_locks`]).
+//! Byte-range locks: the directory holds them, so that they hold across mounts.
 //!
 //! The kernel says who an owner is: the open files of a process (POSIX locks, dropped when it
 //! closes any descriptor of the file) or one open file (OFD locks, dropped when that is closed for
@@ -8,7 +7,6 @@
 //! has answered that its locks are gone; until then it is asked again.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -17,17 +15,13 @@ use us_proto::v1;
 use us_proto::v1::session_down::Event as Down;
 use us_proto::v1::session_up::Event as Up;
 
-use super::held_locks::{LockStep, OwnLock};
 use super::names::ANSWER_TIMEOUT;
-use super::shared::Shared;
 use super::{Fs, FsError, Handle, Lock, LockType};
 
 /// One wait for a lock at the directory, and all of them: a request cannot be interrupted, so no
 /// wait is for ever.
 const LOCK_WAIT_MS: u32 = 10_000;
 const LOCK_WAIT_MAX: Duration = Duration::from_secs(600);
-/// The pause before a lock is asked for again whose file another mount had for itself.
-const LEASE_POLL: Duration = Duration::from_millis(5);
 /// The pause before locks that could not be released are released again.
 const AGAIN_AFTER: Duration = Duration::from_secs(1);
 
@@ -172,8 +166,6 @@ impl Fs {
         Ok(())
     }
 
-    /// Sets, releases or tests a lock: here where the mount has the file for itself, else at the
-    /// directory.
     async fn ask_lock(
         &self,
         ino: Ino,
@@ -181,141 +173,29 @@ impl Fs {
         test: bool,
         wait_ms: u32,
     ) -> Result<v1::LockReply, FsError> {
-        let wanted = own_lock(lock);
-        let deadline = Instant::now() + ANSWER_TIMEOUT;
-        loop {
-            let step = {
-                let (mut state, now) = (self.shared.lock(), self.shared.now());
-                let may = state.core.may_lock_here(now, ino);
-                state.held_locks.begin(ino, wanted, test, wait_ms > 0, may)
-            };
-            match step {
-                LockStep::Done(done) => return Ok(reply_here(done)),
-                LockStep::TooMany => return Ok(v1::LockReply::default()),
-                LockStep::Publish => {
-                    publish(&self.shared, ino).await?;
-                    continue;
-                }
-                LockStep::Ask => {}
-            }
-            let asked = self.ask_directory(ino, wanted, test, wait_ms).await;
-            let result = asked.as_ref().ok();
-            {
-                let (mut state, now) = (self.shared.lock(), self.shared.now());
-                let may = state.core.may_lock_here(now, ino);
-                let outcome = result.map(|reply| (reply.granted, reply.alone && may));
-                state.held_locks.answered(ino, wanted, test, outcome);
-            }
-            let reply = asked?;
-            if !reply.lease_first {
-                return Ok(reply);
-            }
-            if Instant::now() >= deadline {
-                return Err(FsError::TimedOut("another mount did not give its locks".to_owned()));
-            }
-            // With a lease nobody else keeps locks of the file to himself.
-            self.run(|state, now| state.core.getattr(now, ino).map(drop)).await?;
-            tokio::time::sleep(LEASE_POLL).await;
-        }
-    }
-
-    async fn ask_directory(
-        &self,
-        ino: Ino,
-        wanted: OwnLock,
-        test: bool,
-        wait_ms: u32,
-    ) -> Result<v1::LockReply, FsError> {
-        let ask = |request| Up::Lock(lock_request(request, ino, &wanted, test, wait_ms));
+        let kind = match lock.kind {
+            LockType::Read => v1::LockKind::Read,
+            LockType::Write => v1::LockKind::Write,
+            LockType::Unlock => v1::LockKind::Unlock,
+        };
+        let ask = |request| {
+            Up::Lock(v1::LockRequest {
+                request,
+                ino: ino.0,
+                owner: lock.owner,
+                start: lock.start,
+                end: lock.end,
+                kind: kind as i32,
+                pid: lock.pid,
+                test,
+                wait: wait_ms > 0,
+                wait_ms,
+            })
+        };
         let timeout = ANSWER_TIMEOUT + Duration::from_millis(u64::from(wait_ms));
         match self.shared.ask(ask, timeout).await? {
             Down::Lock(reply) => Ok(reply),
             _ => Err(FsError::Io("the directory answered something else".to_owned())),
-        }
-    }
-
-    /// The file was closed for the last time, maybe: what the directory still holds of locks that
-    /// were since kept here must go, though nobody asks.
-    pub(super) fn publish_later(&self, ino: Ino) {
-        if self.shared.lock().held_locks.are_here(ino) {
-            let shared = Arc::clone(&self.shared);
-            self.shared.tasks.spawn(async move { publish_surely(&shared, ino).await });
-        }
-    }
-}
-
-fn own_lock(lock: Lock) -> OwnLock {
-    let kind = match lock.kind {
-        LockType::Read => v1::LockKind::Read,
-        LockType::Write => v1::LockKind::Write,
-        LockType::Unlock => v1::LockKind::Unlock,
-    };
-    OwnLock { by: lock.owner, start: lock.start, end: lock.end, kind, pid: lock.pid }
-}
-
-fn lock_request(
-    request: u64,
-    ino: Ino,
-    wanted: &OwnLock,
-    test: bool,
-    wait_ms: u32,
-) -> v1::LockRequest {
-    v1::LockRequest {
-        request,
-        ino: ino.0,
-        owner: wanted.by,
-        start: wanted.start,
-        end: wanted.end,
-        kind: wanted.kind as i32,
-        pid: wanted.pid,
-        test,
-        wait: wait_ms > 0,
-        wait_ms,
-    }
-}
-
-fn reply_here(done: Result<(), OwnLock>) -> v1::LockReply {
-    let mut reply = v1::LockReply { granted: done.is_ok(), ..v1::LockReply::default() };
-    if let Err(blocking) = done {
-        reply.blocking_kind = blocking.kind as i32;
-        reply.blocking_start = blocking.start;
-        reply.blocking_end = blocking.end;
-        reply.blocking_pid = blocking.pid;
-    }
-    reply
-}
-
-/// Has the directory hold the locks of a file that were kept here. Nothing else of the file gets
-/// between them on the way: all are put into the stream in one step.
-async fn publish(shared: &Shared, ino: Ino) -> Result<(), FsError> {
-    let answers = shared.ask_all(
-        |state| state.held_locks.publish(ino),
-        |request, lock| Up::Lock(lock_request(request, ino, lock, false, 0)),
-    )?;
-    if answers.is_empty() {
-        return Ok(());
-    }
-    for answer in answers {
-        match shared.answer_of(answer, ANSWER_TIMEOUT).await? {
-            Down::Lock(reply) if reply.granted => {}
-            _ => return Err(FsError::Io("a lock of this mount was not taken over".to_owned())),
-        }
-    }
-    shared.lock().held_locks.published(ino);
-    Ok(())
-}
-
-/// [`publish`] until the directory has it, or the session ends, and its locks with it.
-pub(super) async fn publish_surely(shared: &Shared, ino: Ino) {
-    while let Err(error) = publish(shared, ino).await {
-        tracing::debug!(%ino, %error, "locks are not published yet");
-        // Cancel-safe: both only wait.
-        tokio::select! {
-            () = tokio::time::sleep(AGAIN_AFTER) => {}
-            () = shared.stop.cancelled() => return,
-        }
-        if shared.lock().core.ended().is_some() {
-            return;
         }
     }
 }

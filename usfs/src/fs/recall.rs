@@ -11,7 +11,6 @@ use tokio::sync::Semaphore;
 use tokio::time::{Instant, timeout};
 use us_core::ids::Ino;
 
-use super::locks::publish_surely;
 use super::notify::Forget;
 use super::shared::Shared;
 use super::writeback::flush_file;
@@ -85,9 +84,6 @@ async fn answer(shared: &Arc<Shared>, slots: &Slots, recall: Recall) {
             FinishedRecall::Pinned => tokio::time::sleep(PIN_POLL).await,
             FinishedRecall::Dirty => flush(shared, slots, ino).await,
             FinishedRecall::Returned => {
-                if keep < Level::Exclusive {
-                    publish_surely(shared, ino).await;
-                }
                 if keep == Level::None {
                     let Ok(_slot) = slots.forgetting.acquire().await else { return };
                     forget_in_kernel(shared, ino).await;

@@ -21,7 +21,6 @@ use us_proto::v1::session_down::Event as Down;
 use us_proto::v1::session_up::Event as Up;
 
 use super::blocks::Blocks;
-use super::held_locks::HeldLocks;
 use super::locks::LockOwners;
 use super::notify::KernelCalls;
 use super::undurable::UndurableBlocks;
@@ -41,19 +40,12 @@ pub(crate) enum Answer {
     Contended,
 }
 
-/// A question on its way.
-pub(crate) struct Asked {
-    number: u64,
-    answer: oneshot::Receiver<Down>,
-}
-
 /// The core and those who wait for it: one lock.
 pub(crate) struct State {
     pub core: Core,
     waiters: HashMap<u64, Vec<oneshot::Sender<Answer>>>,
     replies: HashMap<u64, oneshot::Sender<Down>>,
     pub lock_owners: LockOwners,
-    pub held_locks: HeldLocks,
     /// The plaintext of blocks whose commit is not durable.
     pub undurable: UndurableBlocks,
 }
@@ -110,7 +102,6 @@ impl Shared {
             waiters: HashMap::new(),
             replies: HashMap::new(),
             lock_owners: LockOwners::default(),
-            held_locks: HeldLocks::default(),
             undurable: UndurableBlocks::new(parts.dirty_bytes_max),
         };
         Self {
@@ -155,47 +146,19 @@ impl Shared {
         make: impl FnOnce(u64) -> Up,
         timeout: Duration,
     ) -> Result<Down, FsError> {
-        let mut make = Some(make);
-        let asked = self.ask_all(
-            |_| vec![()],
-            |number, ()| {
-                let make = make.take().expect("one question");
-                make(number)
-            },
-        )?;
-        let only = asked.into_iter().next().expect("one question");
-        self.answer_of(only, timeout).await
-    }
-
-    /// Asks what `wanted` says, one after the other with nothing between; what it changes is changed in
-    /// the same step.
-    pub fn ask_all<W>(
-        &self,
-        wanted: impl FnOnce(&mut State) -> Vec<W>,
-        mut make: impl FnMut(u64, &W) -> Up,
-    ) -> Result<Vec<Asked>, FsError> {
-        let mut state = self.lock();
-        if let Some(why) = state.core.ended() {
-            return Err(FsError::SessionEnded(why.to_owned()));
-        }
-        let wanted = wanted(&mut state);
-        let mut asked = Vec::with_capacity(wanted.len());
-        for wanted in &wanted {
+        let (number, answer) = {
+            let mut state = self.lock();
+            if let Some(why) = state.core.ended() {
+                return Err(FsError::SessionEnded(why.to_owned()));
+            }
             let number = state.core.request_number();
             let (sender, answer) = oneshot::channel();
             state.replies.insert(number, sender);
-            let event = make(number, wanted);
+            let event = make(number);
             state.core.send(event);
-            asked.push(Asked { number, answer });
-        }
-        drop(state);
+            (number, answer)
+        };
         self.outgoing.notify_one();
-        Ok(asked)
-    }
-
-    /// The answer to a question.
-    pub async fn answer_of(&self, asked: Asked, timeout: Duration) -> Result<Down, FsError> {
-        let Asked { number, answer } = asked;
         let answer = tokio::time::timeout(timeout, answer).await;
         self.lock().replies.remove(&number);
         match answer {

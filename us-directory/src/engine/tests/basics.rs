@@ -465,57 +465,6 @@ fn locks_wait_and_end_with_their_session() {
     assert_eq!(reply(&mut world, two.conn), Some(true));
 }
 
-/// A mount that has an inode for itself may keep its locks itself; another is looked at only when that
-/// is over.
-#[test]
-fn locks_are_kept_by_whoever_has_the_inode_for_himself() {
-    let mut world = world();
-    let (mut one, mut two) = (world.open(1, "v"), world.open(2, "v"));
-    let lock = |owner, kind: LockKind| LockRequest {
-        request: 1,
-        ino: 1,
-        owner,
-        start: 0,
-        end: 9,
-        kind: kind as i32,
-        ..Default::default()
-    };
-    let reply = |world: &mut World, conn| {
-        let reply = world.hear_some(conn, |down| match down {
-            Down::Lock(reply) => Some((reply.granted, reply.alone, reply.lease_first)),
-            _ => None,
-        });
-        reply.expect("an answer")
-    };
-    world.says(one.conn, Up::Lock(lock(1, LockKind::Write)));
-    assert_eq!(reply(&mut world, one.conn), (true, false, false), "the inode is nobody's");
-    assert!(one.inode(&mut world, 1, Level::Exclusive).is_some());
-    world.says(one.conn, Up::Lock(lock(1, LockKind::Write)));
-    assert_eq!(reply(&mut world, one.conn), (true, true, false));
-    // What it does with its locks now the directory does not see: even a free one is not given.
-    world.says(one.conn, Up::Lock(lock(1, LockKind::Unlock)));
-    assert_eq!(reply(&mut world, one.conn), (true, true, false));
-    world.says(two.conn, Up::Lock(lock(5, LockKind::Read)));
-    assert_eq!(reply(&mut world, two.conn), (false, false, true));
-    assert!(two.inode(&mut world, 1, Level::Shared).is_none(), "it is the first mount's");
-    let recall = one.recall(&mut world).expect("a recall");
-    // Before it gives the inode back it says what it has kept.
-    world.says(one.conn, Up::Lock(lock(2, LockKind::Write)));
-    assert!(reply(&mut world, one.conn).0);
-    one.give_back(&mut world, &recall, false);
-    assert!(two.answer(&mut world).is_some());
-    world.says(two.conn, Up::Lock(lock(5, LockKind::Read)));
-    assert_eq!(
-        reply(&mut world, two.conn),
-        (false, false, false),
-        "the first mount's is in the way"
-    );
-    world.says(one.conn, Up::Lock(lock(2, LockKind::Unlock)));
-    assert!(reply(&mut world, one.conn).0);
-    world.says(two.conn, Up::Lock(lock(5, LockKind::Read)));
-    assert_eq!(reply(&mut world, two.conn), (true, false, false));
-}
-
 /// The directory's thread was busy for a minute (a huge truncate), or its machine slept. The first
 /// event it took up was a tick, before the reports and renewals that had come meanwhile: every provider
 /// was silent, every mount was shut out.
