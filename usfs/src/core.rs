@@ -48,6 +48,7 @@ pub use self::crowding::Rewrite;
 pub use self::files::{ReadPiece, ReadPlan};
 pub use self::flush::{FlushReason, SealPlan, StoreFailure, Stored};
 pub use self::handles::OpenFile;
+pub use self::inlined::Packing;
 pub use self::install::Effect;
 pub use self::leases::{FinishedRecall, Recall};
 pub use self::names::{NewNode, Renamed};

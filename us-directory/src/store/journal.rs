@@ -29,6 +29,7 @@
 use std::fs::{File, OpenOptions};
 use std::io::Read;
 use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
@@ -360,10 +361,11 @@ impl JournalFile {
         let mut options = OpenOptions::new();
         let made = options.read(true).write(true).create(true).truncate(true).open(&path);
         let file = made.map_err(|error| StoreError::io("make", &path, error))?;
-        let mut file = AppendFile::new(file, 0);
-        file.append(&encode_header(tag, first_seq))
-            .and_then(|()| disk::sync_all(file.file(), &path))
+        // Zeros come after it: a header that is torn is all there is.
+        file.write_all_at(&encode_header(tag, first_seq), 0)
+            .and_then(|()| disk::sync_all(&file, &path))
             .map_err(|error| StoreError::io("write", &path, error))?;
+        let file = AppendFile::new(file, FILE_HEADER_BYTES as u64);
         sync_dir(dir)?;
         Ok(Self { file, path, tag })
     }

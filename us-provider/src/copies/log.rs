@@ -9,6 +9,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
@@ -267,11 +268,10 @@ impl RecordLog {
         let path = path_of(&self.dir, number);
         let create = || -> io::Result<AppendFile> {
             let file = OpenOptions::new().write(true).create_new(true).open(&path)?;
-            let mut file = AppendFile::new(file, 0);
-            file.append(&encode_header(number, &label))?;
-            disk::sync_all(file.file(), &path)?;
+            file.write_all_at(&encode_header(number, &label), 0)?;
+            disk::sync_all(&file, &path)?;
             File::open(&self.dir)?.sync_all()?;
-            Ok(file)
+            Ok(AppendFile::new(file, HEADER_BYTES as u64))
         };
         let file = create().map_err(|error| LogError::io("make", &path, error))?;
         self.next_number += 1;

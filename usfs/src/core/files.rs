@@ -82,11 +82,9 @@ impl Core {
             self.touch_atime(now, ino);
         }
         let ahead = self.open_file_mut(handle)?.read_ahead.on_read(range, size);
-        let ahead = match ahead.map(|range| self.plan(ino, range, size)) {
-            Some(Ok(pieces)) => pieces.into_iter().filter_map(ahead_piece).collect(),
-            // A part of the map that is not here yet is fetched when the reader gets there.
-            Some(Err(_)) | None => Vec::new(),
-        };
+        // A part of the map that is not here yet is fetched when the reader gets there.
+        let plans = ahead.into_iter().filter_map(|range| self.plan(ino, range, size).ok());
+        let ahead = plans.flatten().filter_map(ahead_piece).collect();
         Ok(ReadPlan { pieces, ahead })
     }
 

@@ -26,13 +26,18 @@ const PACKED_BYTES_MAX: u64 = 16 << 20;
 struct Note {
     /// Since it was packed; what was overwritten counts.
     bytes: u64,
+    /// Of them those that are being packed.
+    packing: u64,
     chunks: BTreeSet<u64>,
     last: Duration,
+    /// Not tried before: what could not be packed is tried again later.
+    not_before: Duration,
 }
 
 impl Note {
     fn due(&self) -> Duration {
-        if self.bytes >= FILE_BYTES_MAX { Duration::ZERO } else { self.last + LEFT_ALONE }
+        let at = if self.bytes >= FILE_BYTES_MAX { Duration::ZERO } else { self.last + LEFT_ALONE };
+        at.max(self.not_before)
     }
 }
 
@@ -41,6 +46,8 @@ impl Note {
 pub(super) struct Inlined {
     files: HashMap<Ino, Note>,
     bytes: u64,
+    /// No file is due before.
+    earliest: Duration,
 }
 
 impl Inlined {
@@ -56,45 +63,83 @@ impl Inlined {
         note.bytes += bytes;
         note.last = now.boot;
         note.chunks.extend(extents.iter().map(|extent| extent.offset / CHUNK_BYTES));
+        let due = note.due();
         self.bytes += bytes;
+        self.earliest = if self.files.len() == 1 { due } else { self.earliest.min(due) };
     }
 
-    /// The file is gone, or is to be packed.
-    pub fn forget(&mut self, ino: Ino) -> BTreeSet<u64> {
+    /// The file is gone.
+    pub fn forget(&mut self, ino: Ino) {
         let note = self.files.remove(&ino).unwrap_or_default();
         self.bytes -= note.bytes;
-        note.chunks
+    }
+
+    /// The files that are due, as many as make a few blocks; they are not due again for a while.
+    fn take_due(&mut self, now: Now) -> Vec<Ino> {
+        if self.files.is_empty() || now.boot < self.earliest {
+            return Vec::new();
+        }
+        let (mut left, mut taken) = (PACKED_BYTES_MAX, Vec::new());
+        let mut earliest = Duration::MAX;
+        for (ino, note) in &mut self.files {
+            if note.due() <= now.boot && left > 0 {
+                left = left.saturating_sub(note.bytes);
+                (note.packing, note.not_before) = (note.bytes, now.boot + LEFT_ALONE);
+                taken.push(*ino);
+            }
+            earliest = earliest.min(note.due());
+        }
+        self.earliest = earliest;
+        taken
+    }
+
+    /// All of the file that was being packed is dirty now.
+    fn packed(&mut self, ino: Ino) {
+        let Some(note) = self.files.get_mut(&ino) else { return };
+        let packed = std::mem::take(&mut note.packing);
+        note.bytes -= packed;
+        note.not_before = Duration::ZERO;
+        self.bytes -= packed;
+        if note.bytes == 0 {
+            self.files.remove(&ino);
+        }
     }
 }
 
+/// What is to be packed of one file.
+#[derive(Debug)]
+pub struct Packing {
+    /// The file.
+    pub ino: Ino,
+    /// Its parts.
+    pub parts: Vec<Rewrite>,
+}
+
 impl Core {
-    /// What should be packed now, of as many files as make a few blocks.
-    pub fn take_packed(&mut self, now: Now) -> Vec<Rewrite> {
-        let due = self.dirty.inlined.files.iter().filter(|(_, note)| note.due() <= now.boot);
-        let mut left = PACKED_BYTES_MAX;
-        let within = |(_, note): &(&Ino, &Note)| {
-            let fits = left > 0;
-            left = left.saturating_sub(note.bytes);
-            fits
-        };
-        let files: Vec<Ino> = due.take_while(within).map(|(ino, _)| *ino).collect();
-        files.into_iter().flat_map(|ino| self.plan_packing(ino)).collect()
+    /// What should be packed now.
+    pub fn take_packed(&mut self, now: Now) -> Vec<Packing> {
+        let due = self.dirty.inlined.take_due(now);
+        due.into_iter().filter_map(|ino| self.plan_packing(ino)).collect()
     }
 
-    /// When the next file should be packed.
+    /// When the next file should be packed, or later.
     pub fn next_packed_at(&self) -> Option<Duration> {
-        self.dirty.inlined.files.values().map(Note::due).min()
+        let inlined = &self.dirty.inlined;
+        (!inlined.files.is_empty()).then_some(inlined.earliest)
     }
 
-    /// Plans the packing of a file: what of it lies inline. Nothing where somebody else may change it
-    /// meanwhile: it stays where it is then.
-    fn plan_packing(&mut self, ino: Ino) -> Vec<Rewrite> {
-        let chunks = self.dirty.inlined.forget(ino);
-        let Some(data) = self.nodes.get(&ino).and_then(|node| node.data.as_deref()) else {
-            return Vec::new();
-        };
+    /// Every part of the packing was read and made dirty.
+    pub fn packed(&mut self, ino: Ino) {
+        self.dirty.inlined.packed(ino);
+    }
+
+    /// What of a file lies inline; `None` where somebody else may change it meanwhile, or it is not
+    /// known: it stays where it is until the next time.
+    fn plan_packing(&mut self, ino: Ino) -> Option<Packing> {
+        let note = self.dirty.inlined.files.get(&ino)?;
+        let data = self.nodes.get(&ino)?.data.as_deref()?;
         let mut ranges: Vec<Range<u64>> = Vec::new();
-        for chunk in chunks {
+        for chunk in &note.chunks {
             let whole = chunk * CHUNK_BYTES..(chunk + 1) * CHUNK_BYTES;
             for piece in data.map().lookup(whole) {
                 let MapSource::Place(Place::Block { block, .. }) = piece.source else { continue };
@@ -108,6 +153,8 @@ impl Core {
                 }
             }
         }
-        ranges.into_iter().filter_map(|range| self.plan_range(ino, range)).collect()
+        let parts: Option<Vec<Rewrite>> =
+            ranges.into_iter().map(|range| self.plan_range(ino, range)).collect();
+        parts.map(|parts| Packing { ino, parts })
     }
 }

@@ -8,7 +8,7 @@ use us_core::ids::Ino;
 use super::files::assemble;
 use super::shared::Shared;
 use super::{Fs, FsError};
-use crate::core::Rewrite;
+use crate::core::Packing;
 
 /// Tries against a file that changes all the time.
 const TRIES_MAX: usize = 8;
@@ -31,16 +31,25 @@ pub(crate) async fn compact(shared: &Arc<Shared>, ino: Ino, chunk: u64) -> Resul
 }
 
 /// Packs what lies inline in the directory: makes it dirty, and the background stores it in blocks with
-/// what else is dirty. What changed meanwhile is left for the next time.
-pub(crate) async fn pack(shared: &Arc<Shared>, plans: Vec<Rewrite>) {
+/// what else is dirty. What cannot be read, or changed meanwhile, is left for the next time.
+pub(crate) async fn pack(shared: &Arc<Shared>, packings: Vec<Packing>) {
     let fs = Fs { shared: Arc::clone(shared) };
-    for plan in plans {
-        match assemble(&fs, plan.pieces.clone()).await {
-            Ok(content) => {
-                let now = shared.now();
-                shared.lock().core.rewrite(now, &plan, &content);
+    for Packing { ino, parts } in packings {
+        let mut whole = true;
+        for part in parts {
+            match assemble(&fs, part.pieces.clone()).await {
+                Ok(content) => {
+                    let now = shared.now();
+                    whole &= shared.lock().core.rewrite(now, &part, &content);
+                }
+                Err(error) => {
+                    tracing::debug!(%ino, %error, "stays inline");
+                    whole = false;
+                }
             }
-            Err(error) => tracing::debug!(ino = %plan.ino, %error, "stays inline"),
+        }
+        if whole {
+            shared.lock().core.packed(ino);
         }
     }
     shared.dirty.notify_one();

@@ -63,7 +63,13 @@ impl Dispatch {
             // Cancel-safe: a receive that is dropped has taken nothing.
             match timeout(idle.max(IDLE_MIN), self.queue.recv()).await {
                 Ok(waiting) => return waiting,
-                Err(_elapsed) => self.link.upgrade()?.disconnect(),
+                Err(_elapsed) => {
+                    // Gets that found a turn passed by the queue.
+                    let link = self.link.upgrade()?;
+                    if link.used.lock().elapsed() >= idle {
+                        link.disconnect();
+                    }
+                }
             }
         }
     }

@@ -13,13 +13,17 @@ fn write_inline(core: &mut Core, now: Now, ino: Ino, handle: Handle, page: usize
     inline
 }
 
-fn rewrite_all(core: &mut Core, now: Now, plans: &[Rewrite]) -> u64 {
-    let rewritten = plans.iter().map(|plan| {
-        let content = Bytes::from(vec![7; (plan.range.end - plan.range.start) as usize]);
-        assert!(core.rewrite(now, plan, &content));
-        content.len() as u64
-    });
-    rewritten.sum()
+fn rewrite_all(core: &mut Core, now: Now, packings: &[Packing]) -> u64 {
+    let mut rewritten = 0;
+    for packing in packings {
+        for part in &packing.parts {
+            let content = Bytes::from(vec![7; (part.range.end - part.range.start) as usize]);
+            assert!(core.rewrite(now, part, &content));
+            rewritten += content.len() as u64;
+        }
+        core.packed(packing.ino);
+    }
+    rewritten
 }
 
 #[test]
@@ -34,7 +38,7 @@ fn a_small_fsync_goes_inline_and_is_packed_when_the_file_is_left_alone() {
     assert!(core.take_packed(at(20_000)).is_empty(), "it may go on");
     assert_eq!(core.next_packed_at(), Some(Duration::from_millis(31_000)));
     let plans = core.take_packed(at(31_000));
-    let ranges: Vec<_> = plans.iter().map(|plan| plan.range.clone()).collect();
+    let ranges: Vec<_> = plans[0].parts.iter().map(|part| part.range.clone()).collect();
     let page = PAGE as u64;
     assert_eq!(ranges, [0..2 * page, 5 * page..6 * page], "the hole is not written");
     assert_eq!(core.uncommitted_bytes(), 0);
@@ -54,7 +58,27 @@ fn what_was_overwritten_meanwhile_is_not_packed_over() {
     let plans = core.take_packed(at(31_000));
     assert!(write_inline(&mut core, at(31_001), ino, handle, 0));
     let old = Bytes::from(vec![7; PAGE]);
-    assert!(!core.rewrite(at(31_002), &plans[0], &old), "newer bytes lie there");
+    assert!(!core.rewrite(at(31_002), &plans[0].parts[0], &old), "newer bytes lie there");
+}
+
+/// What cannot be packed now (another mount reads the file, a provider is away) still lies inline, and
+/// counts, and is tried again.
+#[test]
+fn what_cannot_be_packed_is_not_forgotten() {
+    let mut core = core();
+    give_root(&mut core);
+    core.trust_until(Duration::from_secs(1000));
+    let (ino, handle) = file(&mut core, b"shared");
+    assert!(write_inline(&mut core, at(1000), ino, handle, 0));
+    // Planned, and not read.
+    assert_eq!(core.take_packed(at(31_000)).len(), 1);
+    assert!(core.take_packed(at(31_001)).is_empty(), "not at once");
+    assert_eq!(core.take_packed(at(61_000)).len(), 1);
+    let recall = Recall { ino, keep: Level::Shared, grant: 0 };
+    assert_eq!(core.begin_recall(at(61_001), recall), FinishedRecall::Returned);
+    assert_eq!(core.finish_recall(recall), FinishedRecall::Returned);
+    assert!(core.take_packed(at(91_000)).is_empty(), "it is not this mount's alone");
+    assert!(core.next_packed_at().is_some_and(|at| at <= Duration::from_secs(121)));
 }
 
 /// A mount that had synced 64 MiB in small pieces stored every later fsync as a block of six
