@@ -26,6 +26,7 @@ pub mod embedded;
 pub mod journal;
 pub mod memory;
 pub mod records;
+mod replay;
 #[cfg(test)]
 mod tests;
 
