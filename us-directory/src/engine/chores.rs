@@ -65,6 +65,7 @@ impl Engine {
         self.raise_floor()?;
         self.retain_chore()?;
         self.leave_chore()?;
+        self.registry_chore()?;
         self.trash_chore()?;
         self.tell_spread()?;
         if std::mem::take(&mut self.deletes_wait) {

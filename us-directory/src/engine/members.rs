@@ -342,6 +342,8 @@ impl Engine {
             cluster: self.cluster.cluster.clone(),
         };
         self.tell(conn, Down::Welcome(welcome));
+        let refused = self.refused_keys();
+        self.tell(conn, Down::RefusedKeys(refused));
         tracing::info!(provider, suspect, "provider online");
         self.note_provider(provider);
         self.push_provider(provider);

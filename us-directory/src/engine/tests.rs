@@ -128,6 +128,7 @@ impl World {
         let at = Moment { now_ms: self.now_ms, unix_ms: 1_700_000_000_000 + self.now_ms };
         for effect in self.engine.step(at, event).unwrap() {
             match effect {
+                Effect::Refuse(_) => {}
                 Effect::Session { conn, down } => {
                     self.to_sessions.entry(conn.0).or_default().extend(down.event);
                 }
