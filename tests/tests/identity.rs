@@ -175,7 +175,8 @@ fn everyone_keeps_to_its_role() {
             }
             denied(who, calls.backup(BackupRequest {}).await);
             if who != "provider" {
-                let stream = MembershipClient::new(channel.clone()).join(tokio_stream::empty());
+                let mut membership = MembershipClient::new(channel.clone());
+                let stream = membership.join(tokio_stream::empty());
                 denied(who, stream.await);
                 continue;
             }
@@ -214,7 +215,10 @@ fn a_revoked_laptop_with_an_open_mount() {
     let stolen = identity(&cluster, "client", "laptop");
     let good = cluster.mount();
     let folder = cluster.at("identity-laptop");
-    let laptop = cluster.mount_with(&["--identity", &folder]);
+    let point = Path::new(&cluster.at("laptop")).to_path_buf();
+    fs::create_dir(&point).unwrap();
+    let own = cluster.at("laptop-data");
+    let laptop = cluster.mount_as(&point, "laptop", &own, &["--identity", &folder]);
     write_at(&good, "mine", &vec![1; 2 << 20]).unwrap();
     write_at(&laptop, "theirs", &vec![2; 2 << 20]).unwrap();
     cluster.wait_settled();
@@ -280,7 +284,8 @@ fn refused_by_directory(cluster: &Cluster, runtime: &Runtime, who: &Identity) {
     let asked = runtime.block_on(async {
         let channel = connect_grpc(&address, who, ExpectedPeer::role(Role::Directory)).await;
         let Ok(channel) = channel else { return None };
-        let asked = AdminClient::new(channel).list_volumes(ListVolumesRequest {});
+        let mut admin = AdminClient::new(channel);
+        let asked = admin.list_volumes(ListVolumesRequest {});
         Some(tokio::time::timeout(ANSWER, asked).await.unwrap())
     });
     if let Some(asked) = asked {

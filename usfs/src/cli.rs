@@ -39,7 +39,7 @@ enum Command {
     /// Unmount a volume
     Umount(mount::UmountArgs),
     /// Become a client of a cluster with the code of an invitation; then `usfs mount`
-    Join(JoinArgs),
+    Join(ClientJoinArgs),
     /// One process of `usfs up`
     #[command(hide = true)]
     Daemon(up::DaemonArgs),
@@ -78,7 +78,7 @@ pub fn main() -> ExitCode {
 
 /// Flags of `usfs join`.
 #[derive(Debug, clap::Args)]
-struct JoinArgs {
+struct ClientJoinArgs {
     #[command(flatten)]
     join: members::JoinArgs,
     /// The folder for the certificate
@@ -86,7 +86,7 @@ struct JoinArgs {
     identity: Option<PathBuf>,
 }
 
-fn join(args: &JoinArgs) -> anyhow::Result<ExitCode> {
+fn join(args: &ClientJoinArgs) -> anyhow::Result<ExitCode> {
     let runtime = runtime(Program::Foreground)?;
     say(&runtime.block_on(members::join(Role::Client, args.identity.clone(), &args.join))?);
     Ok(ExitCode::SUCCESS)

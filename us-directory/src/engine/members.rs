@@ -343,7 +343,9 @@ impl Engine {
         };
         self.tell(conn, Down::Welcome(welcome));
         let refused = self.refused_keys();
-        self.tell(conn, Down::RefusedKeys(refused));
+        if refused.version > 0 {
+            self.tell(conn, Down::RefusedKeys(refused));
+        }
         tracing::info!(provider, suspect, "provider online");
         self.note_provider(provider);
         self.push_provider(provider);
