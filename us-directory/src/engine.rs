@@ -454,8 +454,15 @@ impl Engine {
                 let role = by.role.as_str();
                 self.asker = Some(registry::spoken(role, &by.name, &by.key_hash));
                 self.asker_key = Some(by.key_hash);
+                let is_refused = self.is_refused(by.key_hash.as_bytes());
                 self.met(by)?;
-                self.ask(ask, question)?;
+                if is_refused {
+                    let detail = us_core::wire::admission::REFUSED;
+                    let answer = admin::refused(RefusalKind::Invalid, detail);
+                    self.effects.push(Effect::Answer { ask, answer });
+                } else {
+                    self.ask(ask, question)?;
+                }
                 (self.asker, self.asker_key) = (None, None);
             }
             Event::Counted(slice) => self.counted(slice),

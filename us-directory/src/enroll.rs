@@ -334,7 +334,7 @@ mod tests {
         let mut tries = Tries::new();
         let address = |n: u32| IpAddr::from(n.to_be_bytes());
         let taken = (0..10_000).filter(|n| tries.take(address(*n), 0)).count();
-        assert_eq!((taken, tries.by_address.len()), (200, 200.max(ADDRESSES_MAX)));
+        assert!(taken == 200 && tries.by_address.len() <= ADDRESSES_MAX, "{taken}");
         assert!(!tries.take(address(20_000), 0));
         // Those that did not try again are forgotten, and everybody can join.
         assert!(tries.take(address(20_000), 60_000));
