@@ -180,7 +180,7 @@ impl Registry {
         RefusedKeys { version: self.version, keys }
     }
 
-    fn find(&self, member: &str) -> Result<KeyHash, Answer> {
+    fn find(&self, member: &str) -> Result<KeyHash, (RefusalKind, String)> {
         let named = self.members.iter().filter(|(_, known)| known.name == member);
         let mut found: Vec<KeyHash> = named.map(|(key, _)| *key).collect();
         let digits = member.len() >= KEY_DIGITS_MIN
@@ -196,16 +196,17 @@ impl Registry {
             ([one], _) | ([], [one, ..]) => Ok(*one),
             ([], []) => {
                 let detail = format!("no member is called {member:?}: see `usctl members`");
-                Err(refused(RefusalKind::NotFound, detail))
+                Err((RefusalKind::NotFound, detail))
             }
             (several, _) => {
-                let keys: Vec<String> = several.iter().map(|key| format!("{key:.16}")).collect();
+                let keys: Vec<String> =
+                    several.iter().map(|key| format!("{:.16}", key.to_string())).collect();
                 let detail = format!(
                     "{} members are called {member:?}: name one by its key: {}",
                     several.len(),
                     keys.join(", ")
                 );
-                Err(refused(RefusalKind::Invalid, detail))
+                Err((RefusalKind::Invalid, detail))
             }
         }
     }
@@ -516,7 +517,7 @@ impl Engine {
         let key = match self.registry.find(member) {
             Ok(key) => key,
             // A certificate that was never used is known to nobody but by its whole key.
-            Err(unknown) => match parse_key(member) {
+            Err((kind, detail)) => match parse_key(member) {
                 Some(key) => {
                     let record = self.new_member(
                         Role::Client,
@@ -527,7 +528,7 @@ impl Engine {
                     self.registry.members.insert(key, record);
                     key
                 }
-                None => return Ok(unknown),
+                None => return Ok(refused(kind, detail)),
             },
         };
         if self.asker_key == Some(key) {
