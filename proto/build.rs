@@ -3,12 +3,13 @@
 use std::error::Error;
 use std::path::Path;
 
-const FILES: [&str; 5] = [
+const FILES: [&str; 6] = [
     "proto/us/v1/fragments.proto",
     "proto/us/v1/membership.proto",
     "proto/us/v1/session.proto",
     "proto/us/v1/admin.proto",
     "proto/us/v1/recovery.proto",
+    "proto/us/v1/registry.proto",
 ];
 
 fn main() -> Result<(), Box<dyn Error>> {

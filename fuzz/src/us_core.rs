@@ -17,7 +17,7 @@ use us_core::geometry::{BlockGeometry, Code, PAGE_SIZES};
 use us_core::ids::{Birth, BlockId, FragmentId, Ino, VolumeId};
 use us_core::name::NameKey;
 use us_core::seal::{BlockOpener, KEY_BYTES, VolumeKey};
-use us_core::tls::PeerIdentity;
+use us_core::tls::{CertificateRequest, InviteCode, PeerIdentity, REQUEST_BYTES_MAX};
 use us_core::wire::decoders::reencode;
 use us_core::wire::{FRAME_BYTES_MAX, HEADER_BYTES as FRAME_HEADER_BYTES};
 
@@ -200,18 +200,24 @@ fn frame_of(bytes: &[u8]) {
     }
 }
 
-/// A peer's certificate, as it is read after TLS has verified it.
+/// A peer's certificate, as it is read after TLS has verified it; a newcomer's request for one.
 pub fn certificate(bytes: &[u8]) {
     if let Ok(peer) = PeerIdentity::from_certificate(&bytes.into()) {
         assert!(!peer.to_string().is_empty());
     }
+    if let Ok(request) = CertificateRequest::parse(bytes) {
+        assert!(bytes.len() <= REQUEST_BYTES_MAX && !request.key_hash().to_string().is_empty());
+    }
 }
 
-/// Sizes and request numbers, as flags and files give them.
+/// Sizes, codes of invitations and request numbers, as flags and files give them.
 pub fn texts(bytes: &[u8]) {
     let Ok(text) = std::str::from_utf8(bytes) else { return };
     if let Ok(size) = text.parse::<Size>() {
         let _ = size.to_string();
+    }
+    if let Ok(code) = text.parse::<InviteCode>() {
+        assert_eq!(code.reveal().parse(), Ok(code));
     }
     if let Ok(request) = text.parse::<RequestId>() {
         assert_eq!(request.to_string().parse(), Ok(request));

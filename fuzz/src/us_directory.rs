@@ -112,6 +112,9 @@ pub fn directory_record(bytes: &[u8]) {
     again::<VolumeRecord>(&bytes);
     again::<ProviderRecord>(&bytes);
     again::<ClusterRecord>(&bytes);
+    again::<JoinedRecord>(&bytes);
+    again::<InviteRecord>(&bytes);
+    again::<RegistryRecord>(&bytes);
     if let Some(chunk) = again::<ChunkRecord>(&bytes) {
         for extent in &chunk.extents {
             assert!(extent.end() >= extent.offset);

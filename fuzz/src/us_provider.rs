@@ -7,6 +7,7 @@
 
 use us_core::fragment::crc32c;
 use us_provider::guest::parse_pressure;
+use us_provider::membership::refused::{decode_refused, encode_refused};
 use us_provider::membership::{decode_joined, decode_root, encode_joined, encode_root};
 use us_provider::store::accounts::SegmentAccount;
 use us_provider::store::format::{
@@ -104,10 +105,10 @@ pub fn index_value(bytes: &[u8]) {
     }
 }
 
-/// The files `membership` and `root`: as they come, and with magic and sum put right.
+/// The files `membership`, `root` and `refused`: as they come, and with magic and sum put right.
 pub fn membership_file(bytes: &[u8]) {
     membership_of(bytes);
-    for magic in [b"UsRoot\x01\x00", b"UsJoin\x01\x00"] {
+    for magic in [b"UsRoot\x01\x00", b"UsJoin\x01\x00", b"UsRefu\x01\x00"] {
         let mut mended = bytes.to_vec();
         if let Some(first) = mended.first_chunk_mut() {
             *first = *magic;
@@ -123,6 +124,9 @@ fn membership_of(bytes: &[u8]) {
     }
     if let Some(joined) = decode_joined(bytes) {
         assert_eq!(encode_joined(&joined), bytes);
+    }
+    if let Some(refused) = decode_refused(bytes) {
+        assert_eq!(encode_refused(&refused), bytes);
     }
 }
 

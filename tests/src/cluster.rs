@@ -285,7 +285,8 @@ impl Cluster {
         fs::read_to_string(self.at(&format!("{name}.log"))).unwrap_or_default()
     }
 
-    fn program(&self, name: &str) -> Command {
+    /// One of the programs, logging as the others do.
+    pub fn program(&self, name: &str) -> Command {
         let mut command = Command::new(programs().join(name));
         command.env("US_LOG", &self.log_filter);
         command
@@ -314,7 +315,8 @@ impl Cluster {
         String::from_utf8(output.stdout).expect("text")
     }
 
-    fn issue(&self, role: &str, name: &str) {
+    /// Issues an identity beside the directory, in the folder `identity-NAME`.
+    pub fn issue(&self, role: &str, name: &str) {
         let data = self.at("directory");
         let out = self.at(&format!("identity-{name}"));
         self.run_to_end(
@@ -457,6 +459,11 @@ impl Cluster {
         ticks.sum::<u64>() as f64 / TICKS_A_SECOND
     }
 
+    /// How provider `number` ended, if it did so by itself.
+    pub fn provider_ended(&mut self, number: usize) -> Option<ExitStatus> {
+        self.providers[number].as_mut().and_then(Running::ended)
+    }
+
     /// kill -9 of provider `number`.
     pub fn kill_provider(&mut self, number: usize) {
         self.providers[number].take().expect("it runs").kill();
@@ -504,11 +511,20 @@ impl Cluster {
     }
 
     fn mount_at_with(&self, path: &Path, name: &str, arguments: &[&str]) -> Mount {
+        let identity = self.at("identity-client");
+        let arguments = [&["--identity", &identity], arguments].concat();
+        // Each mount keeps its own state in the cluster's folder.
+        self.mount_as(path, name, &self.at("data"), &arguments)
+    }
+
+    /// Mounts the volume as whoever the folder `data` (or `arguments`) says.
+    ///
+    /// # Panics
+    /// When it does not come up.
+    pub fn mount_as(&self, path: &Path, name: &str, data: &str, arguments: &[&str]) -> Mount {
         let mut command = self.program("usfs");
         command.arg("mount").arg(format!("{}/{VOLUME}", self.directory_address())).arg(path);
-        command.args(["--identity", &self.at("identity-client")]).args(arguments);
-        // Each mount keeps its own state in the cluster's folder.
-        command.env("XDG_DATA_HOME", self.at("data")).env("US_DATA", self.at("data"));
+        command.args(arguments).env("XDG_DATA_HOME", data).env("US_DATA", data);
         let log = self.at(&format!("{name}.log"));
         let mut running = Running::start("usfs mount", command, Path::new(&log));
         poll::until("the mount", PATIENCE, || {

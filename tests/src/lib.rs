@@ -5,6 +5,7 @@ pub mod admin;
 pub mod cluster;
 pub mod figures;
 pub mod handles;
+pub mod joining;
 pub mod manifest;
 pub mod netns;
 pub mod poll;

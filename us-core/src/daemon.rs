@@ -13,6 +13,7 @@ pub mod disk;
 pub mod files;
 pub mod heap;
 pub mod http;
+pub mod joined;
 pub mod logging;
 pub mod runtime;
 pub mod shutdown;

@@ -13,18 +13,25 @@
 //! - Sessions are never resumed: a certificate that is no longer accepted opens no connection.
 //!
 //! Certificates do not end by date, because wall time decides nothing here (a desktop's clock may be
-//! wrong by years); taking one back is the directory's matter.
+//! wrong by years): whether one has expired or was revoked is the directory's matter, by its own clock
+//! (docs/adr/0002-certificates.md). A newcomer that has none yet pins the authority by an
+//! [`InviteCode`] and sends a [`CertificateRequest`] for a key of its own.
 //!
 //! Callers: `wire` on both ends; `usfs up`, joining and `usctl` for issuing and keeping identities.
 
 mod authority;
 mod files;
+pub mod invite;
+mod join;
 mod peer;
+mod request;
 
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
+use parking_lot::RwLock;
 use rustls::client::Resumption;
 use rustls::crypto::{CryptoProvider, aws_lc_rs};
 use rustls::pki_types::pem::PemObject;
@@ -34,8 +41,11 @@ use rustls::version::TLS13;
 use rustls::{ClientConfig, RootCertStore, ServerConfig};
 use zeroize::Zeroizing;
 
-pub use authority::CertificateAuthority;
+pub use authority::{CertificateAuthority, is_name};
+pub use invite::{AuthorityPin, CodeError, InviteCode};
+pub use join::{join_client_config, join_server_config};
 pub use peer::{ExpectedPeer, KeyHash, PeerIdentity, Role, UnexpectedPeer};
+pub use request::{CertificateRequest, OwnKey, REQUEST_BYTES_MAX};
 
 /// The DNS name in every certificate of a cluster.
 pub const SERVER_NAME: &str = "us";
@@ -43,6 +53,10 @@ pub const SERVER_NAME: &str = "us";
 pub const ALPN_H2: &[u8] = b"h2";
 /// ALPN of the framed bulk protocol (`docs/wire.md`).
 pub const ALPN_BULK: &[u8] = b"us-bulk/1";
+/// ALPN of joining: gRPC for those who have no certificate yet.
+pub const ALPN_JOIN: &[u8] = b"us-join/1";
+/// ALPN of `/metrics` and `/healthz`.
+pub const ALPN_HTTP1: &[u8] = b"http/1.1";
 /// The longest name a certificate carries, in bytes (X.520's bound on a common name).
 pub const NAME_BYTES_MAX: usize = 64;
 
@@ -97,13 +111,20 @@ pub enum TlsError {
     Verifier(#[from] rustls::client::VerifierBuilderError),
 }
 
-/// A certificate, its private key, and the authority whose certificates it trusts.
+/// A certificate, its private key, and the authority whose certificates it trusts. Clones share the
+/// certificate: one that is renewed is used by all of them for what they dial and accept from then on.
 #[derive(Clone)]
 pub struct Identity {
     ca_pem: String,
-    cert_pem: String,
+    certificate: Arc<Renewable>,
     key_pem: Zeroizing<String>,
     own: PeerIdentity,
+}
+
+struct Renewable {
+    pem: RwLock<Arc<str>>,
+    /// How often it was renewed.
+    renewals: AtomicU64,
 }
 
 impl std::fmt::Debug for Identity {
@@ -124,7 +145,40 @@ impl Identity {
         key_pem: Zeroizing<String>,
     ) -> Result<Self, TlsError> {
         let own = PeerIdentity::from_certificate(&certificate(&cert_pem, CERT_FILE)?)?;
-        Ok(Self { ca_pem, cert_pem, key_pem, own })
+        let (pem, renewals) = (RwLock::new(cert_pem.into()), AtomicU64::new(0));
+        Ok(Self { ca_pem, certificate: Arc::new(Renewable { pem, renewals }), key_pem, own })
+    }
+
+    /// Takes a new certificate of the same authority for the same key.
+    ///
+    /// # Errors
+    /// [`TlsError::Certificate`] when it is another's; the old one stays.
+    pub fn renew(&self, cert_pem: String) -> Result<(), TlsError> {
+        let renewed = Self::from_pem(self.ca_pem.clone(), cert_pem.clone(), self.key_pem.clone())?;
+        if renewed.own != self.own {
+            return Err(TlsError::Certificate { detail: "it is not for this key, name and role" });
+        }
+        // It must also be one that peers will accept.
+        let roots = renewed.roots()?;
+        let verifier = WebPkiClientVerifier::builder_with_provider(roots, provider()).build()?;
+        let now = rustls::pki_types::UnixTime::now();
+        verifier.verify_client_cert(&renewed.chain()?[0], &[], now)?;
+        *self.certificate.pem.write() = cert_pem.into();
+        self.certificate.renewals.fetch_add(1, Ordering::Release);
+        Ok(())
+    }
+
+    /// Grows with every renewal.
+    pub fn renewals(&self) -> u64 {
+        self.certificate.renewals.load(Ordering::Acquire)
+    }
+
+    /// What an invitation says of the authority.
+    ///
+    /// # Errors
+    /// [`TlsError::Pem`].
+    pub fn pin(&self) -> Result<AuthorityPin, TlsError> {
+        Ok(AuthorityPin::of(&certificate(&self.ca_pem, CA_FILE)?))
     }
 
     /// What a peer will read in this identity's certificate.
@@ -138,8 +192,8 @@ impl Identity {
     }
 
     /// The certificate.
-    pub fn cert_pem(&self) -> &str {
-        &self.cert_pem
+    pub fn cert_pem(&self) -> Arc<str> {
+        Arc::clone(&self.certificate.pem.read())
     }
 
     /// The private key (PKCS #8). Never print it.
@@ -156,7 +210,15 @@ impl Identity {
         files::make_dir(dir)?;
         files::save(dir, KEY_FILE, self.key_pem.as_bytes(), files::SECRET_MODE)?;
         files::save(dir, CA_FILE, self.ca_pem.as_bytes(), files::PUBLIC_MODE)?;
-        files::save(dir, CERT_FILE, self.cert_pem.as_bytes(), files::PUBLIC_MODE)
+        self.save_certificate(dir)
+    }
+
+    /// Writes `cert.pem` alone, after [`Identity::renew`].
+    ///
+    /// # Errors
+    /// [`TlsError::File`].
+    pub fn save_certificate(&self, dir: &Path) -> Result<(), TlsError> {
+        files::save(dir, CERT_FILE, self.cert_pem().as_bytes(), files::PUBLIC_MODE)
     }
 
     /// Reads what [`Identity::save`] wrote.
@@ -177,7 +239,7 @@ impl Identity {
     }
 
     fn chain(&self) -> Result<Vec<CertificateDer<'static>>, TlsError> {
-        Ok(vec![certificate(&self.cert_pem, CERT_FILE)?])
+        Ok(vec![certificate(&self.cert_pem(), CERT_FILE)?])
     }
 
     fn private_key(&self) -> Result<PrivateKeyDer<'static>, TlsError> {

@@ -4,6 +4,7 @@
 //! ```text
 //!   TCP accept -> TLS 1.3, both certificates -> ALPN "h2"         -> gRPC (Server::grpc)
 //!                                            -> ALPN "us-bulk/1"  -> frames (Server::bulk)
+//!              no certificate of the caller  -> ALPN "us-join/1"  -> joining (Server::join)
 //! ```
 //! gRPC carries control; fragments travel in frames (`docs/wire.md` draws them,
 //! `docs/adr/0001-bulk-transport.md` says why). Both carry the same messages: a provider implements
@@ -19,11 +20,13 @@
 //!
 //! Callers: `us-provider` and `us-directory` serve; the block pipeline and the programs dial.
 
+pub mod admission;
 mod client;
 mod dial;
 mod frame;
 mod frame_io;
 mod grpc;
+pub mod join;
 mod served;
 mod server;
 mod watchdog;
@@ -39,9 +42,13 @@ use us_proto::v1::{GetReply, GetRequest, PutReply, PutRequest};
 use crate::disk::Retry;
 use crate::tls::{PeerIdentity, TlsError, UnexpectedPeer};
 
+pub(crate) use dial::{Secured as MemberStream, accept_member};
+
 pub use client::{BulkClient, GetReplies};
 pub use frame::{FRAME_BYTES_MAX, FrameError, GET_ITEMS_MAX, HEAD_BYTES_MAX, HEADER_BYTES, Kind};
-pub use grpc::{Http2Windows, connect_grpc, connect_grpc_with, grpc_get, grpc_put, peer_of};
+pub use grpc::{
+    CallerAddress, Http2Windows, connect_grpc, connect_grpc_with, grpc_get, grpc_put, peer_of,
+};
 pub use server::{Server, ServerLimits};
 
 #[doc(hidden)]
@@ -50,6 +57,16 @@ pub mod unsecured {
     //! daemon uses it.
     pub use super::client::connect_plain;
     pub use super::served::serve_plain;
+}
+
+/// Dials outside of gRPC and frames.
+#[cfg(test)]
+pub(crate) async fn dial(
+    address: &str,
+    config: Arc<rustls::ClientConfig>,
+    expected: crate::tls::ExpectedPeer,
+) -> Result<MemberStream, ConnectError> {
+    dial::dial(address, config, expected).await.map(|(stream, _)| stream)
 }
 
 #[doc(hidden)]

@@ -51,6 +51,7 @@ mod lockwait;
 mod members;
 mod placement;
 pub mod presence;
+pub mod registry;
 pub mod repair;
 mod retain;
 mod sessions;
@@ -129,6 +130,8 @@ pub struct EngineConfig {
     pub image_bytes: u64,
     /// Data and parity fragments of the image's blocks.
     pub image_code: (u32, u32),
+    /// How long a certificate is good without renewal.
+    pub certificate_life_ms: u64,
 }
 
 impl Default for EngineConfig {
@@ -149,6 +152,7 @@ impl Default for EngineConfig {
             copy_ack_ms: 3_000,
             image_bytes: 64 << 20,
             image_code: (4, 2),
+            certificate_life_ms: 365 * 24 * 3_600_000,
         }
     }
 }
@@ -233,6 +237,10 @@ pub struct Engine {
     learnt_hour: u64,
     hour_ticks: u64,
     next_event: u64,
+    registry: registry::Registry,
+    /// Whose question is being answered, for the log, and its key.
+    asker: Option<String>,
+    asker_key: Option<us_core::tls::KeyHash>,
     effects: Vec<Effect>,
 }
 
@@ -336,6 +344,9 @@ impl Engine {
             learnt_hour: 0,
             hour_ticks: 0,
             next_event: 1,
+            registry: registry::Registry::default(),
+            asker: None,
+            asker_key: None,
             effects: Vec::new(),
         };
         engine.load()?;
@@ -383,6 +394,7 @@ impl Engine {
             }
         }
         self.load_events()?;
+        self.load_registry()?;
         Ok(())
     }
 
@@ -427,9 +439,14 @@ impl Engine {
         self.at = Moment { now_ms: at.now_ms.max(self.at.now_ms), unix_ms: at.unix_ms };
         match event {
             Event::SessionConnected { conn, peer } | Event::ProviderConnected { conn, peer } => {
+                let is_refused = self.is_refused(&peer.key_hash);
                 let connection = Connection { peer, session: None, provider: None };
                 self.connections.insert(conn, connection);
+                if is_refused {
+                    self.refuse_connection(conn, us_core::wire::admission::REFUSED)?;
+                }
             }
+            Event::Met { peer } => self.met(peer)?,
             Event::Session { conn, up } => self.session_says(conn, up)?,
             Event::Provider { conn, up } => self.provider_says(conn, up)?,
             Event::Disconnected { conn } => self.disconnected(conn)?,
@@ -439,6 +456,21 @@ impl Engine {
                 self.synced = self.synced.max(seq);
             }
             Event::Ask { ask, question } => self.ask(ask, question)?,
+            Event::AskedBy { ask, by, question } => {
+                let role = by.role.as_str();
+                self.asker = Some(registry::spoken(role, &by.name, &by.key_hash));
+                self.asker_key = Some(by.key_hash);
+                let is_refused = self.is_refused(by.key_hash.as_bytes());
+                self.met(by)?;
+                if is_refused {
+                    let detail = us_core::wire::admission::REFUSED;
+                    let answer = admin::refused(RefusalKind::Invalid, detail);
+                    self.effects.push(Effect::Answer { ask, answer });
+                } else {
+                    self.ask(ask, question)?;
+                }
+                (self.asker, self.asker_key) = (None, None);
+            }
             Event::Counted(slice) => self.counted(slice),
             Event::Tick => self.tick()?,
         }

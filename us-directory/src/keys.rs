@@ -3,8 +3,8 @@
 //!
 //! ARCHITECTURE.md has the table; this module is its only implementation. Of the cluster's own:
 //! `s` sessions, `g` dead blocks by due time, `q` fragments a provider is to delete, `v` volumes,
-//! `y` providers, `h` provider of a key hash, `e` events, `w` where the image of the state lies, `n`
-//! the cluster's counters.
+//! `y` providers, `h` provider of a key hash, `e` events, `a` members, `j` invitations, `z` their
+//! counters, `w` where the image of the state lies, `n` the cluster's counters.
 
 use bytes::{BufMut, Bytes, BytesMut};
 use us_core::ids::{BlockId, VolumeId};
@@ -203,6 +203,21 @@ pub fn provider(provider: u32) -> Bytes {
 /// `e` number: an event, for people.
 pub fn event(number: u64) -> Bytes {
     numbers(&CLUSTER, b'e', &[number])
+}
+
+/// `a` key hash: a member.
+pub fn joined(key_hash: &[u8]) -> Bytes {
+    number_and_hash_free(b'a', key_hash)
+}
+
+/// `j` hash of a secret: an invitation.
+pub fn invite(secret_hash: &[u8]) -> Bytes {
+    number_and_hash_free(b'j', secret_hash)
+}
+
+/// `z`: the number of the list of refused keys.
+pub fn registry() -> Bytes {
+    tag(&CLUSTER, b'z')
 }
 
 /// `w`: where the image of the state lies.

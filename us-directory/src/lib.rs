@@ -5,6 +5,7 @@
 
 pub mod backup;
 pub mod engine;
+pub mod enroll;
 pub mod fsck;
 pub mod holdings;
 pub mod image;

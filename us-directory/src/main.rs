@@ -110,7 +110,7 @@ struct Flags {
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     listen: Option<String>,
-    /// Where to serve /metrics and /healthz
+    /// Where to serve /metrics and /healthz: unix:PATH, or IP:PORT for TLS with both certificates
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     metrics: Option<String>,
@@ -215,6 +215,10 @@ struct Flags {
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     image_code: Option<String>,
+    /// How long a certificate is good without renewal, by the cluster's own clock
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    certificate_life_ms: Option<u64>,
 }
 
 fn main() -> anyhow::Result<()> {

@@ -487,6 +487,90 @@ pub struct EventRecord {
     /// For people.
     #[prost(string, tag = "4")]
     pub detail: String,
+    /// Whose order it was; empty: nobody's.
+    #[prost(string, tag = "5")]
+    pub by: String,
+}
+
+/// `a`: a member, by the hash of its key.
+#[derive(Clone, PartialEq, Message)]
+pub struct JoinedRecord {
+    /// As in its certificate.
+    #[prost(string, tag = "1")]
+    pub role: String,
+    /// As in its certificate.
+    #[prost(string, tag = "2")]
+    pub name: String,
+    /// Of its invitation.
+    #[prost(string, tag = "3")]
+    pub site: String,
+    /// Wall time, for people.
+    #[prost(uint64, tag = "4")]
+    pub joined_unix_ms: u64,
+    /// Of its certificate.
+    #[prost(bytes = "bytes", tag = "5")]
+    pub serial: Bytes,
+    /// The cluster's clock when its certificate was issued.
+    #[prost(uint64, tag = "6")]
+    pub issued_ms: u64,
+    /// The cluster's clock when it expires.
+    #[prost(uint64, tag = "7")]
+    pub expires_ms: u64,
+    /// It has expired, and is refused.
+    #[prost(bool, tag = "8")]
+    pub expired: bool,
+    /// Wall time; 0: it was not.
+    #[prost(uint64, tag = "9")]
+    pub revoked_unix_ms: u64,
+    /// Who invited it.
+    #[prost(string, tag = "10")]
+    pub by: String,
+    /// The hash of the secret it joined with; empty: none.
+    #[prost(bytes = "bytes", tag = "11")]
+    pub invite: Bytes,
+}
+
+impl JoinedRecord {
+    /// Whether it was shut out for ever.
+    pub fn is_revoked(&self) -> bool {
+        self.revoked_unix_ms > 0
+    }
+
+    /// Whether it is a member no more.
+    pub fn is_refused(&self) -> bool {
+        self.expired || self.is_revoked()
+    }
+}
+
+/// `j`: an invitation, by the hash of its secret.
+#[derive(Clone, PartialEq, Message)]
+pub struct InviteRecord {
+    /// What newcomers become.
+    #[prost(string, tag = "1")]
+    pub role: String,
+    /// The site they get.
+    #[prost(string, tag = "2")]
+    pub site: String,
+    /// The name they get; empty: their own.
+    #[prost(string, tag = "3")]
+    pub name: String,
+    /// How many more may use it.
+    #[prost(uint32, tag = "4")]
+    pub uses_left: u32,
+    /// The cluster's clock when it is over.
+    #[prost(uint64, tag = "5")]
+    pub expires_ms: u64,
+    /// Who made it.
+    #[prost(string, tag = "6")]
+    pub by: String,
+}
+
+/// `z`: the registry's counters.
+#[derive(Clone, PartialEq, Message)]
+pub struct RegistryRecord {
+    /// The number of the list of refused keys; it only grows.
+    #[prost(uint64, tag = "1")]
+    pub version: u64,
 }
 
 /// `n`: the cluster's counters. They only grow.

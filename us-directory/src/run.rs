@@ -24,15 +24,20 @@ use us_core::geometry::Code;
 use us_core::tls::{CertificateAuthority, Identity, Role};
 use us_core::wire::{Server, ServerLimits};
 
-use crate::engine::EngineConfig;
 use crate::engine::presence::Clocks;
 use crate::engine::repair::RepairLimits;
+use crate::engine::{EngineConfig, Event};
+use crate::enroll::EnrollService;
 use crate::image::job::ImageJob;
 use crate::recovery::RecoveryKit;
 use crate::service::Service;
 use crate::shell::{Directory, DurableMark};
 use crate::store::embedded::{EmbeddedOptions, EmbeddedStore};
 
+/// Members must have the time to renew.
+const CERTIFICATE_LIFE_MS_MIN: u64 = 5_000;
+/// Members that connect and wait to be noted.
+const MET_MAX: usize = 256;
 /// The most copies of the journal.
 const COPIES_MAX: usize = 2;
 /// How long calls under way may take at the end.
@@ -46,7 +51,7 @@ pub struct Config {
     pub data: PathBuf,
     /// Where mounts, providers and administrators connect; port 0 takes any.
     pub listen: SocketAddr,
-    /// Where `/metrics` and `/healthz` are served, in plain HTTP; empty: nowhere.
+    /// Where `/metrics` and `/healthz` are served, `unix:PATH` or `IP:PORT` for TLS; empty: nowhere.
     pub metrics: String,
     /// How long a lease is good for without renewal.
     pub lease_ms: u64,
@@ -101,6 +106,8 @@ pub struct Config {
     pub image_mib: u64,
     /// The code of the image's blocks, S+R.
     pub image_code: String,
+    /// How long a certificate is good without renewal, by the cluster's own clock.
+    pub certificate_life_ms: u64,
 }
 
 impl Default for Config {
@@ -135,6 +142,7 @@ impl Default for Config {
             copy_ack_ms: engine.copy_ack_ms,
             image_mib: 0,
             image_code: format!("{}+{}", engine.image_code.0, engine.image_code.1),
+            certificate_life_ms: engine.certificate_life_ms,
         }
     }
 }
@@ -171,6 +179,7 @@ impl Config {
             copies: self.copies,
             copy_ack_ms: self.copy_ack_ms,
             image_bytes: if self.image_mib == 0 { self.journal_mib } else { self.image_mib } << 20,
+            certificate_life_ms: self.certificate_life_ms,
             image_code: self.code().map_or((0, 0), |code| (code.s() as u32, code.r() as u32)),
         }
     }
@@ -203,6 +212,9 @@ impl Config {
             bail!("copies must be 0 to {COPIES_MAX}, and copy_ack_ms more than 0");
         }
         self.code()?;
+        if self.certificate_life_ms < CERTIFICATE_LIFE_MS_MIN {
+            bail!("certificate_life_ms must be at least {CERTIFICATE_LIFE_MS_MIN}");
+        }
         if self.fence_ms <= self.lease_ms {
             bail!(
                 "fence_ms ({}) must be more than lease_ms ({}): a mount is shut out only after it \
@@ -311,7 +323,7 @@ pub async fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
         .await
         .with_context(|| format!("listening on {}", config.listen))?;
     let address = listener.local_addr()?;
-    serve_metrics(&config, &directory, &shutdown).await?;
+    serve_metrics(&config, &identity, &directory, &shutdown).await?;
     let clock = directory.clone();
     let ticking = shutdown.token().child_token();
     tokio::spawn(async move { clock.run_clock(ticking).await });
@@ -323,9 +335,23 @@ pub async fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
     };
     let imaging = tokio::spawn(images.run(shutdown.token().child_token()));
     let mut failed = directory.failed();
-    let routes = Service::new(directory.clone(), identity.clone()).routes();
+    let service = Service::new(directory.clone(), identity.clone());
+    let authority = std::sync::Arc::new(CertificateAuthority::load(&authority_dir(&data))?);
+    let enroll = EnrollService::new(service.clone(), authority);
+    let (met, mut meeting) = tokio::sync::mpsc::channel(MET_MAX);
+    let registrar = directory.clone();
+    tokio::spawn(async move {
+        while let Some(peer) = meeting.recv().await {
+            if registrar.event(Event::Met { peer }).await.is_err() {
+                return;
+            }
+        }
+    });
     let limits = ServerLimits { drain_timeout: DRAIN, ..ServerLimits::default() };
-    let server = Server::new(&identity, limits).grpc(routes);
+    let server = Server::new(&identity, limits)
+        .admission(directory.door().admission().telling(met))
+        .grpc(enroll.members(service.routes()))
+        .join(enroll.newcomers());
     let serving = tokio::spawn(server.serve(listener, shutdown.token().clone()));
     let text = format!("{address}\n");
     write_atomic(&data.join("address"), text.as_bytes(), Access::Public)
@@ -363,6 +389,7 @@ fn announce(address: SocketAddr) -> anyhow::Result<()> {
 
 async fn serve_metrics(
     config: &Config,
+    identity: &Identity,
     directory: &Directory,
     shutdown: &Shutdown,
 ) -> anyhow::Result<()> {
@@ -370,12 +397,13 @@ async fn serve_metrics(
     if config.metrics.is_empty() {
         return Ok(());
     }
-    let address: SocketAddr =
-        config.metrics.parse().with_context(|| format!("metrics address {:?}", config.metrics))?;
+    let address: http::MetricsAddress = config.metrics.parse()?;
     let failed = directory.failed();
     let health: http::HealthCheck =
         std::sync::Arc::new(move || failed.borrow().clone().map_or(Ok(()), Err));
-    let bound = http::serve(address, http::router(health), shutdown).await?;
+    let (admission, router) = (directory.door().admission(), http::router(health));
+    let serving = http::serve(&address, identity, admission, router, shutdown);
+    let bound = serving.await.with_context(|| format!("serving metrics on {address}"))?;
     tracing::info!(%bound, "metrics");
     Ok(())
 }

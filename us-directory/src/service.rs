@@ -25,6 +25,7 @@ use us_proto::v1::{
     TrashRequest, VolumeInfo, WhatIfReply, WhatIfRequest, WhereBlock, WhereRequest,
 };
 
+use crate::engine::registry::RegistryQuestion;
 use crate::engine::{Answer, Event, Peer, Question, RefusalKind};
 use crate::fsck::Fsck;
 use crate::image::ImageWriter;
@@ -57,7 +58,7 @@ type Down<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 /// All services of the directory.
 #[derive(Clone, Debug)]
 pub struct Service {
-    directory: Directory,
+    pub(crate) directory: Directory,
     identity: Identity,
     checks: Arc<Semaphore>,
 }
@@ -80,23 +81,36 @@ impl Service {
         Routes::new(sessions).add_service(membership).add_service(admin)
     }
 
-    async fn ask_count(&self, question: Question) -> Result<u64, Status> {
-        match self.ask(question).await? {
+    async fn ask_count(&self, who: &PeerIdentity, question: Question) -> Result<u64, Status> {
+        match self.ask_by(who, question).await? {
             Answer::Count(count) => Ok(count),
             other => Err(unexpected(&other)),
         }
     }
 
-    async fn ask(&self, question: Question) -> Result<Answer, Status> {
-        match self.directory.ask(question).await? {
-            Answer::Refused { kind, detail } => Err(match kind {
-                RefusalKind::NotFound => Status::not_found(detail),
-                RefusalKind::Exists => Status::already_exists(detail),
-                RefusalKind::Invalid => Status::invalid_argument(detail),
-                RefusalKind::Busy => Status::failed_precondition(detail),
-            }),
-            answer => Ok(answer),
-        }
+    pub(crate) async fn ask(&self, question: Question) -> Result<Answer, Status> {
+        answered(self.directory.ask(question).await?)
+    }
+
+    /// Asks in somebody's name: the log says whose order it was.
+    pub(crate) async fn ask_by(
+        &self,
+        who: &PeerIdentity,
+        question: Question,
+    ) -> Result<Answer, Status> {
+        answered(self.directory.ask_by(who.clone(), question).await?)
+    }
+}
+
+fn answered(answer: Answer) -> Result<Answer, Status> {
+    match answer {
+        Answer::Refused { kind, detail } => Err(match kind {
+            RefusalKind::NotFound => Status::not_found(detail),
+            RefusalKind::Exists => Status::already_exists(detail),
+            RefusalKind::Invalid => Status::invalid_argument(detail),
+            RefusalKind::Busy => Status::failed_precondition(detail),
+        }),
+        answer => Ok(answer),
     }
 }
 
@@ -107,7 +121,7 @@ impl From<Gone> for Status {
 }
 
 /// The caller, if its role is one of `roles`.
-fn allowed<T>(request: &Request<T>, roles: &[Role]) -> Result<PeerIdentity, Status> {
+pub(crate) fn allowed<T>(request: &Request<T>, roles: &[Role]) -> Result<PeerIdentity, Status> {
     let peer = peer_of(request)?;
     if roles.contains(&peer.role) {
         return Ok(peer.clone());
@@ -120,7 +134,7 @@ fn peer(identity: &PeerIdentity) -> Peer {
     Peer { key_hash: identity.key_hash.as_bytes().to_vec(), name: identity.name.clone() }
 }
 
-fn unexpected(answer: &Answer) -> Status {
+pub(crate) fn unexpected(answer: &Answer) -> Status {
     Status::internal(format!("an answer to another question: {answer:?}"))
 }
 
@@ -169,7 +183,7 @@ impl Membership for Service {
         &self,
         request: Request<Streaming<ProviderUp>>,
     ) -> Result<Response<Self::JoinStream>, Status> {
-        let identity = allowed(&request, &[Role::Provider, Role::Admin])?;
+        let identity = allowed(&request, &[Role::Provider])?;
         let attached = self.directory.attach_provider();
         let conn = attached.conn;
         let connected = Event::ProviderConnected { conn, peer: peer(&identity) };
@@ -203,11 +217,11 @@ impl Admin for Service {
         &self,
         request: Request<CreateVolumeRequest>,
     ) -> Result<Response<VolumeInfo>, Status> {
-        allowed(&request, &[Role::Client, Role::Admin])?;
+        let who = allowed(&request, &[Role::Client, Role::Admin])?;
         let CreateVolumeRequest { name, s, r, quota_bytes, repair_at, trash_hours } =
             request.into_inner();
         let question = Question::CreateVolume { name, s, r, quota_bytes, repair_at, trash_hours };
-        match self.ask(question).await? {
+        match self.ask_by(&who, question).await? {
             Answer::Volume(info) => Ok(Response::new(info)),
             other => Err(unexpected(&other)),
         }
@@ -217,10 +231,10 @@ impl Admin for Service {
         &self,
         request: Request<SetVolumeRequest>,
     ) -> Result<Response<VolumeInfo>, Status> {
-        allowed(&request, &[Role::Admin])?;
+        let who = allowed(&request, &[Role::Admin])?;
         let SetVolumeRequest { name, repair_at, quota_bytes, trash_hours } = request.into_inner();
         let question = Question::SetVolume { name, repair_at, quota_bytes, trash_hours };
-        match self.ask(question).await? {
+        match self.ask_by(&who, question).await? {
             Answer::Volume(info) => Ok(Response::new(info)),
             other => Err(unexpected(&other)),
         }
@@ -241,9 +255,9 @@ impl Admin for Service {
         &self,
         request: Request<DeleteVolumeRequest>,
     ) -> Result<Response<DeleteVolumeReply>, Status> {
-        allowed(&request, &[Role::Admin])?;
+        let who = allowed(&request, &[Role::Admin])?;
         let name = request.into_inner().name;
-        match self.ask(Question::DeleteVolume { name }).await? {
+        match self.ask_by(&who, Question::DeleteVolume { name }).await? {
             Answer::Done => Ok(Response::new(DeleteVolumeReply {})),
             other => Err(unexpected(&other)),
         }
@@ -307,9 +321,9 @@ impl Admin for Service {
     }
 
     async fn drain(&self, request: Request<DrainRequest>) -> Result<Response<DrainReply>, Status> {
-        allowed(&request, &[Role::Admin])?;
+        let who = allowed(&request, &[Role::Admin])?;
         let DrainRequest { provider, undo } = request.into_inner();
-        let fragments = self.ask_count(Question::Drain { provider, undo }).await?;
+        let fragments = self.ask_count(&who, Question::Drain { provider, undo }).await?;
         Ok(Response::new(DrainReply { fragments }))
     }
 
@@ -317,9 +331,9 @@ impl Admin for Service {
         &self,
         request: Request<GiveUpRequest>,
     ) -> Result<Response<GiveUpReply>, Status> {
-        allowed(&request, &[Role::Admin])?;
+        let who = allowed(&request, &[Role::Admin])?;
         let provider = request.into_inner().provider;
-        let fragments = self.ask_count(Question::GiveUp { provider }).await?;
+        let fragments = self.ask_count(&who, Question::GiveUp { provider }).await?;
         Ok(Response::new(GiveUpReply { fragments }))
     }
 
@@ -335,9 +349,9 @@ impl Admin for Service {
     }
 
     async fn scrub(&self, request: Request<ScrubRequest>) -> Result<Response<ScrubReply>, Status> {
-        allowed(&request, &[Role::Admin])?;
+        let who = allowed(&request, &[Role::Admin])?;
         let provider = request.into_inner().provider;
-        let providers = self.ask_count(Question::Scrub { provider }).await? as u32;
+        let providers = self.ask_count(&who, Question::Scrub { provider }).await? as u32;
         Ok(Response::new(ScrubReply { providers }))
     }
 
@@ -380,8 +394,12 @@ impl Admin for Service {
         &self,
         request: Request<FsckRequest>,
     ) -> Result<Response<Self::FsckStream>, Status> {
-        allowed(&request, &[Role::Admin])?;
+        let who = allowed(&request, &[Role::Admin])?;
         let FsckRequest { repair, findings_max } = request.into_inner();
+        if repair {
+            let note = Question::Registry(RegistryQuestion::NoteRepair);
+            self.ask_by(&who, note).await?;
+        }
         let Ok(permit) = Arc::clone(&self.checks).try_acquire_owned() else {
             return Err(Status::resource_exhausted("a check is running already"));
         };
@@ -420,9 +438,9 @@ impl Admin for Service {
         &self,
         request: Request<PurgeTrashRequest>,
     ) -> Result<Response<PurgeTrashReply>, Status> {
-        allowed(&request, &[Role::Admin])?;
+        let who = allowed(&request, &[Role::Admin])?;
         let PurgeTrashRequest { volume, inos } = request.into_inner();
-        match self.ask(Question::PurgeTrash { volume, inos }).await? {
+        match self.ask_by(&who, Question::PurgeTrash { volume, inos }).await? {
             Answer::Purged(Purged { files, stored_bytes }) => {
                 Ok(Response::new(PurgeTrashReply { files, stored_bytes }))
             }

@@ -16,6 +16,8 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use us_core::placement::Hybrid;
 use us_core::seal::Secret;
+use us_core::tls::{KeyHash, PeerIdentity};
+use us_core::wire::admission::{Door, RefusedKeys};
 use us_proto::v1::{ProviderDown, SessionDown};
 
 use crate::engine::health::count_slice;
@@ -56,8 +58,9 @@ enum Outlet {
     Provider(mpsc::Sender<ProviderDown>),
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Registry {
+    door: Door,
     outlets: HashMap<ConnId, (Outlet, CancellationToken)>,
     asks: HashMap<AskId, oneshot::Sender<Answer>>,
 }
@@ -85,6 +88,7 @@ pub struct Directory {
     registry: Arc<Mutex<Registry>>,
     next: Arc<AtomicU64>,
     failed: watch::Receiver<Option<String>>,
+    door: Door,
 }
 
 /// How far the store has got, and whether it has failed: set by the store's threads.
@@ -221,6 +225,10 @@ impl Registry {
                 }
                 return;
             }
+            Effect::Refuse(list) => {
+                self.door.refuse(refused_keys(&list));
+                return;
+            }
             Effect::Answer { ask, answer } => {
                 if let Some(waiting) = self.asks.remove(&ask) {
                     let _gone = waiting.send(answer);
@@ -259,7 +267,9 @@ impl Directory {
         let (events, queue) = mpsc::channel(EVENTS_MAX);
         let (failing, failed) = watch::channel(None);
         *mark.wake.lock() = Some(events.clone());
-        let registry = Arc::new(Mutex::new(Registry::default()));
+        let door = Door::new(refused_keys(&engine.refused_keys()));
+        let (outlets, asks) = (HashMap::new(), HashMap::new());
+        let registry = Arc::new(Mutex::new(Registry { door: door.clone(), outlets, asks }));
         spawn_count(&engine, events.downgrade());
         let started_ms = boottime_ms();
         let mut owner = Owner {
@@ -281,7 +291,8 @@ impl Directory {
         let thread = thread.map_err(|source| {
             EngineError::Store(StoreError::io("start the thread of", "engine".as_ref(), source))
         })?;
-        let directory = Self { events, registry, next: Arc::new(AtomicU64::new(1)), failed };
+        let next = Arc::new(AtomicU64::new(1));
+        let directory = Self { events, registry, next, failed, door };
         Ok((directory, thread))
     }
 
@@ -355,15 +366,36 @@ impl Directory {
     /// # Errors
     /// [`Gone`] when the engine has ended.
     pub async fn ask(&self, question: Question) -> Result<Answer, Gone> {
+        self.ask_with(|ask| Event::Ask { ask, question }).await
+    }
+
+    /// Asks the engine in somebody's name.
+    ///
+    /// # Errors
+    /// [`Gone`] when the engine has ended.
+    pub async fn ask_by(&self, by: PeerIdentity, question: Question) -> Result<Answer, Gone> {
+        self.ask_with(|ask| Event::AskedBy { ask, by, question }).await
+    }
+
+    /// Which keys are refused, for the server.
+    pub fn door(&self) -> &Door {
+        &self.door
+    }
+
+    async fn ask_with(&self, event: impl FnOnce(AskId) -> Event) -> Result<Answer, Gone> {
         let ask = AskId(self.next.fetch_add(1, Ordering::Relaxed));
         let (answer, answered) = oneshot::channel();
         self.registry.lock().asks.insert(ask, answer);
-        if self.event(Event::Ask { ask, question }).await.is_err() {
+        if self.event(event(ask)).await.is_err() {
             self.registry.lock().asks.remove(&ask);
             return Err(Gone);
         }
         answered.await.map_err(|_| Gone)
     }
+}
+
+fn refused_keys(list: &us_proto::v1::RefusedKeys) -> RefusedKeys {
+    list.keys.iter().filter_map(|key| KeyHash::from_slice(key)).collect()
 }
 
 /// Counts the stored blocks on a thread of its own.

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+use us_core::daemon::http::MetricsAddress;
 use us_core::daemon::size::Size;
 
 use crate::guest::GuestConfig;
@@ -39,8 +40,8 @@ pub struct ProviderConfig {
     pub reserve: Size,
     /// The site, a label path such as campus/building.
     pub site: String,
-    /// The address of /metrics and /healthz; none: not served.
-    pub metrics: Option<SocketAddr>,
+    /// Where /metrics and /healthz are served; none: not served.
+    pub metrics: Option<MetricsAddress>,
     /// Memory of the index.
     pub index_cache: Size,
     /// How many hours a deleted fragment can be restored.

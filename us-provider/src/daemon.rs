@@ -17,9 +17,11 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 use us_core::daemon::files::{Access, write_atomic};
+use us_core::daemon::joined::Profile;
 use us_core::daemon::shutdown::Shutdown;
 use us_core::daemon::{heap, http, logging};
 use us_core::tls::{Identity, TlsError};
+use us_core::wire::join::keep_renewed;
 use us_core::wire::{GRPC_MESSAGE_BYTES_MAX, Server, ServerLimits};
 use us_proto::v1::fragments_server::FragmentsServer;
 use us_proto::v1::recovery_server::RecoveryServer;
@@ -29,7 +31,8 @@ use crate::control::{self, Controlled};
 use crate::copies::{Copies, LogError};
 use crate::guest::{Pause, ScrubRequests, run_background};
 use crate::leave::Leave;
-use crate::membership::{About, Hands, LinkConfig, LinkEnd, MembershipFiles};
+use crate::membership::refused::RefusedList;
+use crate::membership::{About, FileError, Hands, LinkConfig, LinkEnd, MembershipFiles};
 use crate::rebuild::{PeerLinks, Peers, RebuildLimits, Rebuilder};
 use crate::service::{FragmentService, RecoveryService};
 use crate::store::{OpenError, Store};
@@ -45,7 +48,7 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 #[derive(Debug, thiserror::Error)]
 pub enum DaemonError {
     /// A setting is missing.
-    #[error("{setting} is not set: give --{setting}, or set it in the configuration")]
+    #[error("{setting} is not set: join with `us-provider join`, or give --{setting}")]
     Setting {
         /// Its name.
         setting: &'static str,
@@ -86,6 +89,9 @@ pub enum DaemonError {
         /// The data folder.
         data: PathBuf,
     },
+    /// What it keeps of the directory cannot be read.
+    #[error(transparent)]
+    Files(#[from] FileError),
     /// Membership ended for good.
     #[error(transparent)]
     Membership(#[from] LinkEnd),
@@ -110,6 +116,7 @@ impl DaemonError {
             | Self::Copies(_)
             | Self::Io { .. }
             | Self::Tls(_)
+            | Self::Files(_)
             | Self::Membership(LinkEnd::Files(_) | LinkEnd::Left) => 1,
         }
     }
@@ -124,6 +131,7 @@ pub struct Daemon {
     store: Store,
     copies: Copies,
     leave: Leave,
+    refused: RefusedList,
 }
 
 impl Daemon {
@@ -132,13 +140,21 @@ impl Daemon {
     /// # Errors
     /// [`DaemonError`].
     pub fn open(config: ProviderConfig) -> Result<Self, DaemonError> {
-        let directory =
-            config.directory.clone().ok_or(DaemonError::Setting { setting: "directory" })?;
+        let mut config = config;
+        let dir = config.identity_dir();
+        let profile = Profile::load(&dir)
+            .map_err(DaemonError::io("read what joining left"))?
+            .unwrap_or_default();
+        let joined = Some(profile.directory).filter(|joined| !joined.is_empty());
+        let directory = config.directory.clone().or(joined);
+        let directory = directory.ok_or(DaemonError::Setting { setting: "directory" })?;
+        if config.site.is_empty() {
+            config.site = profile.site;
+        }
         let leave = Leave::load(&config.data);
         if leave.has_left() {
             return Err(DaemonError::HasLeft { data: config.data });
         }
-        let dir = config.identity_dir();
         let identity =
             Identity::load(&dir).map_err(|source| DaemonError::Identity { dir, source })?;
         let store = Store::open(&config.data, config.store_options())?;
@@ -156,9 +172,10 @@ impl Daemon {
                 tracing::error!(%error, "the membership is not kept");
             }
         }
+        let refused = RefusedList::load(MembershipFiles::new(&config.data))?;
         rebuild_after_panic(&store);
         let copies = Copies::start(&config.data, config.directory_copies.bytes())?;
-        Ok(Self { config, directory, identity, store, copies, leave })
+        Ok(Self { config, directory, identity, store, copies, leave, refused })
     }
 
     /// Serves until `shutdown`; calls `ready` with the address once requests are answered.
@@ -185,7 +202,9 @@ impl Daemon {
         let service = FragmentService::new(self.store.clone(), pause.clone(), Arc::clone(&peers));
         let recovery = RecoveryService::new(&self.config.data);
         let serving = tokio::spawn(
-            server(&self.identity, service, recovery).serve(listener, serving_stop.clone()),
+            server(&self.identity, service, recovery)
+                .admission(self.refused.door().admission())
+                .serve(listener, serving_stop.clone()),
         );
         write_atomic(&self.config.data.join("address"), address.as_bytes(), Access::Public)
             .map_err(DaemonError::io("write the file of the address"))?;
@@ -214,6 +233,13 @@ impl Daemon {
             identity: self.identity.clone(),
             about,
         };
+        let renewing = keep_renewed(
+            self.directory.as_str().into(),
+            self.identity.clone(),
+            self.config.identity_dir(),
+            background_stop.clone(),
+        );
+        tokio::spawn(renewing);
         ready(&address, &self.store);
         let (store, limits) = (self.store.clone(), RebuildLimits::default());
         let (rebuilder, endings) =
@@ -226,6 +252,7 @@ impl Daemon {
             endings,
             scrub,
             copies: self.copies.clone(),
+            refused: self.refused.clone(),
         };
         // On a thread that waits for the network: the directory waits for its journal's copies.
         let membership = crate::membership::run(link, hands, shutdown.token().clone());
@@ -264,11 +291,12 @@ impl Daemon {
     }
 
     async fn serve_metrics(&self, shutdown: &Shutdown) -> Result<(), DaemonError> {
-        let Some(address) = self.config.metrics else { return Ok(()) };
+        let Some(address) = &self.config.metrics else { return Ok(()) };
         let store = self.store.clone();
         let health = move || store.state().trouble.map_or(Ok(()), Err);
         let router = http::router(Arc::new(health));
-        let bound = http::serve(address, router, shutdown)
+        let admission = self.refused.door().admission();
+        let bound = http::serve(address, &self.identity, admission, router, shutdown)
             .await
             .map_err(DaemonError::io(format!("serve metrics on {address}")))?;
         tracing::info!(%bound, "metrics");

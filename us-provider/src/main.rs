@@ -10,10 +10,14 @@ use serde::Serialize;
 use us_core::daemon::cli::CliCommand;
 use us_core::daemon::config::{Layers, load};
 use us_core::daemon::heap;
+use us_core::daemon::http::MetricsAddress;
+use us_core::daemon::joined::{machine_name, read_code};
 use us_core::daemon::logging::{self, LogArgs};
 use us_core::daemon::runtime::{Program, runtime};
 use us_core::daemon::shutdown::Shutdown;
 use us_core::daemon::size::{Size, human_duration};
+use us_core::tls::Role;
+use us_core::wire::join::join as wire_join;
 use us_provider::config::{ENVIRONMENT_PREFIX, ProviderConfig, default_data};
 use us_provider::control::{self, Answer, Request, Status};
 use us_provider::daemon::{Daemon, DaemonError, ready_line};
@@ -40,6 +44,8 @@ struct Cli {
 enum Command {
     /// Run the daemon
     Run(Box<RunArgs>),
+    /// Join a cluster with the code of an invitation; then `us-provider run`
+    Join(JoinArgs),
     /// Show how the daemon is
     Status(StatusArgs),
     /// Take no new fragments and rest, until resumed; what is stored stays readable
@@ -79,9 +85,9 @@ struct Settings {
     /// What clients dial, where it differs from the address listened on
     #[arg(long, value_name = "HOST:PORT", help_heading = "Network")]
     advertise: Option<String>,
-    /// Serve /metrics and /healthz here
-    #[arg(long, value_name = "IP:PORT", help_heading = "Network")]
-    metrics: Option<std::net::SocketAddr>,
+    /// Serve /metrics and /healthz here: unix:PATH, or IP:PORT for TLS with both certificates
+    #[arg(long, value_name = "ADDRESS", help_heading = "Network")]
+    metrics: Option<MetricsAddress>,
     /// The most that fragments may take, for example 100G [default: what the reserve leaves]
     #[arg(long, value_name = "SIZE", help_heading = "Space")]
     capacity: Option<Size>,
@@ -97,6 +103,22 @@ struct Settings {
     /// What the line can receive, in KiB a second [default: not said]
     #[arg(long, value_name = "KIB", help_heading = "Network")]
     downlink_kib_per_s: Option<u64>,
+}
+
+#[derive(Args, Debug)]
+struct JoinArgs {
+    /// The code that `usctl invite` printed; without it, or with -, it is read from standard input
+    #[arg(value_name = "CODE")]
+    code: Option<String>,
+    /// Folder of the store the daemon will run on
+    #[arg(long, value_name = "DIR", env = "US_PROVIDER_DATA")]
+    data: Option<PathBuf>,
+    /// Folder of the certificate [default: identity in the data folder]
+    #[arg(long, value_name = "DIR", env = "US_PROVIDER_IDENTITY")]
+    identity: Option<PathBuf>,
+    /// What this machine is called, where the invitation does not say [default: its host name]
+    #[arg(long, value_name = "NAME")]
+    name: Option<String>,
 }
 
 #[derive(Args, Debug)]
@@ -132,6 +154,7 @@ fn main() -> ExitCode {
     }
     let result = match cli.command {
         Command::Run(args) => run(*args),
+        Command::Join(args) => join(&args),
         Command::Status(args) => {
             ask(&args.data, Request::Status).and_then(|status| show(&status, args.json))
         }
@@ -175,6 +198,18 @@ fn run(args: RunArgs) -> anyhow::Result<()> {
     // A read that hangs in the disk must not keep the process.
     runtime.shutdown_timeout(Duration::from_secs(1));
     result
+}
+
+fn join(args: &JoinArgs) -> anyhow::Result<()> {
+    let code = read_code(args.code.as_deref())?;
+    let data = args.data.clone().unwrap_or_else(default_data);
+    let dir = args.identity.clone().unwrap_or_else(|| data.join("identity"));
+    let name = args.name.clone().unwrap_or_else(machine_name);
+    let runtime = runtime(Program::Foreground).context("start the runtime")?;
+    let identity = runtime.block_on(wire_join(&code, Role::Provider, &name, &dir))?;
+    println!("joined {} as {}", code.address, identity.own());
+    println!("key and certificate are in {}; next: us-provider run", dir.display());
+    Ok(())
 }
 
 /// Asks the daemon to leave, and shows how far it is until it has.

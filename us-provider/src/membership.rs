@@ -13,6 +13,7 @@
 
 mod files;
 mod link;
+pub mod refused;
 pub mod retain;
 
 use std::collections::BTreeSet;
@@ -23,8 +24,8 @@ use us_proto::v1::provider_down::Event as Down;
 use us_proto::v1::provider_up::Event as Up;
 use us_proto::v1::{
     CheckReply, DamageReport, DeleteDone, FragmentStatus, InventoryItem, LeaveProgress,
-    ProviderGoodbye, ProviderHello, ProviderReport, RebuildFragments, RetainPage, RetainReply,
-    StoreRecords, StoreRoot,
+    ProviderGoodbye, ProviderHello, ProviderReport, RebuildFragments, RefusedKeys, RetainPage,
+    RetainReply, StoreRecords, StoreRoot,
 };
 
 use crate::copies::Held;
@@ -108,6 +109,8 @@ pub enum Effect {
     CancelRebuild(Ticket),
     /// Read everything once, now.
     Scrub,
+    /// Let nobody with these keys in, and keep the list.
+    Refuse(RefusedKeys),
     /// End for good: the directory does not want this provider, or this is another cluster.
     Stop {
         /// Why, for people.
@@ -202,6 +205,7 @@ impl Member {
             | Down::StartScrub(_)
             | Down::Retain(_)
             | Down::Leaving(_)
+            | Down::RefusedKeys(_)
                 if !self.is_welcome =>
             {
                 Vec::new()
@@ -211,6 +215,7 @@ impl Member {
                 let ticket = Ticket { stream: self.stream, ticket: cancel.ticket };
                 vec![Effect::CancelRebuild(ticket)]
             }
+            Down::RefusedKeys(list) => vec![Effect::Refuse(list)],
             Down::StartScrub(_) => vec![Effect::Scrub],
             Down::Leaving(said) => vec![Effect::Leaving(said)],
             Down::Retain(page) => vec![Effect::Retain(Box::new(page))],

@@ -409,15 +409,16 @@ async fn a_refused_provider_says_why_and_ends() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn its_figures_are_served() {
     let setting = Setting::new().await;
-    // A port that was free a moment ago.
-    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let socket = &folder.path().join("metrics");
     let mut command = setting.provider();
     // The environment is a layer below the flags.
-    let child = command.env("US_PROVIDER_METRICS", free.to_string()).spawn().unwrap();
+    let address = format!("unix:{}", socket.display());
+    let child = command.env("US_PROVIDER_METRICS", address).spawn().unwrap();
     setting.played.hear("a hello", |up| matches!(up, Up::Hello(_)).then_some(())).await;
-    assert!(fetch(free, "/healthz").await.contains("ok"));
+    assert!(fetch(socket, "/healthz").await.contains("ok"));
     let deadline = Instant::now() + PATIENCE;
-    while !fetch(free, "/metrics").await.contains("us_provider_free_bytes") {
+    while !fetch(socket, "/metrics").await.contains("us_provider_free_bytes") {
         assert!(Instant::now() < deadline, "no figures");
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
@@ -425,9 +426,9 @@ async fn its_figures_are_served() {
     assert!(end(child).await.success());
 }
 
-async fn fetch(address: std::net::SocketAddr, path: &str) -> String {
+async fn fetch(socket: &Path, path: &str) -> String {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
-    let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
+    let mut stream = tokio::net::UnixStream::connect(socket).await.unwrap();
     let request = format!("GET {path} HTTP/1.1\r\nHost: us\r\nConnection: close\r\n\r\n");
     stream.write_all(request.as_bytes()).await.unwrap();
     let mut answer = String::new();

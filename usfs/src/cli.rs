@@ -5,12 +5,15 @@
 
 use std::ffi::OsString;
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 use us_core::daemon::cli::CliCommand;
+use us_core::daemon::runtime::{Program, runtime};
+use us_core::tls::Role;
 
+use crate::ctl::members;
 use crate::{mount, up};
 
 /// An encrypted, erasure-coded disk that lies on other machines
@@ -35,6 +38,8 @@ enum Command {
     Mount(mount::MountArgs),
     /// Unmount a volume
     Umount(mount::UmountArgs),
+    /// Become a client of a cluster with the code of an invitation; then `usfs mount`
+    Join(ClientJoinArgs),
     /// One process of `usfs up`
     #[command(hide = true)]
     Daemon(up::DaemonArgs),
@@ -59,6 +64,7 @@ pub fn main() -> ExitCode {
         Command::Up(args) => up::up(&args),
         Command::Mount(args) => mount::mount(&args),
         Command::Umount(args) => mount::umount(&args),
+        Command::Join(args) => join(&args),
         Command::Daemon(args) => up::daemon(&args),
         Command::Cli(command) => {
             command.run(Args::command()).map(|()| ExitCode::SUCCESS).map_err(Into::into)
@@ -68,6 +74,22 @@ pub fn main() -> ExitCode {
         let _ = writeln!(std::io::stderr(), "usfs: {error:#}");
         ExitCode::FAILURE
     })
+}
+
+/// Flags of `usfs join`.
+#[derive(Debug, clap::Args)]
+struct ClientJoinArgs {
+    #[command(flatten)]
+    join: members::JoinArgs,
+    /// The folder for the certificate
+    #[arg(long, env = "US_IDENTITY", value_name = "DIR")]
+    identity: Option<PathBuf>,
+}
+
+fn join(args: &ClientJoinArgs) -> anyhow::Result<ExitCode> {
+    let runtime = runtime(Program::Foreground)?;
+    say(&runtime.block_on(members::join(Role::Client, args.identity.clone(), &args.join))?);
+    Ok(ExitCode::SUCCESS)
 }
 
 /// `mount` calls this program by the name `mount.usfs`, with a command line of its own.

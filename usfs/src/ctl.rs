@@ -9,6 +9,7 @@ mod act;
 mod connect;
 mod fsck;
 mod json;
+pub mod members;
 mod place;
 mod plan;
 mod status;
@@ -27,6 +28,7 @@ use us_core::daemon::logging::{self, LogArgs};
 use us_core::daemon::size::Size;
 use us_core::geometry::Code;
 use us_core::ids::BlockId;
+use us_core::tls::Role;
 
 pub use connect::{Admin, Target, connect};
 
@@ -55,8 +57,8 @@ struct ReaderGone;
                   cannot be read until providers return, 3 data is lost; 4 the directory cannot \
                   be reached; 64 the command makes no sense. `fsck`, a sum: 0 clean, 1 mended or \
                   given to repair, 4 left as it was, 8 not everything could be looked at.\n\
-                  The directory is found by --directory, else US_DIRECTORY, else the `usfs up` \
-                  that runs on this machine (or the one whose state US_DATA names)."
+                  The directory is found by --directory, else US_DIRECTORY, else where this \
+                  machine joined (`usctl join`), else the `usfs up` that runs on this machine (or the one whose state US_DATA names)."
 )]
 pub struct CtlArgs {
     /// The directory to ask
@@ -113,6 +115,14 @@ enum Command {
     Trash(trash::TrashCommand),
     /// What happened
     Events(act::EventsArgs),
+    /// Invite a provider, a client or an administrator: prints a code that works once
+    Invite(members::InviteArgs),
+    /// Who takes part, and who did
+    Members(JsonArgs),
+    /// Shut a member out, at once and for ever
+    Revoke(members::RevokeArgs),
+    /// Become an administrator of a cluster with the code of an invitation
+    Join(members::JoinArgs),
     /// Work out what a swarm needs
     #[command(subcommand)]
     Plan(PlanCommand),
@@ -292,6 +302,12 @@ async fn act(args: CtlArgs) -> anyhow::Result<ExitCode> {
         Command::GiveUp(args) => act::give_up(&target, &args).await?,
         Command::WhatIf(args) => act::what_if(&target, &args).await?,
         Command::Trash(command) => trash::run(&target, command).await?,
+        Command::Invite(args) => members::invite(&target, &args).await?,
+        Command::Members(json) => members::members(&target, json).await?,
+        Command::Revoke(args) => members::revoke(&target, &args).await?,
+        Command::Join(args) => {
+            say(&members::join(Role::Admin, target.identity, &args).await?)?;
+        }
         Command::Events(args) => act::events(&target, &args).await?,
         Command::Plan(PlanCommand::Code(args)) => plan::code(&args)?,
         Command::Plan(PlanCommand::Lines(args)) => plan::lines(&args)?,

@@ -21,6 +21,7 @@ use us_core::daemon::heap;
 use us_core::daemon::logging::{self, LogArgs};
 use us_core::daemon::runtime::{Program, runtime};
 use us_core::daemon::shutdown::Shutdown;
+use us_core::tls::Role;
 
 pub use self::options::{Ack, Options};
 pub use self::volume::{VolumeMount, VolumeSpec};
@@ -150,12 +151,17 @@ async fn serve(spec: VolumeSpec, ready: String) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The identity of the `usfs up` of this machine, where it is that directory.
+/// The identity of the `usfs up` of this machine, where it is that directory, else the one this machine
+/// joined with.
 fn local_identity(directory: &str) -> anyhow::Result<PathBuf> {
-    UpRecord::find()
-        .filter(|up| up.directory == directory)
-        .map(|up| up.client_identity)
-        .with_context(|| format!("give --identity DIR (or -o identity=DIR) for {directory}"))
+    let of_up = UpRecord::find().filter(|up| up.directory == directory);
+    let of_up = of_up.map(|up| up.client_identity);
+    let joined = || places::joined(Role::Client).or_else(|| places::joined(Role::Admin));
+    of_up.or_else(|| joined().map(|(_, dir)| dir)).with_context(|| {
+        format!(
+            "join with `usfs join`, or give --identity DIR (or -o identity=DIR) for {directory}"
+        )
+    })
 }
 
 /// Runs `usfs umount`.

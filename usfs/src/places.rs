@@ -3,6 +3,7 @@
 //! ```text
 //! data      $US_DATA, else /var/lib/us as root, else $XDG_DATA_HOME/us (~/.local/share/us)
 //! data/up   the state of `usfs up`; data/up/up.json says how to reach what runs
+//! joined    data/joined/client and data/joined/admin: the identities of `usfs join`, `usctl join`
 //! running   /run/us as root, else $XDG_RUNTIME_DIR/us, else /tmp/us-UID
 //! ```
 
@@ -12,6 +13,8 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use us_core::daemon::files::{Access, write_atomic};
+use us_core::daemon::joined::Profile;
+use us_core::tls::{Identity, Role};
 
 /// The file in the state of `usfs up`, and in the running folder, that says how to reach it.
 const UP_FILE: &str = "up.json";
@@ -59,6 +62,24 @@ pub fn up_data_dir() -> PathBuf {
 /// Where a mount keeps its logs and what it could not send.
 pub fn mount_data_dir() -> PathBuf {
     environment_path("US_DATA").unwrap_or_else(data_dir)
+}
+
+/// The identity that joining as `role` leaves.
+pub fn joined_dir(role: Role) -> PathBuf {
+    mount_data_dir().join("joined").join(role.as_str())
+}
+
+/// Where this machine joined as `role`: the directory's address, and the identity's folder. A profile
+/// that cannot be read counts as none, and is told.
+pub fn joined(role: Role) -> Option<(String, PathBuf)> {
+    let dir = joined_dir(role);
+    match Profile::load(&dir) {
+        Ok(profile) => Some((profile?.directory, dir)).filter(|(_, dir)| Identity::exists(dir)),
+        Err(error) => {
+            tracing::warn!(%error, "what joining left cannot be read");
+            None
+        }
+    }
 }
 
 /// Where programs that run say so; gone after a restart of the machine.

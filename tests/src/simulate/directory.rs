@@ -169,6 +169,7 @@ impl Directory {
                     self.to_providers.extend(down.event.map(|event| (conn.0, event)));
                 }
                 Effect::Session { down, .. } => self.to_mount.extend(down.event),
+                Effect::Refuse(_) => {}
                 Effect::End { conn } => self.ended.push(conn.0),
                 Effect::Answer { answer, .. } => self.answers.push_back(answer),
             }

@@ -4,11 +4,14 @@ use std::path::Path;
 
 use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa,
-    Issuer, KeyPair, KeyUsagePurpose, PKCS_ECDSA_P256_SHA256,
+    Issuer, KeyPair, KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, SerialNumber,
 };
 use zeroize::Zeroizing;
 
-use super::{CA_FILE, Identity, NAME_BYTES_MAX, Role, SERVER_NAME, TlsError, files, peer};
+use super::{
+    AuthorityPin, CA_FILE, CertificateRequest, Identity, NAME_BYTES_MAX, Role, SERVER_NAME,
+    TlsError, files, peer,
+};
 use crate::ids::ClusterId;
 
 const CA_KEY_FILE: &str = "ca-key.pem";
@@ -102,10 +105,40 @@ impl CertificateAuthority {
     /// # Errors
     /// [`TlsError::Name`] for a name no certificate can carry; [`TlsError::Issue`].
     pub fn issue(&self, role: Role, name: &str) -> Result<Identity, TlsError> {
-        if name.is_empty() || name.len() > NAME_BYTES_MAX || name.chars().any(char::is_control) {
+        let params = self.subject(role, name)?;
+        let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
+        let certificate = params.signed_by(&key, &self.issuer)?;
+        let key_pem = Zeroizing::new(key.serialize_pem());
+        Identity::from_pem(self.ca_pem.clone(), certificate.pem(), key_pem)
+    }
+    /// A certificate for the key of a request. Nothing else of the request is believed.
+    ///
+    /// # Errors
+    /// [`TlsError::Name`]; [`TlsError::Issue`].
+    pub fn sign(
+        &self,
+        request: &CertificateRequest,
+        role: Role,
+        name: &str,
+        serial: &[u8],
+    ) -> Result<String, TlsError> {
+        let mut params = self.subject(role, name)?;
+        params.serial_number = Some(SerialNumber::from_slice(serial));
+        Ok(params.signed_by(request.public_key(), &self.issuer)?.pem())
+    }
+
+    /// What an invitation says of this authority.
+    ///
+    /// # Errors
+    /// [`TlsError::Pem`].
+    pub fn pin(&self) -> Result<AuthorityPin, TlsError> {
+        Ok(AuthorityPin::of(&super::certificate(&self.ca_pem, CA_FILE)?))
+    }
+
+    fn subject(&self, role: Role, name: &str) -> Result<CertificateParams, TlsError> {
+        if !is_name(name) {
             return Err(TlsError::Name { name: name.to_owned() });
         }
-        let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
         let mut params = CertificateParams::new(vec![SERVER_NAME.to_owned()])?;
         params.distinguished_name = DistinguishedName::new();
         params.distinguished_name.push(DnType::OrganizationName, self.cluster.to_string());
@@ -116,8 +149,11 @@ impl CertificateAuthority {
         // Everyone both dials and is dialled.
         params.extended_key_usages =
             vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
-        let certificate = params.signed_by(&key, &self.issuer)?;
-        let key_pem = Zeroizing::new(key.serialize_pem());
-        Identity::from_pem(self.ca_pem.clone(), certificate.pem(), key_pem)
+        Ok(params)
     }
+}
+
+/// Whether a certificate can carry this name.
+pub fn is_name(name: &str) -> bool {
+    !name.is_empty() && name.len() <= NAME_BYTES_MAX && !name.chars().any(char::is_control)
 }

@@ -110,7 +110,7 @@ async fn another_authority_is_refused_on_both_sides() {
     // The stranger trusts our authority, but its certificate is still not ours.
     let forged = Identity::from_pem(
         ours.ca_pem().to_owned(),
-        stranger.cert_pem().to_owned(),
+        stranger.cert_pem().to_string(),
         stranger.key_pem().clone(),
     )
     .unwrap();

@@ -10,10 +10,10 @@ use rustls::{ClientConfig, ServerConfig};
 use tokio::io::BufReader;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
-use tokio_rustls::{TlsAcceptor, TlsConnector, TlsStream};
+use tokio_rustls::{LazyConfigAcceptor, TlsConnector, TlsStream};
 
 use super::{CONNECT_TIMEOUT, ConnectError, TCP_TIMEOUT};
-use crate::tls::{ExpectedPeer, PeerIdentity, SERVER_NAME};
+use crate::tls::{ALPN_JOIN, ExpectedPeer, PeerIdentity, SERVER_NAME};
 
 /// How long a connection that ends is given to say so to TLS.
 pub(super) const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
@@ -28,7 +28,7 @@ const KEEPALIVE_PROBES: u32 = 3;
 const UNACKNOWLEDGED_TIMEOUT_MS: u32 = 30_000;
 
 /// A TLS connection of either side.
-pub(super) type Secured = TlsStream<BufReader<TcpStream>>;
+pub(crate) type Secured = TlsStream<BufReader<TcpStream>>;
 
 /// No delay for small frames, and a dead peer is noticed on an idle connection too.
 pub(super) fn tune(stream: &TcpStream) -> io::Result<()> {
@@ -75,17 +75,51 @@ pub(super) async fn dial(
     Ok((tls.into(), peer))
 }
 
-/// The server's side of a handshake.
-pub(super) async fn accept(
+/// What a server shows, and to whom.
+#[derive(Clone)]
+pub(super) struct Shown {
+    /// To members: they must show a certificate too.
+    pub members: Arc<ServerConfig>,
+    /// To those who ask for joining and nothing else; `None`: there is no joining here.
+    pub newcomers: Option<Arc<ServerConfig>>,
+}
+
+/// The server's side of a handshake with a member, outside of a [`Server`](super::Server).
+pub(crate) async fn accept_member(
     tcp: TcpStream,
     config: Arc<ServerConfig>,
-) -> io::Result<(Secured, PeerIdentity, Option<Vec<u8>>)> {
+) -> io::Result<(Secured, PeerIdentity)> {
+    match accept(tcp, Shown { members: config, newcomers: None }).await? {
+        (stream, Caller::Member(peer, _)) => Ok((stream, peer)),
+        (_, Caller::Newcomer) => Err(io::ErrorKind::PermissionDenied.into()),
+    }
+}
+
+/// Who has connected.
+pub(super) enum Caller {
+    /// A member, and the protocol it wants.
+    Member(PeerIdentity, Option<Vec<u8>>),
+    /// Somebody without certificate, who may only join.
+    Newcomer,
+}
+
+/// The server's side of a handshake. Only who offers joining as its one protocol is let in without a
+/// certificate, and TLS then agrees on nothing but joining.
+pub(super) async fn accept(tcp: TcpStream, shown: Shown) -> io::Result<(Secured, Caller)> {
     tune(&tcp)?;
-    let mut tls = TlsAcceptor::from(config).accept(buffered(tcp)).await?;
+    let acceptor = rustls::server::Acceptor::default();
+    let start = LazyConfigAcceptor::new(acceptor, buffered(tcp)).await?;
+    let joins = start.client_hello().alpn().is_some_and(|names| names.eq([ALPN_JOIN]));
+    let newcomers = shown.newcomers.filter(|_| joins);
+    let is_newcomer = newcomers.is_some();
+    let mut tls = start.into_stream(newcomers.unwrap_or(shown.members)).await?;
     let (_, session) = tls.get_mut();
     session.set_buffer_limit(Some(WRITE_BUFFER_BYTES));
     let alpn = session.alpn_protocol().map(<[u8]>::to_vec);
+    if is_newcomer {
+        return Ok((tls.into(), Caller::Newcomer));
+    }
     let peer = PeerIdentity::from_chain(session.peer_certificates())
         .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
-    Ok((tls.into(), peer, alpn))
+    Ok((tls.into(), Caller::Member(peer, alpn)))
 }

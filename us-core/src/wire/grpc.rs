@@ -1,22 +1,25 @@
 //! gRPC: dialling it, knowing the caller in a handler, and serving a [`BulkService`] over it.
 
 use std::error::Error;
-use std::fmt;
 use std::io;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use axum::http::{Request, Uri};
+use axum::http::{self, Request, Uri};
 use futures::StreamExt;
+use futures::future::{Either, Ready, ready};
 use futures::stream::BoxStream;
 use hyper_util::rt::TokioIo;
+use tonic::body::Body;
 use tonic::service::Routes;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Response, Status, Streaming};
 use tower::{Service, service_fn};
 use us_proto::v1::{GetReply, GetRequest, PutReply, PutRequest};
 
+use super::admission::{Admission, REFUSED};
 use super::frame::check_items;
 use super::{BulkService, CONNECT_TIMEOUT, ConnectError, dial};
 use crate::tls::{ALPN_H2, ExpectedPeer, Identity, PeerIdentity, client_config};
@@ -74,12 +77,14 @@ pub async fn connect_grpc_with(
     expected: ExpectedPeer,
     windows: Http2Windows,
 ) -> Result<Channel, ConnectError> {
-    let config = client_config(identity, &[ALPN_H2])
-        .map_err(|source| ConnectError::Identity { address: address.to_owned(), source })?;
-    let target: Arc<str> = address.into();
+    let wrong = |source| ConnectError::Identity { address: address.to_owned(), source };
+    client_config(identity, &[ALPN_H2]).map_err(wrong)?;
+    let (target, identity): (Arc<str>, _) = (address.into(), identity.clone());
     let connector = service_fn(move |_: Uri| {
-        let (target, config) = (Arc::clone(&target), Arc::clone(&config));
+        // Made anew for each connection: the certificate may have been renewed.
+        let (target, config) = (Arc::clone(&target), client_config(&identity, &[ALPN_H2]));
         async move {
+            let config = config.map_err(io::Error::other)?;
             let dialled = dial::dial(&target, config, expected).await;
             dialled.map(|(stream, _)| TokioIo::new(stream)).map_err(io::Error::other)
         }
@@ -102,7 +107,7 @@ pub async fn connect_grpc_with(
 }
 
 /// The reason below all wrappers: the connector's own error says all that matters.
-fn innermost(error: &dyn Error) -> String {
+pub(super) fn innermost(error: &dyn Error) -> String {
     let mut cause = error;
     while let Some(source) = cause.source() {
         cause = source;
@@ -155,33 +160,54 @@ pub fn grpc_get<S: BulkService>(
     Ok(Response::new(replies.boxed()))
 }
 
-/// Routes whose handlers find the peer of their connection among the request's extensions.
-#[derive(Clone)]
-pub(super) struct WithPeer {
+/// The address somebody without certificate calls from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CallerAddress(pub SocketAddr);
+
+/// Who is at the other end of a connection.
+#[derive(Debug)]
+pub(super) enum Whom {
+    /// A member; asked for each call whether it still is one.
+    Member(Arc<PeerIdentity>, Admission),
+    /// Somebody without certificate.
+    Newcomer(SocketAddr),
+}
+
+/// Routes whose handlers find who calls among the request's extensions: the [`PeerIdentity`] of a
+/// member, the [`CallerAddress`] of a newcomer. A member that is refused is told so, whatever it asks.
+#[derive(Clone, Debug)]
+pub(super) struct WithCaller {
     pub(super) routes: Routes,
-    pub(super) peer: Arc<PeerIdentity>,
+    pub(super) whom: Arc<Whom>,
 }
 
-impl fmt::Debug for WithPeer {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("WithPeer").field(&self.peer).finish()
-    }
-}
-
-impl<B> Service<Request<B>> for WithPeer
+impl<B> Service<Request<B>> for WithCaller
 where
-    Routes: Service<Request<B>>,
+    Routes: Service<Request<B>, Response = http::Response<Body>>,
 {
-    type Response = <Routes as Service<Request<B>>>::Response;
+    type Response = http::Response<Body>;
     type Error = <Routes as Service<Request<B>>>::Error;
-    type Future = <Routes as Service<Request<B>>>::Future;
+    type Future = Either<
+        Ready<Result<http::Response<Body>, Self::Error>>,
+        <Routes as Service<Request<B>>>::Future,
+    >;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
         self.routes.poll_ready(cx)
     }
 
     fn call(&mut self, mut request: Request<B>) -> Self::Future {
-        request.extensions_mut().insert(PeerIdentity::clone(&self.peer));
-        self.routes.call(request)
+        match &*self.whom {
+            Whom::Member(peer, admission) if admission.refuses(peer) => {
+                return Either::Left(ready(Ok(Status::unauthenticated(REFUSED).into_http())));
+            }
+            Whom::Member(peer, _) => {
+                request.extensions_mut().insert(PeerIdentity::clone(peer));
+            }
+            Whom::Newcomer(address) => {
+                request.extensions_mut().insert(CallerAddress(*address));
+            }
+        }
+        Either::Right(self.routes.call(request))
     }
 }

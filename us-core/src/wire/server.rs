@@ -17,15 +17,22 @@ use tokio_util::task::TaskTracker;
 use tonic::service::Routes;
 use tracing::{debug, info, warn};
 
-use super::dial::{self, Secured};
+use super::admission::{Admission, FAREWELL};
+use super::dial::{self, Caller, Secured, Shown};
 use super::frame_io::byte_limit;
-use super::grpc::{self, Http2Windows, WithPeer};
+use super::grpc::{self, Http2Windows, Whom, WithCaller};
 use super::served::serve_frames;
 use super::{BulkLimits, BulkService, CONNECT_TIMEOUT};
-use crate::tls::{ALPN_BULK, ALPN_H2, Identity, PeerIdentity, TlsError, server_config};
+use crate::tls::{
+    ALPN_BULK, ALPN_H2, Identity, PeerIdentity, TlsError, join_server_config, server_config,
+};
 
 /// After a failed accept (no file descriptors left) the next try waits this long.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// Newcomers at once, how long each may stay, and its calls at once.
+const NEWCOMERS_MAX: usize = 16;
+const NEWCOMER_STAY: Duration = Duration::from_secs(30);
+const NEWCOMER_STREAMS_MAX: u32 = 2;
 
 /// What a server holds at most.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,6 +73,8 @@ pub struct Server {
     limits: ServerLimits,
     grpc: Option<Routes>,
     bulk: Option<Arc<ServeFrames>>,
+    join: Option<Routes>,
+    admission: Admission,
 }
 
 impl std::fmt::Debug for Server {
@@ -77,14 +86,61 @@ impl std::fmt::Debug for Server {
 struct Port {
     grpc: Option<Routes>,
     bulk: Option<Arc<ServeFrames>>,
+    join: Option<Routes>,
+    newcomers: Semaphore,
+    admission: Admission,
     shutdown: CancellationToken,
     limits: ServerLimits,
+}
+
+/// The TLS configurations, made again when the certificate was renewed.
+struct Showing {
+    identity: Identity,
+    alpn: Vec<&'static [u8]>,
+    joins: bool,
+    renewals: u64,
+    shown: Shown,
+}
+
+impl Showing {
+    fn new(identity: Identity, alpn: Vec<&'static [u8]>, joins: bool) -> Result<Self, TlsError> {
+        let renewals = identity.renewals();
+        let members = server_config(&identity, &alpn)?;
+        let newcomers = joins.then(|| join_server_config(&identity)).transpose()?;
+        Ok(Self { identity, alpn, joins, renewals, shown: Shown { members, newcomers } })
+    }
+
+    fn now(&mut self) -> Shown {
+        if self.identity.renewals() != self.renewals {
+            match Self::new(self.identity.clone(), self.alpn.clone(), self.joins) {
+                Ok(renewed) => *self = renewed,
+                // `Identity::renew` has looked at it; the old one is still good.
+                Err(error) => warn!(%error, "the renewed certificate is not shown"),
+            }
+        }
+        self.shown.clone()
+    }
 }
 
 impl Server {
     /// A server that speaks nothing yet.
     pub fn new(identity: &Identity, limits: ServerLimits) -> Self {
-        Self { identity: identity.clone(), limits, grpc: None, bulk: None }
+        let admission = Admission::default();
+        Self { identity: identity.clone(), limits, grpc: None, bulk: None, join: None, admission }
+    }
+
+    /// Asks this who is refused.
+    #[must_use]
+    pub fn admission(mut self, admission: Admission) -> Self {
+        self.admission = admission;
+        self
+    }
+
+    /// Serves these gRPC services, and nothing else, to callers without certificate.
+    #[must_use]
+    pub fn join(mut self, routes: Routes) -> Self {
+        self.join = Some(routes.prepare());
+        self
     }
 
     /// Serves these gRPC services; their handlers find the [`PeerIdentity`] with
@@ -125,10 +181,17 @@ impl Server {
         let mut alpn = Vec::new();
         alpn.extend(self.grpc.is_some().then_some(ALPN_H2));
         alpn.extend(self.bulk.is_some().then_some(ALPN_BULK));
-        let tls = server_config(&self.identity, &alpn)?;
+        let mut showing = Showing::new(self.identity, alpn, self.join.is_some())?;
         let limits = self.limits;
-        let port =
-            Arc::new(Port { grpc: self.grpc, bulk: self.bulk, shutdown: shutdown.clone(), limits });
+        let port = Arc::new(Port {
+            grpc: self.grpc,
+            bulk: self.bulk,
+            join: self.join,
+            newcomers: Semaphore::new(NEWCOMERS_MAX),
+            admission: self.admission,
+            shutdown: shutdown.clone(),
+            limits,
+        });
         let connections = Arc::new(Semaphore::new(limits.connections_max));
         let (tracker, abort) = (TaskTracker::new(), CancellationToken::new());
         loop {
@@ -141,12 +204,12 @@ impl Server {
                     None => break,
                 },
             };
-            let (port, tls, abort) = (Arc::clone(&port), Arc::clone(&tls), abort.clone());
+            let (port, shown, abort) = (Arc::clone(&port), showing.now(), abort.clone());
             tracker.spawn(async move {
                 let _permit = permit;
                 tokio::select! {
                     // Cancel-safe: dropped only after the drain timeout.
-                    () = port.connection(tcp, address, tls) => {}
+                    () = port.connection(tcp, address, shown) => {}
                     // Cancel-safe: a token stays cancelled.
                     () = abort.cancelled() => {}
                 }
@@ -181,38 +244,78 @@ async fn accept(
 }
 
 impl Port {
-    async fn connection(
-        &self,
-        tcp: TcpStream,
-        address: SocketAddr,
-        tls: Arc<rustls::ServerConfig>,
-    ) {
-        let handshake = timeout(self.limits.handshake_timeout, dial::accept(tcp, tls));
-        let (stream, peer, alpn) = match handshake.await {
+    async fn connection(&self, tcp: TcpStream, address: SocketAddr, shown: Shown) {
+        let handshake = timeout(self.limits.handshake_timeout, dial::accept(tcp, shown));
+        let (stream, caller) = match handshake.await {
             Ok(Ok(accepted)) => accepted,
             Ok(Err(error)) => return info!(%address, %error, "TLS handshake refused"),
             Err(_) => return info!(%address, "TLS handshake took too long"),
         };
-        debug!(%address, %peer, "connected");
-        let peer = Arc::new(peer);
-        match (alpn.as_deref(), &self.bulk, &self.grpc) {
-            (Some(ALPN_BULK), Some(bulk), _) => {
-                bulk(stream, peer, self.shutdown.clone()).await;
+        match caller {
+            Caller::Newcomer => self.newcomer(stream, address).await,
+            Caller::Member(peer, alpn) => {
+                debug!(%address, %peer, "connected");
+                self.member(stream, Arc::new(peer), alpn, address).await;
             }
+        }
+    }
+
+    async fn member(
+        &self,
+        stream: Secured,
+        peer: Arc<PeerIdentity>,
+        alpn: Option<Vec<u8>>,
+        address: SocketAddr,
+    ) {
+        self.admission.met(&peer);
+        let cut_off = || info!(%address, %peer, "refused: it is a member no more");
+        match (alpn.as_deref(), &self.bulk, &self.grpc) {
+            (Some(ALPN_BULK), Some(bulk), _) => tokio::select! {
+                // Before anything is read: it may be refused already.
+                biased;
+                // Cancel-safe: it only waits.
+                () = self.admission.refused(&peer) => cut_off(),
+                // Cancel-safe: a connection that is cut loses what is under way, as it is to.
+                () = bulk(stream, Arc::clone(&peer), self.shutdown.clone()) => {}
+            },
             (Some(ALPN_H2), _, Some(routes)) => {
-                if let Err(error) = self.http2(stream, peer, routes.clone()).await {
-                    debug!(%address, %error, "gRPC connection ended");
+                let whom = Whom::Member(Arc::clone(&peer), self.admission.clone());
+                let farewell = async {
+                    self.admission.refused(&peer).await;
+                    // Meanwhile every call hears why.
+                    sleep(FAREWELL).await;
+                };
+                let serving = self.http2(stream, routes.clone(), whom, grpc::STREAMS_MAX);
+                tokio::select! {
+                    // Cancel-safe, both: as above.
+                    () = farewell => cut_off(),
+                    served = serving => if let Err(error) = served {
+                        debug!(%address, %error, "gRPC connection ended");
+                    },
                 }
             }
             _ => info!(%address, "the peer asked for no protocol that is served here"),
         }
     }
 
+    async fn newcomer(&self, stream: Secured, address: SocketAddr) {
+        let Some(routes) = self.join.clone() else { return };
+        let Ok(_turn) = self.newcomers.try_acquire() else {
+            return info!(%address, "too many newcomers at once: this one is to try again");
+        };
+        let whom = Whom::Newcomer(address);
+        let joining = self.http2(stream, routes, whom, NEWCOMER_STREAMS_MAX);
+        if timeout(NEWCOMER_STAY, joining).await.is_err() {
+            debug!(%address, "a newcomer took too long");
+        }
+    }
+
     async fn http2(
         &self,
         stream: Secured,
-        peer: Arc<PeerIdentity>,
         routes: Routes,
+        whom: Whom,
+        streams_max: u32,
     ) -> Result<(), io::Error> {
         let windows = self.limits.http2;
         let mut builder = auto::Builder::new(TokioExecutor::new()).http2_only();
@@ -222,10 +325,10 @@ impl Port {
             .initial_stream_window_size(windows.stream_bytes)
             .initial_connection_window_size(windows.connection_bytes)
             .max_frame_size(windows.frame_bytes)
-            .max_concurrent_streams(grpc::STREAMS_MAX)
+            .max_concurrent_streams(streams_max)
             .keep_alive_interval(grpc::KEEPALIVE_INTERVAL)
             .keep_alive_timeout(grpc::KEEPALIVE_TIMEOUT);
-        let service = TowerToHyperService::new(WithPeer { routes, peer });
+        let service = TowerToHyperService::new(WithCaller { routes, whom: Arc::new(whom) });
         let mut connection = pin!(builder.serve_connection(TokioIo::new(stream), service));
         let ended = tokio::select! {
             // Cancel-safe: polled on below.

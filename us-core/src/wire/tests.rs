@@ -599,7 +599,7 @@ async fn strangers_get_nothing() {
     // The stranger trusts our authority; only the server can refuse it.
     let forged = Identity::from_pem(
         cluster.authority.ca_pem().to_owned(),
-        stranger.cert_pem().to_owned(),
+        stranger.cert_pem().to_string(),
         stranger.key_pem().clone(),
     )
     .unwrap();

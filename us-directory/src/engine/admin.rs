@@ -90,6 +90,7 @@ impl Engine {
             }
             Question::LeaseForImage { count } => return self.lease_for_image(ask, count),
             Question::LocateImage { block } => self.locate_image(&block)?,
+            Question::Registry(question) => return self.ask_registry(ask, question),
             Question::CommitImage { run, blocks } => return self.commit_image(ask, run, &blocks),
         };
         self.effects.push(Effect::Answer { ask, answer });

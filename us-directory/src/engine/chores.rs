@@ -65,6 +65,7 @@ impl Engine {
         self.raise_floor()?;
         self.retain_chore()?;
         self.leave_chore()?;
+        self.registry_chore()?;
         self.trash_chore()?;
         self.clean_chore()?;
         self.tell_spread()?;

@@ -3,14 +3,16 @@
 use std::sync::Arc;
 
 use us_core::ids::VolumeId;
+use us_core::tls::PeerIdentity;
 use us_proto::v1::{
     BlockCommit, BlockSummary, ClusterEvent, PlacementsLeased, ProviderDown, ProviderUp,
-    RepairStatus, SessionDown, SessionUp, StatusReply, VolumeInfo,
+    RefusedKeys, RepairStatus, SessionDown, SessionUp, StatusReply, VolumeInfo,
 };
 
 use super::garbage::{FsckBasis, Stray, Verdict};
 use super::health::CountedSlice;
 use super::keeping::ImagePlan;
+use super::registry::{RegistryAnswer, RegistryQuestion};
 use super::trash::TrashBasis;
 use crate::namespace::Purged;
 use crate::recovery::{ImageBlock, ImageRun};
@@ -94,6 +96,20 @@ pub enum Event {
         ask: AskId,
         /// The question.
         question: Question,
+    },
+    /// A member asks.
+    AskedBy {
+        /// The question's number.
+        ask: AskId,
+        /// Who.
+        by: PeerIdentity,
+        /// The question.
+        question: Question,
+    },
+    /// Somebody with a good certificate has connected.
+    Met {
+        /// Who.
+        peer: PeerIdentity,
     },
     /// The background count of blocks has got further.
     Counted(CountedSlice),
@@ -237,6 +253,8 @@ pub enum Question {
         /// Its blocks.
         blocks: Vec<BlockCommit>,
     },
+    /// Who takes part.
+    Registry(RegistryQuestion),
 }
 
 /// What an administrator is answered.
@@ -278,6 +296,8 @@ pub enum Answer {
     Placements(PlacementsLeased),
     /// A block of the image, if there is such a one.
     ImageBlock(Option<Box<ImageBlock>>),
+    /// Who takes part.
+    Registry(RegistryAnswer),
     /// It cannot be done.
     Refused {
         /// What kind of refusal.
@@ -331,6 +351,7 @@ impl std::fmt::Debug for Answer {
             Self::Plan(plan) => f.debug_tuple("Plan").field(plan).finish(),
             Self::Records(records) => f.debug_tuple("Records").field(&records.len()).finish(),
             Self::Placements(leased) => f.debug_tuple("Placements").field(leased).finish(),
+            Self::Registry(answer) => f.debug_tuple("Registry").field(answer).finish(),
             Self::ImageBlock(block) => f.debug_tuple("ImageBlock").field(block).finish(),
             Self::Refused { kind, detail } => {
                 f.debug_struct("Refused").field("kind", kind).field("detail", detail).finish()
@@ -361,6 +382,8 @@ pub enum Effect {
         /// The connection.
         conn: ConnId,
     },
+    /// Let nobody with these keys in, and cut off who is.
+    Refuse(RefusedKeys),
     /// Answer an administrator.
     Answer {
         /// The question's number.

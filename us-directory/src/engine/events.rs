@@ -1,5 +1,7 @@
 //! The log of what happened to the cluster, for people: providers that came, went and died, drains,
-//! repairs that ended. Kept in the store, the oldest dropped beyond a bound.
+//! repairs that ended, who joined, was revoked, and ordered what. Kept in the store and only ever
+//! appended to; beyond a bound the oldest are dropped, but never what somebody ordered or who came and
+//! went as a member.
 
 use us_proto::v1::ClusterEvent;
 
@@ -55,6 +57,26 @@ pub(super) enum EventKind {
     VolumeChanged = 18,
     /// Space is short: what was removed longest ago leaves the trash early.
     TrashYields = 19,
+    /// An invitation was made.
+    Invited = 30,
+    /// An invitation was taken back.
+    InviteCancelled = 31,
+    /// A member joined, or was met for the first time.
+    MemberJoined = 32,
+    /// A member was shut out.
+    MemberRevoked = 33,
+    /// A member's certificate has expired.
+    MemberExpired = 34,
+    /// A check that mends what it finds began.
+    CheckMends = 35,
+}
+
+impl EventRecord {
+    /// Whether it stays for ever.
+    fn is_kept(&self) -> bool {
+        let about_members = EventKind::Invited as u32..=EventKind::MemberExpired as u32;
+        !self.by.is_empty() || about_members.contains(&self.kind)
+    }
 }
 
 impl EventKind {
@@ -80,6 +102,12 @@ impl EventKind {
             17 => "provider-left",
             18 => "volume-changed",
             19 => "trash-yields",
+            30 => "invited",
+            31 => "invite-cancelled",
+            32 => "member-joined",
+            33 => "member-revoked",
+            34 => "member-expired",
+            35 => "check-mends",
             _ => "unknown",
         }
     }
@@ -95,12 +123,18 @@ impl Engine {
     ) -> Result<(), StoreError> {
         let number = self.next_event;
         self.next_event += 1;
-        tracing::info!(event = EventKind::name(kind as u32), provider, %detail, "event");
-        let record = EventRecord { unix_ms: self.at.unix_ms, kind: kind as u32, provider, detail };
+        let by = self.asker.clone().unwrap_or_default();
+        tracing::info!(event = EventKind::name(kind as u32), provider, %detail, by, "event");
+        let unix_ms = self.at.unix_ms;
+        let record = EventRecord { unix_ms, kind: kind as u32, provider, detail, by };
         let mut batch = WriteBatch::new();
         batch.put(keys::event(number), encode(&record));
-        if number > EVENTS_MAX {
-            batch.delete(keys::event(number - EVENTS_MAX));
+        if let Some(old) = number.checked_sub(EVENTS_MAX).map(keys::event) {
+            let stored = self.store.get(&old)?;
+            let stored = stored.map(|value| decode::<EventRecord>(&old, &value)).transpose()?;
+            if stored.is_some_and(|stored| !stored.is_kept()) {
+                batch.delete(old);
+            }
         }
         self.commit(batch, Durability::Applied)?;
         Ok(())
@@ -108,7 +142,7 @@ impl Engine {
 
     /// Where the log goes on after a start.
     pub(super) fn load_events(&mut self) -> Result<(), StoreError> {
-        // The log has no holes: its end is found by halving.
+        // Its end is found by halving.
         let (mut low, mut high) = (0u64, 1u64);
         let has = |number: u64| -> Result<bool, StoreError> {
             let range = KeyRange {
@@ -144,6 +178,7 @@ impl Engine {
                 kind: EventKind::name(record.kind).to_owned(),
                 provider: record.provider,
                 detail: record.detail,
+                by: record.by,
             });
         }
         Ok(events)

@@ -342,6 +342,10 @@ impl Engine {
             cluster: self.cluster.cluster.clone(),
         };
         self.tell(conn, Down::Welcome(welcome));
+        let refused = self.refused_keys();
+        if refused.version > 0 {
+            self.tell(conn, Down::RefusedKeys(refused));
+        }
         tracing::info!(provider, suspect, "provider online");
         self.note_provider(provider);
         self.push_provider(provider);

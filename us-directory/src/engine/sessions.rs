@@ -419,7 +419,7 @@ impl Engine {
             return Ok(());
         }
         let volume = known.volume;
-        let fenced = matches!(end.reason, EndReason::Fenced);
+        let fenced = matches!(end.reason, EndReason::Fenced | EndReason::Revoked);
         known.record.fenced = fenced;
         let record = known.record.clone();
         let forgotten = self.fenced_long_ago();

@@ -27,6 +27,7 @@ mod evenings;
 mod garbage;
 mod keeping;
 mod leaving;
+mod registry;
 mod repair;
 mod routes;
 mod simulation;
@@ -131,6 +132,7 @@ impl World {
         let at = Moment { now_ms: self.now_ms, unix_ms: 1_700_000_000_000 + self.now_ms };
         for effect in self.engine.step(at, event).unwrap() {
             match effect {
+                Effect::Refuse(_) => {}
                 Effect::Session { conn, down } => {
                     self.to_sessions.entry(conn.0).or_default().extend(down.event);
                 }

@@ -130,7 +130,14 @@ impl MembershipFiles {
         self.write("root", &encode_root(sequence, root))
     }
 
-    fn write(&self, name: &str, bytes: &[u8]) -> Result<(), FileError> {
+    /// A file's path and bytes, if it is there.
+    pub(super) fn read(&self, name: &str) -> Result<(PathBuf, Option<Vec<u8>>), FileError> {
+        let path = self.dir.join(name);
+        let bytes = read(&path)?;
+        Ok((path, bytes))
+    }
+
+    pub(super) fn write(&self, name: &str, bytes: &[u8]) -> Result<(), FileError> {
         let path = self.dir.join(name);
         write_atomic(&path, bytes, Access::Secret).map_err(|source| FileError::Io {
             action: "write",
@@ -201,13 +208,13 @@ fn take_field(content: &mut &[u8]) -> Option<Bytes> {
     content.split_off(..length).map(Bytes::copy_from_slice)
 }
 
-fn seal(mut bytes: Vec<u8>) -> Vec<u8> {
+pub(super) fn seal(mut bytes: Vec<u8>) -> Vec<u8> {
     let sum = crc32c(&bytes);
     bytes.extend_from_slice(&sum.to_le_bytes());
     bytes
 }
 
-fn unseal(bytes: &[u8]) -> Option<&[u8]> {
+pub(super) fn unseal(bytes: &[u8]) -> Option<&[u8]> {
     if bytes.len() > FILE_BYTES_MAX {
         return None;
     }

@@ -12,6 +12,7 @@ use us_proto::v1::membership_client::MembershipClient;
 use us_proto::v1::provider_up::Event as Up;
 use us_proto::v1::{FragmentStatus, InventoryItem, ProviderReport, ProviderUp, RetainPage};
 
+use super::refused::RefusedList;
 use super::retain::Retaining;
 use super::{About, Effect, FileError, MESSAGE_BYTES_MAX, Member, MembershipFiles};
 use crate::copies::Copies;
@@ -66,6 +67,8 @@ pub struct Hands {
     pub scrub: ScrubRequests,
     /// What is kept of the directory's state.
     pub copies: Copies,
+    /// Who is let in no more.
+    pub refused: RefusedList,
 }
 
 /// Why the link ended for good.
@@ -107,7 +110,12 @@ enum StreamEnd {
 
 impl<E: Into<Lost>> From<E> for StreamEnd {
     fn from(error: E) -> Self {
-        Self::Lost(error.into())
+        match error.into() {
+            Lost::Status(status) if status.code() == tonic::Code::Unauthenticated => {
+                Self::Final(LinkEnd::Refused { reason: status.message().to_owned() })
+            }
+            lost => Self::Lost(lost),
+        }
     }
 }
 
@@ -300,6 +308,20 @@ impl Link {
             }
             Effect::CancelRebuild(ticket) => {
                 self.hands.rebuilder.cancel(ticket);
+                Ok(())
+            }
+            Effect::Refuse(list) => {
+                let mut refused = self.hands.refused.clone();
+                let taken = tokio::task::spawn_blocking(move || {
+                    let kept = refused.take(&list);
+                    (refused, kept)
+                });
+                // A task that does not end well was stopped with the runtime.
+                let (refused, kept) = taken.await.map_err(|_stopped| StreamEnd::Stopped)?;
+                self.hands.refused = refused;
+                if let Err(error) = kept {
+                    tracing::error!(%error, "a restart would let revoked members in again");
+                }
                 Ok(())
             }
             Effect::Scrub => {

@@ -297,6 +297,7 @@ fn event_json(event: &v1::ClusterEvent) -> Value {
         "kind": event.kind,
         "provider": event.provider,
         "detail": event.detail,
+        "by": event.by,
     })
 }
 
@@ -319,6 +320,9 @@ fn event_text(event: &v1::ClusterEvent) -> String {
     }
     if !event.detail.is_empty() {
         let _ = write!(line, " {}", event.detail);
+    }
+    if !event.by.is_empty() {
+        let _ = write!(line, ", by {}", event.by);
     }
     line
 }
@@ -385,9 +389,12 @@ mod tests {
             kind: "provider-dead".to_owned(),
             provider: 3,
             detail: "attic".to_owned(),
+            by: "admin ann (0123abcd)".to_owned(),
         };
         let line = event_text(&event);
-        assert_eq!(line, "2023-11-14T22:13:20Z  provider-dead     provider 3 attic");
+        let wanted =
+            "2023-11-14T22:13:20Z  provider-dead     provider 3 attic, by admin ann (0123abcd)";
+        assert_eq!(line, wanted);
         assert_eq!(event_json(&event)["kind"], "provider-dead");
     }
 

@@ -1,6 +1,6 @@
 //! Finds the directory and talks to its Admin service. Every call has a deadline.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
@@ -8,14 +8,18 @@ use tonic::transport::Channel;
 use us_core::ids::BlockId;
 use us_core::tls::{ExpectedPeer, Identity, Role};
 use us_core::wire::connect_grpc;
+use us_core::wire::join::renew_over;
 use us_proto::v1;
 use us_proto::v1::admin_client::AdminClient;
 
 use super::Senseless;
-use crate::places::UpRecord;
+use crate::places::{self, UpRecord};
 
 /// How long the directory may take for one answer.
 const ANSWER: Duration = Duration::from_secs(20);
+/// How often a certificate is looked at, and the file that says when it was last.
+const RENEWAL_EVERY: Duration = Duration::from_secs(24 * 3600);
+const RENEWAL_ASKED: &str = "renewal-asked";
 /// How long a check may be silent: it may have to wait for a provider.
 const FSCK_SILENCE: Duration = Duration::from_secs(180);
 /// The largest answer: the status of some 10^5 providers.
@@ -38,19 +42,26 @@ pub struct Admin {
 
 /// The address of the directory `target` means, and who we are there.
 pub(super) fn resolved(target: &Target) -> anyhow::Result<(String, Identity)> {
-    let (directory, identity_dir) = resolve(target, UpRecord::find()).map_err(Senseless)?;
-    let identity = Identity::load(&identity_dir)
-        .with_context(|| format!("cannot use the identity in {}", identity_dir.display()))
-        .map_err(Senseless)?;
+    let (directory, identity_dir) = found(target)?;
+    let identity = load(&identity_dir)?;
     Ok((directory, identity))
 }
 
-/// Connects to the directory `target` means.
-///
-/// # Errors
-/// When none is known, or it does not answer; the text says what to do.
-pub async fn connect(target: &Target) -> anyhow::Result<Admin> {
-    let (directory, identity) = resolved(target)?;
+fn found(target: &Target) -> anyhow::Result<(String, PathBuf)> {
+    let joined = places::joined(Role::Admin).or_else(|| places::joined(Role::Client));
+    Ok(resolve(target, joined, UpRecord::find()).map_err(Senseless)?)
+}
+
+fn load(identity_dir: &Path) -> anyhow::Result<Identity> {
+    let used = || format!("cannot use the identity in {}", identity_dir.display());
+    Ok(Identity::load(identity_dir).with_context(used).map_err(Senseless)?)
+}
+
+/// A connection with the directory `target` means, its address, and who we are there. A certificate
+/// that was not looked at for a day is renewed if it is time.
+pub(super) async fn dialled(target: &Target) -> anyhow::Result<(Channel, String, Identity)> {
+    let (directory, dir) = found(target)?;
+    let identity = load(&dir)?;
     let channel = connect_grpc(&directory, &identity, ExpectedPeer::role(Role::Directory))
         .await
         .with_context(|| {
@@ -59,20 +70,58 @@ pub async fn connect(target: &Target) -> anyhow::Result<Admin> {
                  `us-directory run` starts one)"
             )
         })?;
+    renew_now_and_then(&channel, &identity, &dir).await;
+    Ok((channel, directory, identity))
+}
+
+/// The wall clock only spares questions here: the directory decides whether it is time.
+async fn renew_now_and_then(channel: &Channel, identity: &Identity, dir: &Path) {
+    let asked = dir.join(RENEWAL_ASKED);
+    let modified = std::fs::metadata(&asked).and_then(|data| data.modified());
+    let age = modified.ok().and_then(|at| at.elapsed().ok());
+    let again = std::fs::read_to_string(&asked).ok().and_then(|text| text.trim().parse().ok());
+    let again = again.map_or(RENEWAL_EVERY, Duration::from_secs).min(RENEWAL_EVERY);
+    if age.is_some_and(|age| age < again) {
+        return;
+    }
+    let renewed = tokio::time::timeout(ANSWER, renew_over(channel.clone(), identity, dir)).await;
+    match renewed {
+        Ok(Ok(again)) => {
+            // Without the mark it is asked again the next time, which costs little.
+            let _ = std::fs::write(&asked, again.as_secs().to_string());
+        }
+        Ok(Err(error)) => tracing::debug!(%error, "the certificate was not renewed"),
+        Err(_elapsed) => tracing::debug!("the certificate was not renewed: no answer"),
+    }
+}
+
+/// Connects to the directory `target` means.
+///
+/// # Errors
+/// When none is known, or it does not answer; the text says what to do.
+pub async fn connect(target: &Target) -> anyhow::Result<Admin> {
+    let (channel, ..) = dialled(target).await?;
     let client = AdminClient::new(channel).max_decoding_message_size(REPLY_BYTES_MAX);
     Ok(Admin { client })
 }
 
-fn resolve(target: &Target, up: Option<UpRecord>) -> anyhow::Result<(String, PathBuf)> {
-    let directory = target.directory.clone().or_else(|| Some(up.as_ref()?.directory.clone()));
+fn resolve(
+    target: &Target,
+    joined: Option<(String, PathBuf)>,
+    up: Option<UpRecord>,
+) -> anyhow::Result<(String, PathBuf)> {
+    let of_joined = || Some(joined.as_ref()?.0.clone());
+    let directory = target.directory.clone().or_else(of_joined);
+    let directory = directory.or_else(|| Some(up.as_ref()?.directory.clone()));
     let Some(directory) = directory else {
         bail!(
-            "no directory is known here: start `usfs up`, or give --directory HOST:PORT (or \
-             US_DIRECTORY)"
+            "no directory is known here: start `usfs up`, join one with `usctl join`, or give \
+             --directory HOST:PORT (or US_DIRECTORY)"
         );
     };
     let of_up = up.filter(|up| up.directory == directory).map(|up| up.admin_identity);
-    let Some(identity) = target.identity.clone().or(of_up) else {
+    let identity = target.identity.clone().or(of_up);
+    let Some(identity) = identity.or_else(|| joined.map(|(_, dir)| dir)) else {
         bail!("give --identity DIR (or US_IDENTITY) for the directory at {directory}");
     };
     Ok((directory, identity))
@@ -251,7 +300,7 @@ impl FsckStream {
     }
 }
 
-async fn answer<T>(
+pub(super) async fn answer<T>(
     call: impl Future<Output = Result<tonic::Response<T>, tonic::Status>>,
 ) -> anyhow::Result<T> {
     within(call).await.map(tonic::Response::into_inner)
@@ -283,13 +332,23 @@ mod tests {
     #[test]
     fn what_is_given_wins_over_what_runs_here() {
         let none = Target::default();
-        assert!(resolve(&none, None).unwrap_err().to_string().contains("usfs up"));
-        let (directory, identity) = resolve(&none, Some(up())).unwrap();
+        assert!(resolve(&none, None, None).unwrap_err().to_string().contains("usfs up"));
+        let (directory, identity) = resolve(&none, None, Some(up())).unwrap();
         assert_eq!((directory.as_str(), identity), ("127.0.0.1:5", "/d/admin".into()));
+        let joined = || Some(("us.example:7".to_owned(), PathBuf::from("/j/admin")));
+        let (directory, identity) = resolve(&none, joined(), Some(up())).unwrap();
+        assert_eq!((directory.as_str(), identity), ("us.example:7", "/j/admin".into()));
+        let this = Target { directory: Some("127.0.0.1:5".into()), identity: None };
+        let (_, identity) = resolve(&this, joined(), Some(up())).unwrap();
+        assert_eq!(
+            identity,
+            PathBuf::from("/d/admin"),
+            "that directory is the one of this machine"
+        );
         let other = Target { directory: Some("h:1".into()), identity: None };
-        let error = resolve(&other, Some(up())).unwrap_err().to_string();
+        let error = resolve(&other, None, Some(up())).unwrap_err().to_string();
         assert!(error.contains("--identity"), "another cluster's key opens nothing: {error}");
         let both = Target { directory: Some("h:1".into()), identity: Some("/i".into()) };
-        assert_eq!(resolve(&both, Some(up())).unwrap(), ("h:1".into(), "/i".into()));
+        assert_eq!(resolve(&both, None, Some(up())).unwrap(), ("h:1".into(), "/i".into()));
     }
 }

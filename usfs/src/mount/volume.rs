@@ -9,7 +9,9 @@ use bytes::Bytes;
 use tokio::runtime::Handle;
 use us_core::daemon::size::Size;
 use us_core::disk::{LinksConfig, ProviderLinks, SealedPages};
+use tokio_util::sync::{CancellationToken, DropGuard};
 use us_core::tls::{ExpectedPeer, Identity, Role};
+use us_core::wire::join::keep_renewed;
 use us_proto::v1;
 
 use super::sessions::{self, Sessions};
@@ -50,6 +52,8 @@ pub struct VolumeMount {
     mounted: Mounted,
     registered: Option<registry::Registered>,
     kept: Option<sessions::Kept>,
+    /// Ends with the mount.
+    _renewing: DropGuard,
 }
 
 impl VolumeMount {
@@ -62,7 +66,11 @@ impl VolumeMount {
         let at = tokio::task::spawn_blocking(move || point::prepare(&mountpoint)).await??;
         let identity = Identity::load(&spec.identity)
             .with_context(|| format!("cannot use the identity in {}", spec.identity.display()))?;
-        let (fs, kept) = open_fs(spec, identity).await?;
+        let (fs, kept) = open_fs(spec, identity.clone()).await?;
+        let renewing = CancellationToken::new();
+        let (directory, dir) = (spec.directory.as_str().into(), spec.identity.clone());
+        tokio::spawn(keep_renewed(directory, identity, dir, renewing.clone()));
+        let renewing = renewing.drop_guard();
         let options = spec.options.for_kernel(format!("{}/{}", spec.directory, spec.volume));
         let (runtime, served) = (Handle::current(), fs.clone());
         let mounting = tokio::task::spawn_blocking(move || {
@@ -73,7 +81,9 @@ impl VolumeMount {
             Ok::<_, fuse::MountError>((mounted, registered))
         });
         match mounting.await? {
-            Ok((mounted, registered)) => Ok(Self { fs, mounted, registered, kept }),
+            Ok((mounted, registered)) => {
+                Ok(Self { fs, mounted, registered, kept, _renewing: renewing })
+            }
             Err(error) => {
                 // Nothing was written yet; the session must not wait for its fence.
                 let closed = fs.shutdown().await;

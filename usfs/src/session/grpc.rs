@@ -6,6 +6,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use us_core::tls::{ExpectedPeer, Identity};
 use us_core::wire::{GRPC_MESSAGE_BYTES_MAX, connect_grpc};
+use us_proto::v1;
 use us_proto::v1::sessions_client::SessionsClient;
 
 use super::{DirectoryLink, LinkStream, SessionError, UP_QUEUE_MAX};
@@ -34,11 +35,22 @@ impl GrpcLink {
         let (up, queue) = mpsc::channel(UP_QUEUE_MAX);
         let down = client
             .open(ReceiverStream::new(queue))
-            .map_err(|status| unreachable(status.message().to_owned()))
+            .map_err(failure)
             .await?
             .into_inner()
-            .map(move |message| message.map_err(|status| unreachable(status.message().to_owned())));
+            .map(|message| message.map_err(failure));
         Ok(LinkStream { up, down: down.boxed() })
+    }
+}
+
+/// Who is told that its certificate is refused need not try again.
+fn failure(status: tonic::Status) -> SessionError {
+    let detail = status.message().to_owned();
+    match status.code() {
+        tonic::Code::Unauthenticated => {
+            SessionError::Ended { reason: v1::EndReason::Revoked.as_str_name(), detail }
+        }
+        _ => SessionError::Unreachable { detail },
     }
 }
 

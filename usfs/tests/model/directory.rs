@@ -210,6 +210,7 @@ impl TestDirectory {
         let effects = inner.engine.step(at, event).unwrap();
         for effect in effects {
             match effect {
+                Effect::Refuse(_) => {}
                 Effect::Session { conn, down } => {
                     inner.trace(format!("{} down {conn:?} {down:?}", at.now_ms));
                     if let Some(outlet) = inner.outlets.get(&conn) {

@@ -18,7 +18,7 @@ impl Engine {
     }
 
     /// Fragments the directory expects at a provider.
-    fn fragments_at(&self, provider: u32) -> u64 {
+    pub(in crate::engine) fn fragments_at(&self, provider: u32) -> u64 {
         self.counts.fragments_at(provider)
     }
 
