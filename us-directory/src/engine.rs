@@ -41,6 +41,7 @@ mod event;
 mod events;
 mod fetch;
 pub mod garbage;
+mod grants;
 pub mod health;
 mod keeping;
 pub mod leases;
@@ -114,6 +115,8 @@ pub struct EngineConfig {
     pub report_every_ms: u64,
     /// Files that are removed younger than this do not go to the trash.
     pub trash_age_ms: u64,
+    /// How long a grant is good for.
+    pub grant_ms: u64,
     /// When a silent provider is absent, dormant, dead.
     pub clocks: presence::Clocks,
     /// How much repair may be under way.
@@ -139,6 +142,7 @@ impl Default for EngineConfig {
             retain_every_ms: 7 * 24 * 3_600_000,
             report_every_ms: 2_000,
             trash_age_ms: 10_000,
+            grant_ms: 900_000,
             clocks: presence::Clocks::default(),
             repair: repair::RepairLimits::default(),
             copies: 2,
@@ -206,6 +210,7 @@ pub struct Engine {
     last_seq: Seq,
     run_first_seq: Seq,
     keeping: Option<keeping::Keeping>,
+    signer: Option<grants::Signer>,
     after: BTreeMap<Seq, Vec<Then>>,
     members: BTreeMap<u32, Member>,
     provider_of_key: HashMap<Bytes, u32>,
@@ -310,6 +315,7 @@ impl Engine {
             last_seq: 0,
             run_first_seq: 1,
             keeping: None,
+            signer: None,
             after: BTreeMap::new(),
             members: BTreeMap::new(),
             provider_of_key: HashMap::new(),

@@ -524,6 +524,9 @@ pub struct ClusterRecord {
     /// The end of the spared births; 0: none.
     #[prost(uint64, tag = "11")]
     pub births_spared_end: u64,
+    /// No grant was signed in this period or a later one: the next run begins with it.
+    #[prost(uint64, tag = "20")]
+    pub periods_end: u64,
 }
 
 impl ClusterRecord {

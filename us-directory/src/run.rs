@@ -35,6 +35,8 @@ use crate::store::embedded::{EmbeddedOptions, EmbeddedStore};
 
 /// The most copies of the journal.
 const COPIES_MAX: usize = 2;
+/// The least time a grant is good for.
+const GRANT_MS_MIN: u64 = 1000;
 /// How long calls under way may take at the end.
 const DRAIN: Duration = Duration::from_secs(10);
 
@@ -64,6 +66,9 @@ pub struct Config {
     /// Files that are removed younger than this do not go to the trash: programs make many for
     /// themselves.
     pub trash_age_ms: u64,
+    /// How long a grant is good for: so long providers may serve one whose access was taken away, and
+    /// so long, less a third, mounts go on without a directory.
+    pub grant_ms: u64,
     /// How long a silent provider is absent before it counts as asleep.
     pub absent_ms: u64,
     /// How long a provider may be silent beyond what was expected before it is given up.
@@ -115,6 +120,7 @@ impl Default for Config {
             retain_every_ms: engine.retain_every_ms,
             report_every_ms: engine.report_every_ms,
             trash_age_ms: engine.trash_age_ms,
+            grant_ms: engine.grant_ms,
             absent_ms: engine.clocks.absent_ms,
             dead_ms: engine.clocks.dead_ms,
             newcomer_ms: engine.clocks.newcomer_ms,
@@ -146,6 +152,7 @@ impl Config {
             retain_every_ms: self.retain_every_ms,
             report_every_ms: self.report_every_ms,
             trash_age_ms: self.trash_age_ms,
+            grant_ms: self.grant_ms,
             fetch_wait_ms: self.fence_ms + self.lease_ms / 2,
             clocks: Clocks {
                 absent_ms: self.absent_ms,
@@ -199,6 +206,9 @@ impl Config {
             bail!("copies must be 0 to {COPIES_MAX}, and copy_ack_ms more than 0");
         }
         self.code()?;
+        if self.grant_ms < GRANT_MS_MIN {
+            bail!("grant_ms must be at least {GRANT_MS_MIN}: mounts have to renew their grants");
+        }
         if self.fence_ms <= self.lease_ms {
             bail!(
                 "fence_ms ({}) must be more than lease_ms ({}): a mount is shut out only after it \

@@ -333,13 +333,15 @@ impl Engine {
             return Ok(());
         };
         member.online = true;
-        let suspect = member.record.suspect;
+        let (suspect, cookie) = (member.record.suspect, member.record.cookie_sent.clone());
+        let (grant_key, grant_time) = self.grant_basis();
         let welcome = ProviderWelcome {
             provider,
-            cookie: member.record.cookie_sent.clone(),
+            cookie,
             report_every_ms: self.config.report_every_ms,
-            grant_key: Bytes::new(),
+            grant_key,
             cluster: self.cluster.cluster.clone(),
+            grant_time,
         };
         self.tell(conn, Down::Welcome(welcome));
         tracing::info!(provider, suspect, "provider online");

@@ -8,8 +8,8 @@ use us_core::limits::{LEASES_MESSAGE_MAX, SESSION_LEASES_MAX};
 use us_proto::v1::session_down::Event as Down;
 use us_proto::v1::session_up::Event as Up;
 use us_proto::v1::{
-    Durable, EndReason, InodeLease, LeaseReturn, OpenSession, Recall, Reclaim, Renewed,
-    SessionEnded, SessionOpened, SessionUp,
+    Durable, EndReason, InodeLease, LeaseReturn, OpenSession, Recall, Reclaim, SessionEnded,
+    SessionOpened, SessionUp,
 };
 
 use super::leases::{InodeKey, Level, Returned};
@@ -45,6 +45,8 @@ pub(super) struct Session {
     pub open: HashSet<u64>,
     /// It is being ended: nothing more is taken from it.
     pub ending: bool,
+    /// The period its last grant was signed in.
+    pub granted: u64,
 }
 
 /// How a session ends.
@@ -68,6 +70,7 @@ impl Session {
             undurable: VecDeque::new(),
             open: HashSet::new(),
             ending: false,
+            granted: 0,
             record,
         }
     }
@@ -107,8 +110,9 @@ impl Engine {
             Up::Lock(ask) => self.lock(session, conn, ask),
             Up::Statfs(ask) => self.statfs(session, conn, &ask),
             Up::Damage(damage) => self.client_damage(session, &damage),
-            Up::Renew(_) => {
-                self.send(conn, Down::Renewed(Renewed { grant: Bytes::new() }));
+            Up::Renew(renew) => {
+                let renewed = self.renewed(session, renew.grant);
+                self.send(conn, Down::Renewed(renewed));
                 Ok(())
             }
             Up::Close(_) => {
@@ -248,9 +252,11 @@ impl Engine {
 
     /// All that the session is told is durable: it may hear that it is open.
     pub(super) fn greet(&mut self, conn: ConnId, session: u64, resumed: bool) {
-        let Some(known) = self.sessions.get_mut(&session).filter(|s| s.conn == Some(conn)) else {
+        if self.sessions.get(&session).is_none_or(|known| known.conn != Some(conn)) {
             return;
-        };
+        }
+        let grant = self.session_grant(session);
+        let Some(known) = self.sessions.get_mut(&session) else { return };
         let Some(volume) = self.volumes.get(&known.volume) else { return };
         known.greeted = true;
         let applied = known.record.applied;
@@ -267,7 +273,7 @@ impl Engine {
             volume_key: volume.record.key.clone(),
             lease_ms: self.config.lease_ms as u32,
             fence_ms: self.config.fence_ms as u32,
-            grant: Bytes::new(),
+            grant,
             now_unix_ms: self.at.unix_ms,
         };
         self.send(conn, Down::Opened(opened));
