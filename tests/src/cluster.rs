@@ -11,6 +11,7 @@ use std::time::Duration;
 use rustix::mount::UnmountFlags;
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
+use us_core::tls::Identity;
 
 use crate::admin::Admin;
 use crate::netns::Net;
@@ -267,7 +268,14 @@ impl Cluster {
         }
         cluster.wait_online(cluster.shape.providers);
         cluster.usctl(&["volume", "create", VOLUME, "--code", cluster.shape.code]);
+        cluster.usctl(&["volume", "allow", VOLUME, &cluster.key_of("client")]);
         cluster
+    }
+
+    /// The hash of an identity's key, as `usctl volume allow` takes it.
+    pub fn key_of(&self, name: &str) -> String {
+        let identity = Identity::load(Path::new(&self.at(&format!("identity-{name}"))));
+        identity.expect("it was issued").own().key_hash.to_string()
     }
 
     /// A path in the cluster's folder, as text.

@@ -32,6 +32,7 @@ use crate::records::{
 };
 use crate::store::{Durability, KeyRange, MetaStore, Seq, StoreError, WriteBatch};
 
+mod access;
 mod admin;
 mod batches;
 mod chores;

@@ -3,6 +3,7 @@
 use std::collections::{HashSet, VecDeque};
 
 use bytes::Bytes;
+use us_core::grant::Rights;
 use us_core::ids::VolumeId;
 use us_core::limits::{LEASES_MESSAGE_MAX, SESSION_LEASES_MAX};
 use us_proto::v1::session_down::Event as Down;
@@ -13,7 +14,7 @@ use us_proto::v1::{
 };
 
 use super::leases::{InodeKey, Level, Returned};
-use super::{ConnId, Effect, Engine, SESSIONS_MAX, Then};
+use super::{ConnId, Effect, Engine, Peer, SESSIONS_MAX, Then, access};
 use crate::keys;
 use crate::records::{SessionRecord, encode, volume_id};
 use crate::store::{Durability, KeyRange, Seq, StoreError};
@@ -75,6 +76,11 @@ impl Session {
         }
     }
 
+    /// As much of a lease as it may have: one that changes nothing shares all it holds.
+    pub fn at_most(&self, level: Level) -> Level {
+        if self.record.read_only { level.min(Level::Shared) } else { level }
+    }
+
     /// Whether it can hold leases.
     pub fn is_alive(&self) -> bool {
         !self.record.fenced && !self.ending
@@ -105,6 +111,9 @@ impl Engine {
             Up::Batch(batch) => self.batch(session, &batch),
             Up::Fetch(fetch) => self.fetch(session, conn, fetch),
             Up::LeaseReturn(returned) => self.lease_return(session, &returned),
+            Up::LeasePlacements(_) | Up::LeaseInodes(_) if known.record.read_only => {
+                self.refuse(session, "a read-only session makes nothing".to_owned())
+            }
             Up::LeasePlacements(ask) => self.lease_placements(session, conn, &ask),
             Up::LeaseInodes(ask) => self.lease_inodes(session, conn, &ask),
             Up::Lock(ask) => self.lock(session, conn, ask),
@@ -154,8 +163,13 @@ impl Engine {
             return self.end_connection(conn, EndReason::NoVolume, detail);
         };
         let volume = *volume;
-        let key_hash = self.connections.get(&conn).map(|known| known.peer.key_hash.clone());
-        let key_hash = key_hash.unwrap_or_default();
+        let peer = self.connections.get(&conn).map(|known| known.peer.clone());
+        let peer = peer.unwrap_or_default();
+        if let Some(detail) = self.denial(&volume, &peer, open.read_only) {
+            tracing::warn!(client = %peer.name, %detail, "no session");
+            return self.end_connection(conn, EndReason::Denied, detail);
+        }
+        let key_hash = peer.key_hash;
         if open.session != 0 {
             return self.resume(conn, &open, volume, &key_hash);
         }
@@ -180,6 +194,7 @@ impl Engine {
             host,
             read_only: open.read_only,
             key_hash: key_hash.into(),
+            by_admin: peer.admin,
             ..Default::default()
         };
         let mut known = Session::restored(record);
@@ -195,6 +210,16 @@ impl Engine {
         }
         let seq = self.commit(batch, Durability::Durable)?;
         self.then(seq, Then::Greet { conn, session, resumed: false })
+    }
+
+    /// Why the peer may not have such a session.
+    fn denial(&self, volume: &VolumeId, peer: &Peer, read_only: bool) -> Option<String> {
+        let record = &self.volumes.get(volume)?.record;
+        match access::rights(record, peer) {
+            None => Some(access::denied(&record.name, peer, false)),
+            Some(Rights::Read) if !read_only => Some(access::denied(&record.name, peer, true)),
+            Some(_) => None,
+        }
     }
 
     fn resume(
@@ -314,7 +339,8 @@ impl Engine {
         lease: &InodeLease,
     ) -> Result<Option<String>, StoreError> {
         let Some(known) = self.sessions.get_mut(&session) else { return Ok(None) };
-        let key = (known.volume, lease.ino);
+        let (key, level) =
+            ((known.volume, lease.ino), known.at_most(Level::from_wire(lease.level)));
         let first = !known.claimed;
         let mut ranges = known.record.inodes.iter();
         let own = ranges.any(|range| key.1 >= range.first && key.1 - range.first < range.count);
@@ -328,7 +354,6 @@ impl Engine {
             self.leases.forget(session, &key);
             self.wake_inode(&key);
         }
-        let level = Level::from_wire(lease.level);
         if too_many || self.leases.count(session) >= SESSION_LEASES_MAX {
             return Ok(Some("too many leases".to_owned()));
         }

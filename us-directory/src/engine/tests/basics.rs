@@ -560,7 +560,8 @@ fn a_provider_whose_records_went_back_counts_as_absent_until_checked() {
     let mut world = world();
     let (conn, provider, cookie) = world.provider(1, Bytes::new());
     let back = |world: &mut World, next_record: u64| {
-        let (conn, peer) = (world.conn(), Peer { key_hash: vec![1; 32], name: "one".into() });
+        let peer = Peer { key_hash: vec![1; 32], name: "one".into(), ..Peer::default() };
+        let conn = world.conn();
         world.event(Event::ProviderConnected { conn: ConnId(conn), peer });
         let report = ProviderReport { next_record, ..report() };
         let cookie = world.engine.members[&provider].record.cookie.clone();
