@@ -52,6 +52,7 @@ mod lockwait;
 mod members;
 mod placement;
 pub mod presence;
+mod quota;
 pub mod repair;
 mod retain;
 mod sessions;

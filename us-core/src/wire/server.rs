@@ -21,6 +21,7 @@ use super::dial::{self, Secured};
 use super::frame_io::byte_limit;
 use super::grpc::{self, Http2Windows, WithPeer};
 use super::served::serve_frames;
+use super::shares::{Handshakes, Share, ShareLimits, Shares};
 use super::{BulkLimits, BulkService, CONNECT_TIMEOUT};
 use crate::tls::{ALPN_BULK, ALPN_H2, Identity, PeerIdentity, TlsError, server_config};
 
@@ -42,6 +43,10 @@ pub struct ServerLimits {
     pub http2: Http2Windows,
     /// Limits of each framed connection.
     pub bulk: BulkLimits,
+    /// What one identity may hold.
+    pub share: ShareLimits,
+    /// TLS handshakes under way of one address; more are dropped unread.
+    pub handshakes_address_max: usize,
 }
 
 impl Default for ServerLimits {
@@ -53,12 +58,15 @@ impl Default for ServerLimits {
             received_bytes_max: 256 << 20,
             http2: Http2Windows::default(),
             bulk: BulkLimits::default(),
+            share: ShareLimits::default(),
+            handshakes_address_max: 128,
         }
     }
 }
 
 type BoxFuture = Pin<Box<dyn Future<Output = ()> + Send>>;
-type ServeFrames = dyn Fn(Secured, Arc<PeerIdentity>, CancellationToken) -> BoxFuture + Send + Sync;
+type ServeFrames =
+    dyn Fn(Secured, Arc<PeerIdentity>, Arc<Share>, CancellationToken) -> BoxFuture + Send + Sync;
 
 /// Serves gRPC and frames on one port, to peers of the same cluster.
 pub struct Server {
@@ -79,6 +87,8 @@ struct Port {
     bulk: Option<Arc<ServeFrames>>,
     shutdown: CancellationToken,
     limits: ServerLimits,
+    shares: Shares,
+    handshakes: Arc<Handshakes>,
 }
 
 impl Server {
@@ -100,11 +110,13 @@ impl Server {
     pub fn bulk<S: BulkService>(mut self, service: Arc<S>) -> Self {
         let received = byte_limit(self.limits.received_bytes_max);
         let limits = self.limits.bulk;
-        self.bulk = Some(Arc::new(move |stream, peer, shutdown| {
+        self.bulk = Some(Arc::new(move |stream, peer, share, shutdown| {
             let (service, received) = (Arc::clone(&service), Arc::clone(&received));
             Box::pin(async move {
                 let name = peer.to_string();
-                let cause = serve_frames(service, peer, stream, limits, received, shutdown).await;
+                let served =
+                    serve_frames(service, peer, stream, limits, &share, received, shutdown);
+                let cause = served.await;
                 debug!(peer = name, %cause, "framed connection ended");
             })
         }));
@@ -127,8 +139,14 @@ impl Server {
         alpn.extend(self.bulk.is_some().then_some(ALPN_BULK));
         let tls = server_config(&self.identity, &alpn)?;
         let limits = self.limits;
-        let port =
-            Arc::new(Port { grpc: self.grpc, bulk: self.bulk, shutdown: shutdown.clone(), limits });
+        let port = Arc::new(Port {
+            grpc: self.grpc,
+            bulk: self.bulk,
+            shutdown: shutdown.clone(),
+            limits,
+            shares: Shares::new(limits.share),
+            handshakes: Handshakes::new(limits.handshakes_address_max),
+        });
         let connections = Arc::new(Semaphore::new(limits.connections_max));
         let (tracker, abort) = (TaskTracker::new(), CancellationToken::new());
         loop {
@@ -187,17 +205,25 @@ impl Port {
         address: SocketAddr,
         tls: Arc<rustls::ServerConfig>,
     ) {
+        let Some(shaking) = self.handshakes.begin(address.ip()) else {
+            return debug!(%address, "too many handshakes under way from there");
+        };
         let handshake = timeout(self.limits.handshake_timeout, dial::accept(tcp, tls));
         let (stream, peer, alpn) = match handshake.await {
             Ok(Ok(accepted)) => accepted,
             Ok(Err(error)) => return info!(%address, %error, "TLS handshake refused"),
             Err(_) => return info!(%address, "TLS handshake took too long"),
         };
+        drop(shaking);
+        let Some((share, _place)) = self.shares.enter(&peer) else {
+            metrics::counter!("us_connections_refused_total").increment(1);
+            return warn!(%address, %peer, "it has too many connections already");
+        };
         debug!(%address, %peer, "connected");
         let peer = Arc::new(peer);
         match (alpn.as_deref(), &self.bulk, &self.grpc) {
             (Some(ALPN_BULK), Some(bulk), _) => {
-                bulk(stream, peer, self.shutdown.clone()).await;
+                bulk(stream, peer, share, self.shutdown.clone()).await;
             }
             (Some(ALPN_H2), _, Some(routes)) => {
                 if let Err(error) = self.http2(stream, peer, routes.clone()).await {

@@ -14,6 +14,7 @@ use us_proto::v1::{
 };
 
 use super::leases::{InodeKey, Level, Returned};
+use super::quota::Leased;
 use super::{ConnId, Effect, Engine, Peer, SESSIONS_MAX, Then, access};
 use crate::keys;
 use crate::records::{SessionRecord, encode, volume_id};
@@ -48,6 +49,8 @@ pub(super) struct Session {
     pub ending: bool,
     /// The period its last grant was signed in.
     pub granted: u64,
+    /// Places it was given and has not used.
+    pub leased: Leased,
 }
 
 /// How a session ends.
@@ -72,6 +75,7 @@ impl Session {
             open: HashSet::new(),
             ending: false,
             granted: 0,
+            leased: Leased::default(),
             record,
         }
     }

@@ -19,6 +19,7 @@ use super::leases::Level;
 use super::*;
 use crate::store::memory::MemoryStore;
 
+mod access;
 mod basics;
 mod checks;
 mod crash;
@@ -26,6 +27,8 @@ mod evenings;
 mod garbage;
 mod keeping;
 mod leaving;
+mod lying;
+mod quota;
 mod repair;
 mod routes;
 mod simulation;

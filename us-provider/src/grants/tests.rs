@@ -137,6 +137,21 @@ fn time_passes_on_the_own_clock_and_the_directory_has_the_last_word() {
     assert!(matches!(before, Err(Denied::Expired { .. })), "{before:?}");
 }
 
+/// The file as the first version wrote it.
+#[test]
+fn the_file_stays() {
+    let told =
+        Told { key: [0x11; 32], incarnation: 2, period: 0x0304, period_ms: 60_000, ..told(0) };
+    let mut expected = b"UsGrnt\x01\x00".to_vec();
+    expected.extend_from_slice(&[0x11; 32]);
+    expected.extend_from_slice(&[1; 16]);
+    expected.extend_from_slice(&[2, 0, 0, 0, 0, 0, 0, 0, 4, 3, 0, 0, 0, 0, 0, 0]);
+    expected.extend_from_slice(&[0x60, 0xea, 0, 0, 0, 0, 0, 0]);
+    let sum = us_core::fragment::crc32c(&expected);
+    expected.extend_from_slice(&sum.to_le_bytes());
+    assert_eq!(encode_told(&told), expected);
+}
+
 proptest! {
     #[test]
     fn what_was_told_comes_back_and_other_bytes_do_not(
