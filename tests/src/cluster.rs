@@ -322,7 +322,11 @@ impl Cluster {
         String::from_utf8(output.stdout).expect("text")
     }
 
-    fn issue(&self, role: &str, name: &str) {
+    /// Issues a certificate; it lies in the folder `identity-NAME`.
+    ///
+    /// # Panics
+    /// When the program fails.
+    pub fn issue(&self, role: &str, name: &str) {
         let data = self.at("directory");
         let out = self.at(&format!("identity-{name}"));
         self.run_to_end(
@@ -514,7 +518,10 @@ impl Cluster {
     fn mount_at_with(&self, path: &Path, name: &str, arguments: &[&str]) -> Mount {
         let mut command = self.program("usfs");
         command.arg("mount").arg(format!("{}/{VOLUME}", self.directory_address())).arg(path);
-        command.args(["--identity", &self.at("identity-client")]).args(arguments);
+        if !arguments.contains(&"--identity") {
+            command.args(["--identity", &self.at("identity-client")]);
+        }
+        command.args(arguments);
         // Each mount keeps its own state in the cluster's folder.
         command.env("XDG_DATA_HOME", self.at("data")).env("US_DATA", self.at("data"));
         let log = self.at(&format!("{name}.log"));

@@ -3,7 +3,8 @@
 use super::super::quota::{LEASES_MAX, SLACK_BLOCKS};
 use super::*;
 
-const BLOCK_BYTES: u32 = 4 << 20;
+/// A full block of 4+2.
+const BLOCK_BYTES: u32 = 252 * (16 << 10);
 const QUOTA_BLOCKS: u64 = 100;
 
 fn world(quota_bytes: u64) -> World {
