@@ -656,7 +656,7 @@ fn believed(report: ProviderReport) -> ProviderReport {
         capacity_bytes,
         used_bytes: report.used_bytes.min(BYTES_MAX),
         free_bytes: report.free_bytes.min(capacity_bytes),
-        reclaimable_bytes: report.reclaimable_bytes.min(report.used_bytes).min(BYTES_MAX),
+        reclaimable_bytes: report.reclaimable_bytes.min(BYTES_MAX),
         fragments: report.fragments.min(BYTES_MAX),
         damaged: report.damaged.min(BYTES_MAX),
         uplink_bytes_per_s: report.uplink_bytes_per_s.min(BYTES_MAX),
