@@ -14,6 +14,7 @@ use us_core::fragment::{
     HEADER_BYTES, MAGIC, crc32c,
 };
 use us_core::geometry::{BlockGeometry, Code, PAGE_SIZES};
+use us_core::grant::{GRANT_BYTES, Grant};
 use us_core::ids::{Birth, BlockId, FragmentId, Ino, VolumeId};
 use us_core::name::NameKey;
 use us_core::seal::{BlockOpener, KEY_BYTES, VolumeKey};
@@ -25,7 +26,7 @@ use us_core::wire::{FRAME_BYTES_MAX, HEADER_BYTES as FRAME_HEADER_BYTES};
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets of this file.
-pub const TARGETS: [Target; 10] = [
+pub const TARGETS: [Target; 11] = [
     ("fragment_header", fragment_header),
     ("fragment_trailer", fragment_trailer),
     ("fragment_record", fragment_record),
@@ -34,6 +35,7 @@ pub const TARGETS: [Target; 10] = [
     ("ids", ids),
     ("frame", frame),
     ("certificate", certificate),
+    ("grant", grant),
     ("texts", texts),
     ("page_index", page_index),
 ];
@@ -208,6 +210,25 @@ pub fn certificate(bytes: &[u8]) {
     if let Ok(request) = CertificateRequest::parse(bytes) {
         assert!(bytes.len() <= REQUEST_BYTES_MAX && !request.key_hash().to_string().is_empty());
     }
+}
+
+/// A grant as it is shown to a provider: as it comes, and with what is fixed put right.
+pub fn grant(bytes: &[u8]) {
+    grant_of(bytes);
+    let mut mended = bytes.to_vec();
+    mended.resize(GRANT_BYTES, 0);
+    mended[..8].copy_from_slice(b"USGRNT1\n");
+    mended[120] = mended[120] & 2 | 1;
+    mended[121..128].fill(0);
+    assert!(Grant::decode(&mended).is_ok());
+    grant_of(&mended);
+}
+
+fn grant_of(bytes: &[u8]) {
+    let forged = Grant::open(bytes, &[7; 32]);
+    assert!(forged.is_err(), "nobody signed it");
+    let Ok(grant) = Grant::decode(bytes) else { return };
+    assert!(grant.may_cover(BlockId::from_bytes([1; 16])) || grant.block.is_some());
 }
 
 /// Sizes, codes of invitations and request numbers, as flags and files give them.

@@ -6,6 +6,7 @@
 //! `fuzz_targets/` run them under libFuzzer.
 
 use us_core::fragment::crc32c;
+use us_provider::grants::{decode_told, encode_told};
 use us_provider::guest::parse_pressure;
 use us_provider::membership::refused::{decode_refused, encode_refused};
 use us_provider::membership::{decode_joined, decode_root, encode_joined, encode_root};
@@ -108,6 +109,15 @@ pub fn index_value(bytes: &[u8]) {
 /// The files `membership`, `root` and `refused`: as they come, and with magic and sum put right.
 pub fn membership_file(bytes: &[u8]) {
     membership_of(bytes);
+    if let Some(told) = decode_told(bytes) {
+        assert_eq!(encode_told(&told), bytes);
+    }
+    let mut grants = bytes.to_vec();
+    if let Some(first) = grants.first_chunk_mut() {
+        *first = *b"UsGrnt\x01\x00";
+    }
+    sign(&mut grants);
+    let _ = decode_told(&grants);
     for magic in [b"UsRoot\x01\x00", b"UsJoin\x01\x00", b"UsRefu\x01\x00"] {
         let mut mended = bytes.to_vec();
         if let Some(first) = mended.first_chunk_mut() {

@@ -11,6 +11,7 @@ use std::time::Duration;
 use rustix::mount::UnmountFlags;
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
+use us_core::tls::Identity;
 
 use crate::admin::Admin;
 use crate::netns::Net;
@@ -267,7 +268,14 @@ impl Cluster {
         }
         cluster.wait_online(cluster.shape.providers);
         cluster.usctl(&["volume", "create", VOLUME, "--code", cluster.shape.code]);
+        cluster.usctl(&["volume", "allow", VOLUME, &cluster.key_of("client")]);
         cluster
+    }
+
+    /// The hash of an identity's key, as `usctl volume allow` takes it.
+    pub fn key_of(&self, name: &str) -> String {
+        let identity = Identity::load(Path::new(&self.at(&format!("identity-{name}"))));
+        identity.expect("it was issued").own().key_hash.to_string()
     }
 
     /// A path in the cluster's folder, as text.
@@ -315,7 +323,10 @@ impl Cluster {
         String::from_utf8(output.stdout).expect("text")
     }
 
-    /// Issues an identity beside the directory, in the folder `identity-NAME`.
+    /// Issues a certificate; it lies in the folder `identity-NAME`.
+    ///
+    /// # Panics
+    /// When the program fails.
     pub fn issue(&self, role: &str, name: &str) {
         let data = self.at("directory");
         let out = self.at(&format!("identity-{name}"));
@@ -512,7 +523,10 @@ impl Cluster {
 
     fn mount_at_with(&self, path: &Path, name: &str, arguments: &[&str]) -> Mount {
         let identity = self.at("identity-client");
-        let arguments = [&["--identity", &identity], arguments].concat();
+        let mut arguments = arguments.to_vec();
+        if !arguments.contains(&"--identity") {
+            arguments.extend(["--identity", &identity]);
+        }
         // Each mount keeps its own state in the cluster's folder.
         self.mount_as(path, name, &self.at("data"), &arguments)
     }

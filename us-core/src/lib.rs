@@ -9,6 +9,7 @@ pub mod disk;
 pub mod durability;
 pub mod fragment;
 pub mod geometry;
+pub mod grant;
 pub mod ids;
 pub mod limits;
 pub mod name;

@@ -14,8 +14,9 @@
 //! Invariants:
 //! - Nothing is read from or sent to a peer before its certificate was verified and, where the
 //!   caller said whom it means, compared.
-//! - The memory a peer can make this process hold is bounded by [`BulkLimits`], whatever it sends
-//!   and however slowly it reads: whoever is over a limit is not read from.
+//! - The memory a peer can make this process hold is bounded by [`ShareLimits`] over all its
+//!   connections, and by [`BulkLimits`] on each, whatever it sends and however slowly it reads: whoever
+//!   is over a limit is not read from.
 //! - No bytes of a peer make this process panic: a malformed frame closes its connection.
 //!
 //! Callers: `us-provider` and `us-directory` serve; the block pipeline and the programs dial.
@@ -29,6 +30,7 @@ mod grpc;
 pub mod join;
 mod served;
 mod server;
+mod shares;
 mod watchdog;
 
 use std::future::Future;
@@ -50,6 +52,7 @@ pub use grpc::{
     CallerAddress, Http2Windows, connect_grpc, connect_grpc_with, grpc_get, grpc_put, peer_of,
 };
 pub use server::{Server, ServerLimits};
+pub use shares::ShareLimits;
 
 #[doc(hidden)]
 pub mod unsecured {

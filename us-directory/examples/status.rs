@@ -65,7 +65,7 @@ impl World {
     fn join(&mut self, number: u64) -> anyhow::Result<()> {
         let conn = ConnId(number);
         let key_hash = [number.to_be_bytes(); 4].concat();
-        let peer = Peer { key_hash, name: format!("provider{number}") };
+        let peer = Peer { key_hash, name: format!("provider{number}"), ..Peer::default() };
         self.step(Event::ProviderConnected { conn, peer })?;
         let hello = ProviderHello {
             address: format!("10.{}.{}.1:1", number / 256, number % 256),

@@ -32,6 +32,7 @@ use crate::records::{
 };
 use crate::store::{Durability, KeyRange, MetaStore, Seq, StoreError, WriteBatch};
 
+mod access;
 mod admin;
 mod batches;
 mod chores;
@@ -42,6 +43,7 @@ mod event;
 mod events;
 mod fetch;
 pub mod garbage;
+mod grants;
 pub mod health;
 mod keeping;
 pub mod leases;
@@ -52,6 +54,7 @@ mod members;
 mod placement;
 pub mod presence;
 pub mod registry;
+mod quota;
 pub mod repair;
 mod retain;
 mod sessions;
@@ -118,6 +121,8 @@ pub struct EngineConfig {
     pub trash_age_ms: u64,
     /// How long a block is let alone by the cleaner after something of it died.
     pub clean_after_ms: u64,
+    /// How long a grant is good for.
+    pub grant_ms: u64,
     /// When a silent provider is absent, dormant, dead.
     pub clocks: presence::Clocks,
     /// How much repair may be under way.
@@ -146,6 +151,7 @@ impl Default for EngineConfig {
             report_every_ms: 2_000,
             trash_age_ms: 10_000,
             clean_after_ms: 30_000,
+            grant_ms: 900_000,
             clocks: presence::Clocks::default(),
             repair: repair::RepairLimits::default(),
             copies: 2,
@@ -214,6 +220,7 @@ pub struct Engine {
     last_seq: Seq,
     run_first_seq: Seq,
     keeping: Option<keeping::Keeping>,
+    signer: Option<grants::Signer>,
     after: BTreeMap<Seq, Vec<Then>>,
     members: BTreeMap<u32, Member>,
     provider_of_key: HashMap<Bytes, u32>,
@@ -323,6 +330,7 @@ impl Engine {
             last_seq: 0,
             run_first_seq: 1,
             keeping: None,
+            signer: None,
             after: BTreeMap::new(),
             members: BTreeMap::new(),
             provider_of_key: HashMap::new(),

@@ -237,6 +237,14 @@ pub enum Rule {
         /// The birth.
         birth: u64,
     },
+    /// More than the volume's quota can be stretched to.
+    #[error(
+        "the volume's quota of {quota_bytes} bytes is used up, and more than it may be exceeded by"
+    )]
+    Quota {
+        /// The quota.
+        quota_bytes: u64,
+    },
     /// A fragment is said to lie at a provider that does not exist.
     #[error("block {block}: there is no provider {provider}")]
     NoProvider {

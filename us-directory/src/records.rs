@@ -357,6 +357,9 @@ pub struct SessionRecord {
     /// The key that opened it: only that may resume it.
     #[prost(bytes = "bytes", tag = "7")]
     pub key_hash: Bytes,
+    /// It was opened with an administrator's certificate, which may use every volume.
+    #[prost(bool, tag = "20")]
+    pub by_admin: bool,
 }
 
 /// A run of inode numbers.
@@ -401,6 +404,23 @@ pub struct VolumeRecord {
     /// What is removed can be had back for so long; 0: there is no trash; absent: the default.
     #[prost(uint32, optional, tag = "9")]
     pub trash_hours: Option<u32>,
+    /// Only for those in `access`; a volume from before there was access is for every client.
+    #[prost(bool, tag = "20")]
+    pub closed: bool,
+    /// Who may use it.
+    #[prost(message, repeated, tag = "21")]
+    pub access: Vec<AccessRecord>,
+}
+
+/// A client that may use a volume.
+#[derive(Clone, PartialEq, Message)]
+pub struct AccessRecord {
+    /// SHA-256 of its public key.
+    #[prost(bytes = "bytes", tag = "1")]
+    pub key_hash: Bytes,
+    /// It changes nothing.
+    #[prost(bool, tag = "2")]
+    pub read_only: bool,
 }
 
 /// How long what is removed can be had back, where nothing else was said: seven days.
@@ -611,6 +631,9 @@ pub struct ClusterRecord {
     /// The end of the spared births; 0: none.
     #[prost(uint64, tag = "11")]
     pub births_spared_end: u64,
+    /// No grant was signed in this period or a later one: the next run begins with it.
+    #[prost(uint64, tag = "20")]
+    pub periods_end: u64,
 }
 
 impl ClusterRecord {

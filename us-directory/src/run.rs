@@ -40,6 +40,8 @@ const CERTIFICATE_LIFE_MS_MIN: u64 = 5_000;
 const MET_MAX: usize = 256;
 /// The most copies of the journal.
 const COPIES_MAX: usize = 2;
+/// The least time a grant is good for.
+const GRANT_MS_MIN: u64 = 1000;
 /// How long calls under way may take at the end.
 const DRAIN: Duration = Duration::from_secs(10);
 
@@ -71,6 +73,9 @@ pub struct Config {
     pub trash_age_ms: u64,
     /// How long a block is let alone by the cleaner after something of it died.
     pub clean_after_ms: u64,
+    /// How long a grant is good for: so long providers may serve one whose access was taken away, and
+    /// so long, less a third, mounts go on without a directory.
+    pub grant_ms: u64,
     /// How long a silent provider is absent before it counts as asleep.
     pub absent_ms: u64,
     /// How long a provider may be silent beyond what was expected before it is given up.
@@ -125,6 +130,7 @@ impl Default for Config {
             report_every_ms: engine.report_every_ms,
             trash_age_ms: engine.trash_age_ms,
             clean_after_ms: engine.clean_after_ms,
+            grant_ms: engine.grant_ms,
             absent_ms: engine.clocks.absent_ms,
             dead_ms: engine.clocks.dead_ms,
             newcomer_ms: engine.clocks.newcomer_ms,
@@ -158,6 +164,7 @@ impl Config {
             report_every_ms: self.report_every_ms,
             trash_age_ms: self.trash_age_ms,
             clean_after_ms: self.clean_after_ms,
+            grant_ms: self.grant_ms,
             fetch_wait_ms: self.fence_ms + self.lease_ms / 2,
             clocks: Clocks {
                 absent_ms: self.absent_ms,
@@ -214,6 +221,9 @@ impl Config {
         self.code()?;
         if self.certificate_life_ms < CERTIFICATE_LIFE_MS_MIN {
             bail!("certificate_life_ms must be at least {CERTIFICATE_LIFE_MS_MIN}");
+        }
+        if self.grant_ms < GRANT_MS_MIN {
+            bail!("grant_ms must be at least {GRANT_MS_MIN}: mounts have to renew their grants");
         }
         if self.fence_ms <= self.lease_ms {
             bail!(

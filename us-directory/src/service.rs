@@ -21,8 +21,9 @@ use us_proto::v1::{
     DeleteVolumeRequest, DrainReply, DrainRequest, EventsReply, EventsRequest, FsckReply,
     FsckRequest, GiveUpReply, GiveUpRequest, ListVolumesReply, ListVolumesRequest, ProviderDown,
     ProviderUp, PurgeTrashReply, PurgeTrashRequest, RepairRequest, RepairStatus, ScrubReply,
-    ScrubRequest, SessionDown, SessionUp, SetVolumeRequest, StatusReply, StatusRequest, TrashReply,
-    TrashRequest, VolumeInfo, WhatIfReply, WhatIfRequest, WhereBlock, WhereRequest,
+    ScrubRequest, SessionDown, SessionUp, SetAccessRequest, SetVolumeRequest, StatusReply,
+    StatusRequest, TrashReply, TrashRequest, VolumeInfo, WhatIfReply, WhatIfRequest, WhereBlock,
+    WhereRequest,
 };
 
 use crate::engine::registry::RegistryQuestion;
@@ -109,6 +110,7 @@ fn answered(answer: Answer) -> Result<Answer, Status> {
             RefusalKind::Exists => Status::already_exists(detail),
             RefusalKind::Invalid => Status::invalid_argument(detail),
             RefusalKind::Busy => Status::failed_precondition(detail),
+            RefusalKind::Denied => Status::permission_denied(detail),
         }),
         answer => Ok(answer),
     }
@@ -131,7 +133,11 @@ pub(crate) fn allowed<T>(request: &Request<T>, roles: &[Role]) -> Result<PeerIde
 }
 
 fn peer(identity: &PeerIdentity) -> Peer {
-    Peer { key_hash: identity.key_hash.as_bytes().to_vec(), name: identity.name.clone() }
+    Peer {
+        key_hash: identity.key_hash.as_bytes().to_vec(),
+        name: identity.name.clone(),
+        admin: identity.role == Role::Admin,
+    }
 }
 
 pub(crate) fn unexpected(answer: &Answer) -> Status {
@@ -218,9 +224,18 @@ impl Admin for Service {
         request: Request<CreateVolumeRequest>,
     ) -> Result<Response<VolumeInfo>, Status> {
         let who = allowed(&request, &[Role::Client, Role::Admin])?;
-        let CreateVolumeRequest { name, s, r, quota_bytes, repair_at, trash_hours } =
+        let CreateVolumeRequest { name, s, r, quota_bytes, repair_at, trash_hours, access } =
             request.into_inner();
-        let question = Question::CreateVolume { name, s, r, quota_bytes, repair_at, trash_hours };
+        let question = Question::CreateVolume {
+            name,
+            s,
+            r,
+            quota_bytes,
+            repair_at,
+            trash_hours,
+            maker: Some(peer(&who)),
+            access,
+        };
         match self.ask_by(&who, question).await? {
             Answer::Volume(info) => Ok(Response::new(info)),
             other => Err(unexpected(&other)),
@@ -235,6 +250,20 @@ impl Admin for Service {
         let SetVolumeRequest { name, repair_at, quota_bytes, trash_hours } = request.into_inner();
         let question = Question::SetVolume { name, repair_at, quota_bytes, trash_hours };
         match self.ask_by(&who, question).await? {
+            Answer::Volume(info) => Ok(Response::new(info)),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    async fn set_access(
+        &self,
+        request: Request<SetAccessRequest>,
+    ) -> Result<Response<VolumeInfo>, Status> {
+        allowed(&request, &[Role::Admin])?;
+        let request = request.into_inner();
+        let level = request.level();
+        let SetAccessRequest { name, client, .. } = request;
+        match self.ask(Question::SetAccess { name, client, level }).await? {
             Answer::Volume(info) => Ok(Response::new(info)),
             other => Err(unexpected(&other)),
         }
@@ -267,8 +296,10 @@ impl Admin for Service {
         &self,
         request: Request<WhereRequest>,
     ) -> Result<Response<Self::WhereStream>, Status> {
-        allowed(&request, &[Role::Client, Role::Admin])?;
+        let asker = peer(&allowed(&request, &[Role::Client, Role::Admin])?);
         let ask = request.into_inner();
+        // Who may look into the trash may look where the bytes of a file lie.
+        self.ask(Question::TrashBasis { volume: ask.volume.clone(), asker }).await?;
         let snapshot = match self.ask(Question::Snapshot).await? {
             Answer::Snapshot(snapshot) => snapshot,
             other => return Err(unexpected(&other)),
@@ -418,9 +449,9 @@ impl Admin for Service {
         request: Request<TrashRequest>,
     ) -> Result<Response<Self::TrashStream>, Status> {
         // Those who may open a session on the volume, which gives them its key too.
-        allowed(&request, &[Role::Client, Role::Admin])?;
+        let asker = peer(&allowed(&request, &[Role::Client, Role::Admin])?);
         let volume = request.into_inner().volume;
-        let basis = match self.ask(Question::TrashBasis { volume }).await? {
+        let basis = match self.ask(Question::TrashBasis { volume, asker }).await? {
             Answer::TrashBasis(basis) => basis,
             other => return Err(unexpected(&other)),
         };

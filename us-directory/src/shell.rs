@@ -262,6 +262,7 @@ impl Directory {
         let chooser = Box::<Hybrid>::default();
         let mut engine = Engine::start(store, config, entropy, chooser, cluster)?;
         if let Some(secret) = recovery {
+            engine.sign_grants(&secret)?;
             engine.keep(secret)?;
         }
         let (events, queue) = mpsc::channel(EVENTS_MAX);

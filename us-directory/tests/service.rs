@@ -124,6 +124,10 @@ async fn what_was_durable_is_there_after_a_restart() {
         quota_bytes: 0,
         repair_at: None,
         trash_hours: None,
+        access: vec![VolumeAccess {
+            key_hash: client.own().key_hash.as_bytes().to_vec().into(),
+            read_only: false,
+        }],
     };
     let mut asks = AdminClient::new(daemon.dial(&admin).await);
     asks.create_volume(create.clone()).await.unwrap();

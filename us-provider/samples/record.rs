@@ -14,6 +14,11 @@ pub fn sample_id(number: u64) -> FragmentId {
     FragmentId { block: BlockId::from_bytes(block), index: 0 }
 }
 
+/// The volume of all samples.
+pub fn sample_volume() -> VolumeId {
+    VolumeId::from_bytes([3; 16])
+}
+
 /// The record of fragment 0 of block `number`, whose plaintext has `bytes`; other seeds, other
 /// bytes.
 pub fn sample(number: u64, bytes: usize, seed: u64) -> (FragmentId, Bytes) {
@@ -28,7 +33,7 @@ fn record(number: u64, geometry: BlockGeometry, seed: u64) -> Bytes {
         random.fill_bytes(&mut body);
         Bytes::from(body)
     });
-    let (volume, id) = (VolumeId::from_bytes([3; 16]), sample_id(number));
+    let (volume, id) = (sample_volume(), sample_id(number));
     let records = records_of_block(volume, id.block, Birth(number), geometry, bodies.collect());
     records[0].to_parts().slices().concat().into()
 }

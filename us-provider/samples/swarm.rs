@@ -18,7 +18,9 @@ use tonic::{Request, Response, Status, Streaming};
 use us_core::code::ErasureCode;
 use us_core::fragment::{FragmentRecord, records_of_block};
 use us_core::geometry::{BlockGeometry, Code};
-use us_core::ids::{Birth, BlockId, ProviderId, VolumeId};
+use us_core::grant::{Grant, GrantKey, Rights};
+use us_core::ids::{Birth, BlockId, ClusterId, ProviderId, VolumeId};
+use us_core::seal::Secret;
 use us_core::tls::{CertificateAuthority, ExpectedPeer, Identity, Role};
 use us_core::wire::{
     BulkClient, BulkLimits, BulkService, GRPC_MESSAGE_BYTES_MAX, Server, ServerLimits,
@@ -28,6 +30,7 @@ use us_proto::v1::{
     CombineReply, CombineRequest, GetReply, GetRequest, InventoryPage, InventoryRequest, PutReply,
     PutRequest, RebuildFragments, RebuildPath, RebuildSource, Rebuilt, VerifyReply, VerifyRequest,
 };
+use us_provider::grants::{Grants, Told};
 use us_provider::guest::{GuestConfig, Pause};
 use us_provider::rebuild::{Ended, PeerLinks, Peers, RebuildLimits, Rebuilder, Ticket};
 use us_provider::service::FragmentService;
@@ -149,7 +152,10 @@ impl Provider {
         let store = Store::open(dir.path(), options).expect("a store");
         let pause = Pause::load(dir.path());
         let peers: Arc<dyn Peers> = Arc::new(PeerLinks::new(identity.clone()));
-        let service = FragmentService::new(store.clone(), pause.clone(), Arc::clone(&peers));
+        let grants = Grants::load(dir.path());
+        grants.told(told(identity.own().cluster)).expect("a disk");
+        let (kept, peered) = (store.clone(), Arc::clone(&peers));
+        let service = FragmentService::new(kept, grants, pause.clone(), peered);
         // Tests run on busy machines.
         let guest = GuestConfig {
             repair_cpu_pressure_percent_max: 1000.0,
@@ -206,6 +212,11 @@ impl Provider {
         self.identity.own().key_hash.as_bytes().to_vec().into()
     }
 
+    /// A grant that it could show to others.
+    pub fn grant(&self, volume: VolumeId) -> Bytes {
+        grant_for(&self.identity, volume, None)
+    }
+
     /// Carries one order out here.
     pub async fn rebuild(&mut self, order: &RebuildFragments) -> Rebuilt {
         self.rebuild_all(std::slice::from_ref(order)).await.remove(0)
@@ -214,7 +225,9 @@ impl Provider {
     /// Carries orders out here, as many at once as it allows.
     pub async fn rebuild_all(&mut self, orders: &[RebuildFragments]) -> Vec<Rebuilt> {
         for (ticket, order) in (1..).zip(orders) {
-            let order = RebuildFragments { ticket, ..order.clone() };
+            let volume = VolumeId::from_slice(&order.volume).expect("a volume");
+            let grant = grant_for(&self.identity, volume, BlockId::from_slice(&order.block));
+            let order = RebuildFragments { ticket, grant, ..order.clone() };
             let ticket = Ticket { stream: 1, ticket };
             let refused = self.rebuilder.start(ticket, ProviderId(self.number), order);
             assert_eq!(refused, None);
@@ -225,6 +238,33 @@ impl Provider {
         }
         ended
     }
+}
+
+/// The key that signs the grants of this cluster.
+fn grant_key(cluster: ClusterId) -> GrantKey {
+    GrantKey::of(&Secret::from_bytes([7; 32].into()), cluster)
+}
+
+/// What the cluster's directory would say of grants.
+pub fn told(cluster: ClusterId) -> Told {
+    let key = grant_key(cluster).public();
+    Told { key, cluster, incarnation: 1, period: 100, period_ms: 60_000 }
+}
+
+/// A grant of all rights for a volume, or for one block of it.
+pub fn grant_for(holder: &Identity, volume: VolumeId, block: Option<BlockId>) -> Bytes {
+    let own = holder.own();
+    grant_key(own.cluster).sign(&Grant {
+        cluster: own.cluster,
+        volume,
+        block,
+        holder: own.key_hash,
+        rights: Rights::ReadWrite,
+        incarnation: 1,
+        from: 100,
+        until: 160,
+        serial: 1,
+    })
 }
 
 /// Providers of one cluster.
@@ -267,10 +307,10 @@ impl Swarm {
     }
 
     /// A mount's connection to a provider.
-    pub async fn client_of(&self, number: usize) -> BulkClient {
-        let (address, identity) = (&self.providers[number].address, self.client_identity());
+    pub async fn client_of(&self, number: usize, identity: &Identity) -> BulkClient {
+        let address = &self.providers[number].address;
         let client =
-            BulkClient::connect(address, &identity, expect_provider(), BulkLimits::default());
+            BulkClient::connect(address, identity, expect_provider(), BulkLimits::default());
         client.await.expect("a connection")
     }
 
@@ -312,6 +352,7 @@ impl Swarm {
                 address: provider.address.clone(),
                 key_hash: provider.key_hash(),
                 site: format!("site {}", index % 3),
+                grant: grant_for(&provider.identity, header.volume(), Some(header.id().block)),
             }
         };
         RebuildFragments {
@@ -332,6 +373,7 @@ impl Swarm {
             bytes_per_s_max: 0,
             patience_ms: 0,
             holders: Vec::new(),
+            grant: Bytes::new(),
         }
     }
 }

@@ -29,6 +29,7 @@ use us_proto::v1::recovery_server::RecoveryServer;
 use crate::config::ProviderConfig;
 use crate::control::{self, Controlled};
 use crate::copies::{Copies, LogError};
+use crate::grants::Grants;
 use crate::guest::{Pause, ScrubRequests, run_background};
 use crate::leave::Leave;
 use crate::membership::refused::RefusedList;
@@ -199,7 +200,9 @@ impl Daemon {
         self.serve_metrics(&shutdown).await?;
         let (serving_stop, background_stop) = (CancellationToken::new(), CancellationToken::new());
         let peers: Arc<dyn Peers> = Arc::new(PeerLinks::new(self.identity.clone()));
-        let service = FragmentService::new(self.store.clone(), pause.clone(), Arc::clone(&peers));
+        let grants = Grants::load(&self.config.data);
+        let (store, peered) = (self.store.clone(), Arc::clone(&peers));
+        let service = FragmentService::new(store, grants.clone(), pause.clone(), peered);
         let recovery = RecoveryService::new(&self.config.data);
         let serving = tokio::spawn(
             server(&self.identity, service, recovery)
@@ -246,6 +249,7 @@ impl Daemon {
             Rebuilder::new(store, pause.clone(), self.config.guest, peers, limits);
         let hands = Hands {
             store: self.store.clone(),
+            grants,
             pause,
             leave: self.leave.clone(),
             rebuilder: rebuilder.clone(),

@@ -19,16 +19,17 @@ pub mod retain;
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
-use us_core::ids::{FragmentId, ProviderId};
+use us_core::ids::{ClusterId, FragmentId, ProviderId};
 use us_proto::v1::provider_down::Event as Down;
 use us_proto::v1::provider_up::Event as Up;
 use us_proto::v1::{
-    CheckReply, DamageReport, DeleteDone, FragmentStatus, InventoryItem, LeaveProgress,
-    ProviderGoodbye, ProviderHello, ProviderReport, RebuildFragments, RefusedKeys, RetainPage,
-    RetainReply, StoreRecords, StoreRoot,
+    CheckReply, DamageReport, DeleteDone, FragmentStatus, GrantTime, InventoryItem, LeaveProgress,
+    ProviderGoodbye, ProviderHello, ProviderReport, ProviderWelcome, RebuildFragments, RefusedKeys,
+    RetainPage, RetainReply, StoreRecords, StoreRoot,
 };
 
 use crate::copies::Held;
+use crate::grants::Told;
 use crate::rebuild::{Ended, Ticket};
 use crate::service::{id_of, wire_id};
 
@@ -70,6 +71,8 @@ pub struct About {
 pub enum Effect {
     /// Make this durable before the next effect.
     KeepJoined(Joined),
+    /// Judge grants by this from now on, and write it down.
+    KeepGrants(Told),
     /// Send [`Member::damage`] of everything known to be damaged.
     ReportAllDamage,
     /// Put these into the trash, then send [`Member::deleted`].
@@ -123,6 +126,8 @@ pub enum Effect {
 pub struct Member {
     about: About,
     joined: Option<Joined>,
+    /// What the directory said of grants.
+    told: Option<Told>,
     /// Whether the directory has welcomed the present stream.
     is_welcome: bool,
     report_every: Duration,
@@ -140,6 +145,7 @@ impl Member {
         Self {
             about,
             joined,
+            told: None,
             is_welcome: false,
             report_every: REPORT_EVERY,
             reported: None,
@@ -180,6 +186,7 @@ impl Member {
                             .to_owned(),
                     }];
                 }
+                self.told = told_of(&welcome);
                 let joined = Joined {
                     provider: welcome.provider,
                     cookie: welcome.cookie,
@@ -192,7 +199,9 @@ impl Member {
                 if !asked.is_zero() {
                     self.report_every = asked.clamp(REPORT_EVERY_RANGE.0, REPORT_EVERY_RANGE.1);
                 }
-                vec![Effect::KeepJoined(joined), Effect::ReportAllDamage]
+                let grants = self.told.map(Effect::KeepGrants);
+                let effects = [Some(Effect::KeepJoined(joined)), grants];
+                effects.into_iter().flatten().chain([Effect::ReportAllDamage]).collect()
             }
             Down::Refused(refused) => vec![Effect::Stop { reason: refused.reason }],
             // Nothing is done for a directory that has not said who we are to it.
@@ -206,6 +215,7 @@ impl Member {
             | Down::Retain(_)
             | Down::Leaving(_)
             | Down::RefusedKeys(_)
+            | Down::GrantTime(_)
                 if !self.is_welcome =>
             {
                 Vec::new()
@@ -216,6 +226,10 @@ impl Member {
                 vec![Effect::CancelRebuild(ticket)]
             }
             Down::RefusedKeys(list) => vec![Effect::Refuse(list)],
+            Down::GrantTime(time) => {
+                self.told = self.told.and_then(|told| at_time(told, &time));
+                self.told.map(Effect::KeepGrants).into_iter().collect()
+            }
             Down::StartScrub(_) => vec![Effect::Scrub],
             Down::Leaving(said) => vec![Effect::Leaving(said)],
             Down::Retain(page) => vec![Effect::Retain(Box::new(page))],
@@ -336,6 +350,19 @@ impl Member {
     }
 }
 
+/// What a welcome says of grants; `None`: none that can count.
+fn told_of(welcome: &ProviderWelcome) -> Option<Told> {
+    let cluster = ClusterId::from_slice(&welcome.cluster)?;
+    let key = welcome.grant_key[..].try_into().ok()?;
+    let told = Told { key, cluster, incarnation: 0, period: 0, period_ms: 0 };
+    at_time(told, welcome.grant_time.as_ref()?)
+}
+
+fn at_time(told: Told, time: &GrantTime) -> Option<Told> {
+    let GrantTime { incarnation, period, period_ms } = *time;
+    (period_ms > 0).then_some(Told { incarnation, period, period_ms, ..told })
+}
+
 /// Whether the directory should know at once: it would place blocks where they are refused.
 fn cannot_wait(last: &ProviderReport, now: &ProviderReport) -> bool {
     last.accepts_puts != now.accepts_puts
@@ -370,6 +397,7 @@ mod tests {
             report_every_ms: 500,
             grant_key: Bytes::new(),
             cluster: Bytes::from_static(cluster),
+            grant_time: None,
         })
     }
 

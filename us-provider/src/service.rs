@@ -1,7 +1,8 @@
 //! What a provider serves: fragments, over frames and gRPC from the same functions.
 //!
-//! Who may do what: clients, providers and the directory put and read; the directory and
-//! administrators list and verify. Nobody deletes here: deletion comes with membership.
+//! Who may do what: clients put and read, and providers read, what a grant of the directory's covers
+//! ([`crate::grants`]); the directory puts and reads anything; it and administrators list and verify.
+//! Nobody deletes here: deletion comes with membership.
 //!
 //! Invariants: the bytes of puts and of reads under way are bounded, whoever asks; a put refused for
 //! that reason is BUSY after a short wait, never queued without bound. What other providers read
@@ -23,12 +24,14 @@ use tonic::{Request, Response, Status, Streaming};
 use us_core::daemon::logging::RequestId;
 use us_core::fragment::FragmentHeader;
 use us_core::geometry::{PAGE_SIZES, TAG_BYTES};
+use us_core::grant::Rights;
 use us_core::ids::{BlockId, FragmentId};
 use us_core::tls::{PeerIdentity, Role};
 use us_core::wire::{BulkService, grpc_get, grpc_put, peer_of};
 use us_proto::v1;
 use us_proto::v1::fragments_server::Fragments;
 
+use crate::grants::{Admitted, Denied, Grants};
 use crate::guest::Pause;
 use crate::rebuild::Peers;
 use crate::store::{IDS_MAX, Read, ReadRequest, Store, StoreError};
@@ -64,6 +67,7 @@ const UNIT_BYTES: usize = 4096;
 #[derive(Clone)]
 pub struct FragmentService {
     store: Store,
+    grants: Grants,
     pause: Pause,
     /// Asked for what is added to partial sums.
     peers: Arc<dyn Peers>,
@@ -83,11 +87,12 @@ impl std::fmt::Debug for FragmentService {
 }
 
 impl FragmentService {
-    /// Serves this store; while `pause` is on, puts are BUSY. Sums that other providers are to add to
-    /// are asked of `peers`.
-    pub fn new(store: Store, pause: Pause, peers: Arc<dyn Peers>) -> Self {
+    /// Serves this store to those whom `grants` admits; while `pause` is on, puts are BUSY. Sums that
+    /// other providers are to add to are asked of `peers`.
+    pub fn new(store: Store, grants: Grants, pause: Pause, peers: Arc<dyn Peers>) -> Self {
         Self {
             store,
+            grants,
             pause,
             peers,
             puts: Arc::new(Semaphore::new(PUT_BYTES_MAX / UNIT_BYTES)),
@@ -104,8 +109,8 @@ impl FragmentService {
         peer: &PeerIdentity,
         request: v1::PutRequest,
     ) -> (v1::FragmentStatus, String) {
-        if !moves_fragments(peer.role) {
-            return refused(peer);
+        if let Err(denied) = self.may_put(peer, &request) {
+            return refused("put", denied);
         }
         if self.pause.is_on() {
             return (v1::FragmentStatus::Busy, "paused by its owner".to_owned());
@@ -132,13 +137,36 @@ impl FragmentService {
         }
     }
 
-    async fn get_one(self, role: Role, item: u32, asked: v1::GetItem) -> v1::GetReply {
+    /// Whether the peer may store this; what is no record at all the store refuses.
+    fn may_put(&self, peer: &PeerIdentity, request: &v1::PutRequest) -> Result<(), Denied> {
+        let admitted = self.grants.admit(peer, &request.grant, Rights::ReadWrite)?;
+        match FragmentHeader::decode(&request.record) {
+            Ok(header) => admitted.covers(header.volume(), header.id().block),
+            Err(_) => Ok(()),
+        }
+    }
+
+    async fn get_one(
+        self,
+        role: Role,
+        admitted: Admitted,
+        item: u32,
+        asked: v1::GetItem,
+    ) -> v1::GetReply {
         let Some(request) = read_request(&asked) else {
             let failure = (v1::FragmentStatus::Invalid, "no such fragment id".to_owned());
             return failed_reply(item, failure);
         };
+        // Nothing is read for one who may not have it.
+        if let Err(denied) = admitted.may_cover(request.id.block) {
+            return failed_reply(item, refused("get", denied));
+        }
         let begun = Instant::now();
         let result = self.repair_read(role, move |store| store.read(request)).await;
+        let read = result.as_ref().ok();
+        if let Some(Err(denied)) = read.map(|read| covered(&admitted, read)) {
+            return failed_reply(item, refused("get", denied));
+        }
         reply_of(role, item, &asked, request.id, result, begun)
     }
 
@@ -162,10 +190,16 @@ impl FragmentService {
     }
 
     /// The replies to small reads that need not wait; `None` where one must.
-    fn get_all_now(&self, role: Role, request: &v1::GetRequest) -> Option<Vec<v1::GetReply>> {
+    fn get_all_now(
+        &self,
+        peer: &PeerIdentity,
+        request: &v1::GetRequest,
+    ) -> Option<Vec<v1::GetReply>> {
+        let role = peer.role;
         if role != Role::Client || request.items.len() > NOW_ITEMS_MAX {
             return None;
         }
+        let admitted = self.grants.admit(peer, &request.grant, Rights::Read).ok()?;
         let begun = Instant::now();
         let alone = request.items.len() == 1;
         let mut bytes = 0;
@@ -180,7 +214,8 @@ impl FragmentService {
                 None if alone => self.read_in_place(request),
                 read => read,
             };
-            found.push((asked, request.id, read?));
+            let read = read.filter(|read| covered(&admitted, read).is_ok())?;
+            found.push((asked, request.id, read));
         }
         let replies = (0u32..)
             .zip(found)
@@ -236,6 +271,10 @@ fn read_request(asked: &v1::GetItem) -> Option<ReadRequest> {
     })
 }
 
+fn covered(admitted: &Admitted, read: &Read) -> Result<(), Denied> {
+    admitted.covers(read.header.volume(), read.header.id().block)
+}
+
 fn failed_reply(item: u32, (status, detail): (v1::FragmentStatus, String)) -> v1::GetReply {
     v1::GetReply { item, status: status.into(), detail, ..v1::GetReply::default() }
 }
@@ -281,25 +320,22 @@ impl BulkService for FragmentService {
         request: v1::GetRequest,
     ) -> BoxStream<'static, v1::GetReply> {
         let items = stream::iter((0u32..).zip(request.items));
-        if !moves_fragments(peer.role) {
-            let (status, detail) = refused(peer);
-            let reply = move |(item, _)| v1::GetReply {
-                item,
-                status: status.into(),
-                detail: detail.clone(),
-                ..v1::GetReply::default()
-            };
-            return items.map(reply).boxed();
-        }
+        let admitted = match self.grants.admit(peer, &request.grant, Rights::Read) {
+            Ok(admitted) => admitted,
+            Err(denied) => {
+                let failure = refused("get", denied);
+                return items.map(move |(item, _)| failed_reply(item, failure.clone())).boxed();
+            }
+        };
         let (service, role) = (self.clone(), peer.role);
         items
-            .map(move |(item, asked)| service.clone().get_one(role, item, asked))
+            .map(move |(item, asked)| service.clone().get_one(role, admitted.clone(), item, asked))
             .buffer_unordered(READS_AHEAD)
             .boxed()
     }
 
     fn get_now(&self, peer: &PeerIdentity, request: &v1::GetRequest) -> Option<Vec<v1::GetReply>> {
-        self.get_all_now(peer.role, request)
+        self.get_all_now(peer, request)
     }
 }
 
@@ -327,7 +363,6 @@ impl Fragments for FragmentService {
         &self,
         request: Request<v1::CombineRequest>,
     ) -> Result<Response<v1::CombineReply>, Status> {
-        allow(&request, moves_fragments)?;
         let peer = peer_of(&request)?.clone();
         Ok(Response::new(self.sum(&peer, request.into_inner()).await?))
     }
@@ -407,13 +442,6 @@ async fn acquire(semaphore: &Arc<Semaphore>, units: u32) -> Option<OwnedSemaphor
     tokio::time::timeout(BUSY_AFTER, permit).await.ok()?.ok()
 }
 
-fn moves_fragments(role: Role) -> bool {
-    match role {
-        Role::Client | Role::Directory | Role::Provider => true,
-        Role::Admin => false,
-    }
-}
-
 fn administers(role: Role) -> bool {
     match role {
         Role::Directory | Role::Admin => true,
@@ -429,8 +457,22 @@ fn allow<T>(request: &Request<T>, allowed: impl Fn(Role) -> bool) -> Result<(), 
     Err(Status::permission_denied(format!("{peer} may not ask this of a provider")))
 }
 
-fn refused(peer: &PeerIdentity) -> (v1::FragmentStatus, String) {
-    (v1::FragmentStatus::Refused, format!("{peer} may not move fragments"))
+fn refused(operation: &'static str, denied: Denied) -> (v1::FragmentStatus, String) {
+    let (status, detail) = refusal(denied);
+    count(operation, status);
+    (status, detail)
+}
+
+fn refusal(denied: Denied) -> (v1::FragmentStatus, String) {
+    let status = match denied {
+        Denied::Role { .. } => v1::FragmentStatus::Refused,
+        // Its directory says it with the welcome.
+        Denied::NotTold => v1::FragmentStatus::Busy,
+        _ => v1::FragmentStatus::NoGrant,
+    };
+    let reason = denied.label();
+    metrics::counter!("us_provider_grants_refused_total", "reason" => reason).increment(1);
+    (status, denied.to_string())
 }
 
 fn failed(operation: &'static str, error: &StoreError) -> (v1::FragmentStatus, String) {

@@ -17,6 +17,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 use tonic::{Request, Response, Status, Streaming};
+use us_core::ids::{BlockId, VolumeId};
 use us_core::tls::{CertificateAuthority, ExpectedPeer, Identity, Role};
 use us_core::wire::{BulkClient, BulkLimits, Server, ServerLimits, connect_grpc};
 use us_proto::v1::fragments_client::FragmentsClient;
@@ -27,17 +28,19 @@ use us_proto::v1::recovery_client::RecoveryClient;
 use us_proto::v1::recovery_page::Content;
 use us_proto::v1::{
     CancelRebuild, CheckFragments, CombineItem, CombineRequest, DeleteFragments, FragmentId,
-    FragmentStatus, GetItem, GetRequest, InventoryRequest, ProviderDown, ProviderRefused,
-    ProviderUp, ProviderWelcome, PutRequest, ReadRecoveryRequest, RebuildFragments, RebuildPath,
-    RebuildStatus, Rebuilt, RecordPart, StartScrub, StoreRecords, StoreRoot, VerifyRequest,
+    FragmentStatus, GetItem, GetRequest, GrantTime, InventoryRequest, ProviderDown,
+    ProviderRefused, ProviderUp, ProviderWelcome, PutRequest, ReadRecoveryRequest,
+    RebuildFragments, RebuildPath, RebuildStatus, Rebuilt, RecordPart, StartScrub, StoreRecords,
+    StoreRoot, VerifyRequest,
 };
+use us_provider::grants::Told;
 
 #[path = "../samples/record.rs"]
 mod record;
 #[path = "../samples/swarm.rs"]
 mod swarm;
-use record::{sample, sample_id};
-use swarm::{SampleBlock, Serving, Swarm};
+use record::{sample, sample_id, sample_volume};
+use swarm::{SampleBlock, Serving, Swarm, grant_for, told};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -50,6 +53,7 @@ struct Played {
     heard: Arc<Mutex<Vec<Up>>>,
     line: Arc<Mutex<Option<Line>>>,
     refuse: Arc<Mutex<Option<String>>>,
+    told: Arc<Mutex<Option<Told>>>,
 }
 
 #[tonic::async_trait]
@@ -68,8 +72,7 @@ impl Membership for Played {
                 provider: 7,
                 cookie: Bytes::from_static(b"cookie"),
                 report_every_ms: 100,
-                grant_key: Bytes::new(),
-                cluster: Bytes::from_static(b"a cluster"),
+                ..self.basis()
             }),
         };
         line.send(Ok(ProviderDown { event: Some(first) })).await.unwrap();
@@ -90,6 +93,18 @@ impl Membership for Played {
 }
 
 impl Played {
+    /// What a welcome says of the cluster and its grants.
+    fn basis(&self) -> ProviderWelcome {
+        let told = self.told.lock().expect("the setting has a cluster");
+        let Told { incarnation, period, period_ms, .. } = told;
+        ProviderWelcome {
+            grant_key: told.key.to_vec().into(),
+            cluster: told.cluster.as_bytes().to_vec().into(),
+            grant_time: Some(GrantTime { incarnation, period, period_ms }),
+            ..ProviderWelcome::default()
+        }
+    }
+
     async fn say(&self, event: Down) {
         let line = self.line.lock().clone().expect("a provider is here");
         line.send(Ok(ProviderDown { event: Some(event) })).await.unwrap();
@@ -119,6 +134,7 @@ struct Setting {
     directory: String,
     client: Identity,
     admin: Identity,
+    provider: Identity,
     stop: CancellationToken,
 }
 
@@ -130,8 +146,10 @@ impl Setting {
     async fn of(authority: &CertificateAuthority) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let issue = |role, name| authority.issue(role, name).unwrap();
-        issue(Role::Provider, "one").save(&dir.path().join("identity")).unwrap();
+        let provider = issue(Role::Provider, "one");
+        provider.save(&dir.path().join("identity")).unwrap();
         let played = Played::default();
+        *played.told.lock() = Some(told(provider.own().cluster));
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let directory = listener.local_addr().unwrap().to_string();
         let stop = CancellationToken::new();
@@ -140,7 +158,19 @@ impl Setting {
         let server = Server::new(&identity, ServerLimits::default()).grpc(routes);
         tokio::spawn(server.serve(listener, stop.clone()));
         let (client, admin) = (issue(Role::Client, "mount"), issue(Role::Admin, "admin"));
-        Self { dir, played, directory, client, admin, stop }
+        Self { dir, played, directory, client, admin, provider, stop }
+    }
+
+    /// What the mount shows for the sample fragments.
+    fn grant(&self) -> Bytes {
+        grant_for(&self.client, sample_volume(), None)
+    }
+
+    /// The order, as the directory gives it to this provider.
+    fn order(&self, ticket: u64, order: RebuildFragments) -> Down {
+        let volume = VolumeId::from_slice(&order.volume).unwrap();
+        let grant = grant_for(&self.provider, volume, BlockId::from_slice(&order.block));
+        Down::Rebuild(RebuildFragments { ticket, grant, ..order })
     }
 
     fn data(&self) -> std::path::PathBuf {
@@ -196,16 +226,19 @@ fn wire(number: u64) -> FragmentId {
     us_provider::service::wire_id(sample_id(number))
 }
 
-async fn put(client: &BulkClient, number: u64) -> (Bytes, FragmentStatus) {
+async fn put(client: &BulkClient, grant: &Bytes, number: u64) -> (Bytes, FragmentStatus) {
     let (_, record) = sample(number, 100_000, 0);
-    let request = PutRequest { request: number, record: record.clone(), ..PutRequest::default() };
+    let grant = grant.clone();
+    let put = PutRequest { request: number, record: record.clone(), ..PutRequest::default() };
+    let request = PutRequest { grant, ..put };
     let reply = client.put(request, tokio::time::Instant::now() + PATIENCE).await.unwrap();
     (record, reply.status())
 }
 
-async fn get(client: &BulkClient, number: u64) -> us_proto::v1::GetReply {
+async fn get(client: &BulkClient, grant: &Bytes, number: u64) -> us_proto::v1::GetReply {
     let item = GetItem { fragment: Some(wire(number)), trailer: true, ..GetItem::default() };
-    let request = GetRequest { request: 1, items: vec![item], ..GetRequest::default() };
+    let grant = grant.clone();
+    let request = GetRequest { request: 1, items: vec![item], grant };
     let replies = client.get(request, tokio::time::Instant::now() + PATIENCE).await.unwrap();
     replies.all().await.unwrap().remove(0)
 }
@@ -221,13 +254,17 @@ async fn a_provider_joins_serves_and_deletes() {
     let expected = ExpectedPeer::role(Role::Provider);
     let client = BulkClient::connect(&address, &setting.client, expected, BulkLimits::default());
     let client = client.await.unwrap();
-    let (record, status) = put(&client, 1).await;
+    let (record, status) = put(&client, &setting.grant(), 1).await;
     assert_eq!(status, FragmentStatus::Ok);
-    assert_eq!(put(&client, 1).await.1, FragmentStatus::Ok, "write-once: the same bytes again");
-    let reply = get(&client, 1).await;
+    assert_eq!(
+        put(&client, &setting.grant(), 1).await.1,
+        FragmentStatus::Ok,
+        "write-once: the same bytes again"
+    );
+    let reply = get(&client, &setting.grant(), 1).await;
     assert_eq!(reply.status(), FragmentStatus::Ok);
     assert_eq!([&reply.header[..], &reply.data[..], &reply.trailer[..]].concat(), record);
-    assert_eq!(get(&client, 2).await.status(), FragmentStatus::NotFound);
+    assert_eq!(get(&client, &setting.grant(), 2).await.status(), FragmentStatus::NotFound);
     over_grpc(&setting, &address).await;
     // The directory checks, deletes, keeps a root.
     let check =
@@ -262,7 +299,7 @@ async fn a_provider_joins_serves_and_deletes() {
     });
     let statuses: Vec<_> = checked.await.statuses().collect();
     assert_eq!(statuses, [FragmentStatus::Ok, FragmentStatus::NotFound]);
-    assert_eq!(get(&client, 1).await.status(), FragmentStatus::Ok);
+    assert_eq!(get(&client, &setting.grant(), 1).await.status(), FragmentStatus::Ok);
     terminate(&child);
     setting.played.hear("a goodbye", |up| matches!(up, Up::Goodbye(_)).then_some(())).await;
     assert!(end(child).await.success());
@@ -342,7 +379,9 @@ async fn over_grpc(setting: &Setting, address: &str) {
     let channel = connect_grpc(address, &setting.client, expected).await.unwrap();
     let mut client = FragmentsClient::new(channel);
     let item = CombineItem { fragment: Some(wire(1)), coefficient: 1 };
-    let request = CombineRequest { items: vec![item], slots: 1, ..CombineRequest::default() };
+    let grant = setting.grant();
+    let request =
+        CombineRequest { items: vec![item], slots: 1, grant, ..CombineRequest::default() };
     let sum = client.combine(request).await.unwrap().into_inner();
     assert_eq!(sum.data, sample(1, 100_000, 0).1[128..128 + 16_400]);
     let refused = client.inventory(InventoryRequest::default()).await;
@@ -366,7 +405,7 @@ async fn a_killed_provider_comes_back_as_itself() {
     let address = std::fs::read_to_string(setting.data().join("address")).unwrap();
     let expected = ExpectedPeer::role(Role::Provider);
     let client = BulkClient::connect(&address, &setting.client, expected, BulkLimits::default());
-    assert_eq!(put(&client.await.unwrap(), 1).await.1, FragmentStatus::Ok);
+    assert_eq!(put(&client.await.unwrap(), &setting.grant(), 1).await.1, FragmentStatus::Ok);
     // A second daemon on the same store is refused.
     let second = setting.provider().stderr(Stdio::piped()).spawn().unwrap();
     let output = tokio::task::spawn_blocking(|| second.wait_with_output().unwrap()).await.unwrap();
@@ -476,7 +515,7 @@ async fn a_daemon_rebuilds_is_cancelled_is_killed_and_rebuilds_again() {
     let (mut child, _) = setting.start().await;
     let order = |swarm: &Swarm, ticket, wanted: u8| {
         let order = swarm.order(&block, &[wanted], RebuildPath::Star);
-        Down::Rebuild(RebuildFragments { ticket, ..order })
+        setting.order(ticket, order)
     };
     setting.played.say(order(&swarm, 1, 5)).await;
     let rebuilt = setting.rebuilt(1).await;
@@ -536,7 +575,7 @@ async fn an_ordered_scrub_reports_and_a_rebuild_heals() {
     let (child, _) = setting.start().await;
     let order = |ticket| {
         let order = swarm.order(&block, &[2], RebuildPath::Star);
-        Down::Rebuild(RebuildFragments { ticket, ..order })
+        setting.order(ticket, order)
     };
     setting.played.say(order(1)).await;
     assert_eq!(setting.rebuilt(1).await.status(), RebuildStatus::Ok);

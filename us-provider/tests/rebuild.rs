@@ -9,6 +9,7 @@ mod swarm;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use futures::StreamExt;
 use futures::stream::BoxStream;
 use us_core::fragment::{FingerprintList, FragmentRecord, FragmentSums};
@@ -21,7 +22,7 @@ use us_proto::v1::{
 };
 use us_provider::service::{FragmentService, wire_id};
 
-use swarm::{Provider, SampleBlock, Serving, Swarm, expect_provider};
+use swarm::{Provider, SampleBlock, Serving, Swarm, expect_provider, grant_for};
 
 const PATHS: [RebuildPath; 4] =
     [RebuildPath::Star, RebuildPath::RotatedStar, RebuildPath::Chain, RebuildPath::Sites];
@@ -201,20 +202,25 @@ async fn a_sum_says_who_could_not_add_and_clients_have_nobody_asked() {
     let swarm = Swarm::start(3).await;
     let block = SampleBlock::new(2, 1, 100_000, 5);
     swarm.put(&block, |index, record| (index != 2).then(|| record.clone())).await;
-    let request = |index: u8| {
+    let volume = block.records[0].header.volume();
+    let request = |index: u8, grant: Bytes| {
         let fragment = Some(wire_id(block.records[usize::from(index)].header.id()));
         let items = vec![CombineItem { fragment, coefficient: 1 }];
-        CombineRequest { items, slots: 1, ..CombineRequest::default() }
+        CombineRequest { items, slots: 1, grant, ..CombineRequest::default() }
     };
+    let by = |index: usize| swarm.providers[index].grant(volume);
     let below = |index: u8, request| CombineUpstream {
         address: swarm.providers[usize::from(index)].address.clone(),
         key_hash: swarm.providers[usize::from(index)].key_hash(),
         request: Some(request),
     };
-    let inner = CombineRequest { upstreams: vec![below(2, request(2))], ..request(1) };
-    let chain = CombineRequest { upstreams: vec![below(1, inner)], ..request(0) };
+    let inner =
+        CombineRequest { upstreams: vec![below(2, request(2, by(1)))], ..request(1, by(0)) };
+    let chain = CombineRequest { upstreams: vec![below(1, inner)], ..request(0, Bytes::new()) };
     let ask = |identity| {
-        let (address, chain) = (swarm.providers[0].address.clone(), chain.clone());
+        let grant = grant_for(&identity, volume, None);
+        let address = swarm.providers[0].address.clone();
+        let chain = CombineRequest { grant, ..chain.clone() };
         async move {
             let channel = connect_grpc(&address, &identity, expect_provider()).await.unwrap();
             FragmentsClient::new(channel).combine(chain).await
@@ -249,12 +255,17 @@ async fn normal_gets_go_on_beside_rebuilding() {
             target.rebuild_all(&orders).await
         }
     });
-    let client = swarm.client_of(0).await;
+    let identity = swarm.client_identity();
+    let (client, grant) = (
+        swarm.client_of(0, &identity).await,
+        grant_for(&identity, blocks[0].records[0].header.volume(), None),
+    );
     let mut gets = 0;
     while !rebuilding.is_finished() {
         let id = wire_id(blocks[gets % blocks.len()].records[0].header.id());
         let item = us_proto::v1::GetItem { fragment: Some(id), slots: 1, ..Default::default() };
-        let request = GetRequest { items: vec![item], ..GetRequest::default() };
+        let grant = grant.clone();
+        let request = GetRequest { items: vec![item], grant, ..GetRequest::default() };
         let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
         let replies = client.get(request, deadline).await.unwrap().all().await.unwrap();
         assert_eq!(replies[0].status(), FragmentStatus::Ok);

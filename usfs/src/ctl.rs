@@ -5,6 +5,7 @@
 //! reached or refused; 64 the command makes no sense (what it names is not there). `fsck` has its
 //! own ([`fsck`]).
 
+mod access;
 mod act;
 mod connect;
 mod fsck;
@@ -184,6 +185,12 @@ enum VolumeCommand {
         #[command(flatten)]
         json: JsonArgs,
     },
+    /// Give a client access; a volume that was open to every client is closed then
+    Allow(access::AllowArgs),
+    /// Take a client's access away: its mounts end at once
+    Deny(access::DenyArgs),
+    /// A volume, and who may use it
+    Show(access::ShowArgs),
     /// List the volumes
     List(JsonArgs),
 }
@@ -259,6 +266,7 @@ async fn act(args: CtlArgs) -> anyhow::Result<ExitCode> {
                 quota_bytes: quota.map_or(0, Size::bytes),
                 repair_at,
                 trash_hours,
+                access: Vec::new(),
             };
             let info = connect(&target).await?.create_volume(request).await?;
             print(json, &json::volume(&info), || volume::created(&info))?;
@@ -275,6 +283,9 @@ async fn act(args: CtlArgs) -> anyhow::Result<ExitCode> {
             let info = admin.set_volume(request).await?;
             print(json, &json::volume(&info), || volume::changed(&info))?;
         }
+        Command::Volume(VolumeCommand::Allow(args)) => access::allow(&target, args).await?,
+        Command::Volume(VolumeCommand::Deny(args)) => access::deny(&target, args).await?,
+        Command::Volume(VolumeCommand::Show(args)) => access::show(&target, &args).await?,
         Command::Volume(VolumeCommand::List(json)) => {
             let volumes = connect(&target).await?.list_volumes().await?;
             let value = volumes.iter().map(json::volume).collect::<Vec<_>>();

@@ -260,7 +260,10 @@ impl Disk {
                 let code = self.state.settings.code()?;
                 let (s, r) = (code.s() as u32, code.r() as u32);
                 let name = VOLUME.to_owned();
-                let request = v1::CreateVolumeRequest { name, s, r, ..Default::default() };
+                let client = Identity::load(&self.state.identity("client"))?;
+                let key_hash = client.own().key_hash.as_bytes().to_vec().into();
+                let access = vec![v1::VolumeAccess { key_hash, read_only: false }];
+                let request = v1::CreateVolumeRequest { name, s, r, access, ..Default::default() };
                 admin.create_volume(request).await
             }
         }

@@ -138,6 +138,8 @@ impl Directory {
             quota_bytes: 0,
             repair_at: None,
             trash_hours: None,
+            maker: None,
+            access: Vec::new(),
         })?;
         Ok(directory)
     }
@@ -276,7 +278,7 @@ impl Directory {
         let conn = self.next_conn;
         let mut key_hash = vec![0; 32];
         key_hash[..4].copy_from_slice(&key.to_be_bytes());
-        let peer = Peer { key_hash, name: format!("provider-{key}") };
+        let peer = Peer { key_hash, name: format!("provider-{key}"), ..Peer::default() };
         self.event(Event::ProviderConnected { conn: ConnId(conn), peer })?;
         Ok(conn)
     }
@@ -323,7 +325,7 @@ impl Directory {
     /// # Errors
     /// When the directory does not have it.
     pub fn mount(&mut self) -> anyhow::Result<()> {
-        let peer = Peer { key_hash: vec![0xff; 32], name: "mount".to_owned() };
+        let peer = Peer { key_hash: vec![0xff; 32], name: "mount".to_owned(), ..Peer::default() };
         self.event(Event::SessionConnected { conn: ConnId(MOUNT), peer })?;
         let open = OpenSession { volume: VOLUME.to_owned(), ..Default::default() };
         self.mount_says(FromMount::Open(open))?;

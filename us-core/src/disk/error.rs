@@ -46,9 +46,15 @@ pub enum FragmentFailure {
         /// Bytes that came.
         found: usize,
     },
-    /// No grant, or other bytes are stored under this id.
+    /// Not for this role, or other bytes are stored under this id.
     #[error("refused: {detail}")]
     Refused {
+        /// The provider's words.
+        detail: String,
+    },
+    /// No grant for this, or one that has ended.
+    #[error("no grant: {detail}")]
+    NoGrant {
         /// The provider's words.
         detail: String,
     },
@@ -91,7 +97,7 @@ impl FragmentFailure {
     /// What trying again could change.
     pub const fn retry(&self) -> Retry {
         match self {
-            Self::Busy | Self::Timeout { .. } => Retry::SamePeerLater,
+            Self::Busy | Self::Timeout { .. } | Self::NoGrant { .. } => Retry::SamePeerLater,
             Self::Invalid { .. } => Retry::Never,
             Self::NotFound
             | Self::Damaged { .. }
@@ -111,7 +117,11 @@ impl FragmentFailure {
     pub const fn may_pass(&self) -> bool {
         matches!(
             self,
-            Self::Busy | Self::Timeout { .. } | Self::Unreachable { .. } | Self::UnknownProvider
+            Self::Busy
+                | Self::Timeout { .. }
+                | Self::Unreachable { .. }
+                | Self::UnknownProvider
+                | Self::NoGrant { .. }
         )
     }
 

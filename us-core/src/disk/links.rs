@@ -15,6 +15,7 @@
 //! provider from the order that names it ([`ProviderLinks::learn`]).
 
 mod gets;
+mod grants;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -35,6 +36,7 @@ use crate::ids::ProviderId;
 use crate::tls::{ExpectedPeer, Identity, KeyHash, Role};
 use crate::wire::{BulkClient, BulkError, BulkLimits};
 use gets::{Dispatch, Waiting, Wanted};
+use grants::Grants;
 
 /// Limits of [`ProviderLinks`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -106,7 +108,7 @@ pub struct ProviderLinks {
 struct Inner {
     identity: Identity,
     config: LinksConfig,
-    grant: RwLock<Bytes>,
+    grants: Grants,
     links: RwLock<HashMap<ProviderId, Arc<Link>>>,
 }
 
@@ -141,13 +143,18 @@ struct Trouble {
 impl ProviderLinks {
     /// Links that show `identity`; the table is empty.
     pub fn new(identity: Identity, config: LinksConfig) -> Self {
-        let (grant, links) = (RwLock::default(), RwLock::default());
-        Self { inner: Arc::new(Inner { identity, config, grant, links }) }
+        let (grants, links) = (Grants::default(), RwLock::default());
+        Self { inner: Arc::new(Inner { identity, config, grants, links }) }
     }
 
     /// The grant that requests carry from now on.
     pub fn set_grant(&self, grant: Bytes) {
-        *self.inner.grant.write() = grant;
+        self.inner.grants.set(grant);
+    }
+
+    /// Waits until a provider has refused the present grant, so that a fresh one is wanted.
+    pub async fn grant_wanted(&self) {
+        self.inner.grants.wanted().await;
     }
 
     /// What the directory says about providers: the whole table, or only what changed. Entries that
@@ -186,8 +193,8 @@ impl ProviderLinks {
         links.insert(provider, Link::start(&self.inner, address));
     }
 
-    /// Reads slots of a fragment with the header and trailer of its record; gives up at `deadline`.
-    /// Travels together with the other gets of the provider. No slots from the fragment's end on
+    /// Reads slots of a fragment with the header and trailer of its record, showing `grant`; gives up
+    /// at `deadline`. Travels together with the other gets of the provider. No slots from the fragment's end on
     /// bring header and trailer alone.
     ///
     /// # Errors
@@ -195,34 +202,30 @@ impl ProviderLinks {
     pub fn fetch(
         &self,
         provider: ProviderId,
+        grant: Bytes,
         slots: SlotRange,
         deadline: Instant,
     ) -> BoxFuture<'static, Result<FetchedSlots, FragmentFailure>> {
-        self.queue(provider, slots, true, deadline)
+        let (this, request) = (self.clone(), RequestId::current());
+        let wanted = Wanted { slots, record: true, deadline, request, grant };
+        async move { this.queue(provider, wanted).await }.boxed()
     }
 
-    fn queue(
+    async fn queue(
         &self,
         provider: ProviderId,
-        slots: SlotRange,
-        record: bool,
-        deadline: Instant,
-    ) -> BoxFuture<'static, Result<FetchedSlots, FragmentFailure>> {
-        let (inner, link) = (Arc::clone(&self.inner), self.link(provider));
-        let request = RequestId::current();
-        async move {
-            let link = link?;
-            link.check_trouble()?;
-            let wanted = Wanted { slots, record, deadline, request };
-            let result = match link.turn() {
-                Some((client, _turn)) => gets::ask(&inner, &link, &client, &wanted).await,
-                None => link.wait_for(wanted).await,
-            };
-            let failure = result.as_ref().err();
-            tracing::debug!(%request, %provider, fragment = %slots.fragment, ?failure, "get");
-            result
-        }
-        .boxed()
+        wanted: Wanted,
+    ) -> Result<FetchedSlots, FragmentFailure> {
+        let link = self.link(provider)?;
+        link.check_trouble()?;
+        let (request, fragment) = (wanted.request, wanted.slots.fragment);
+        let result = match link.turn() {
+            Some((client, _turn)) => gets::ask(&link, &client, &wanted).await,
+            None => link.wait_for(wanted).await,
+        };
+        let failure = result.as_ref().err();
+        tracing::debug!(%request, %provider, %fragment, ?failure, "get");
+        result
     }
 
     /// The providers known, and where they are.
@@ -251,13 +254,20 @@ impl FragmentTransport for ProviderLinks {
         async move {
             let link = link?;
             let lane = link.lanes.len() - 1;
-            let client = link.client(&inner, lane, deadline).await?;
-            let grant = inner.grant.read().clone();
             let (id, trace) = (record.header.id(), request.0);
-            let put = PutRequest { request: 0, grant, record: record.to_bytes(), trace };
+            let bytes = record.to_bytes();
             drop(record);
-            let reply = client.put(put, deadline).await.map_err(|error| link.broke(&error));
-            let result = reply.and_then(|reply| status_result(reply.status(), reply.detail));
+            let mut shown = inner.grants.show(deadline);
+            let result = loop {
+                let client = link.client(&inner, lane, deadline).await?;
+                let (grant, record) = (shown.grant.clone(), bytes.clone());
+                let put = PutRequest { request: 0, grant, record, trace };
+                let reply = client.put(put, deadline).await.map_err(|error| link.broke(&error));
+                let result = reply.and_then(|reply| status_result(reply.status(), reply.detail));
+                if !shown.is_renewed(&result).await {
+                    break result;
+                }
+            };
             tracing::debug!(%request, %provider, fragment = %id, ?result, "put");
             result
         }
@@ -270,8 +280,19 @@ impl FragmentTransport for ProviderLinks {
         slots: SlotRange,
         deadline: Instant,
     ) -> BoxFuture<'static, Result<Bytes, FragmentFailure>> {
-        let fetched = self.queue(provider, slots, false, deadline);
-        fetched.map(|fetched| fetched.map(|fetched| fetched.data)).boxed()
+        let (this, request) = (self.clone(), RequestId::current());
+        async move {
+            let mut shown = this.inner.grants.show(deadline);
+            loop {
+                let grant = shown.grant.clone();
+                let wanted = Wanted { slots, record: false, deadline, request, grant };
+                let result = this.queue(provider, wanted).await;
+                if !shown.is_renewed(&result).await {
+                    return Ok(result?.data);
+                }
+            }
+        }
+        .boxed()
     }
 
     fn is_reachable(&self, provider: ProviderId) -> bool {
@@ -419,6 +440,7 @@ fn status_result(status: FragmentStatus, detail: String) -> Result<(), FragmentF
         FragmentStatus::NotFound => Err(FragmentFailure::NotFound),
         FragmentStatus::Damaged => Err(FragmentFailure::Damaged { detail }),
         FragmentStatus::Refused => Err(FragmentFailure::Refused { detail }),
+        FragmentStatus::NoGrant => Err(FragmentFailure::NoGrant { detail }),
         FragmentStatus::NoSpace => Err(FragmentFailure::NoSpace),
         FragmentStatus::Io => Err(FragmentFailure::Io { detail }),
         FragmentStatus::Invalid | FragmentStatus::Unspecified => {

@@ -39,6 +39,11 @@ impl Secret {
         PieceKey(aead_key(&self.0.derive::<KEY_BYTES>(info)))
     }
 
+    /// 32 bytes that follow from the secret, for a key of another kind.
+    pub(crate) fn derive(&self, info: &[&[u8]]) -> Zeroizing<[u8; KEY_BYTES]> {
+        self.0.derive(info)
+    }
+
     /// A volume's key that follows from the secret.
     pub fn volume_key(&self, info: &[&[u8]]) -> VolumeKey {
         VolumeKey::from_bytes(self.0.derive::<KEY_BYTES>(info))

@@ -54,8 +54,13 @@ pub(super) struct Admission {
 
 impl Admission {
     pub(super) fn new(bytes_max: usize, shared: Option<Arc<Semaphore>>) -> Self {
+        Self::of(byte_limit(bytes_max), shared)
+    }
+
+    /// With limits that are the connection's own, or its identity's.
+    pub(super) fn of(own: Arc<Semaphore>, shared: Option<Arc<Semaphore>>) -> Self {
         Self {
-            own: PollSemaphore::new(byte_limit(bytes_max)),
+            own: PollSemaphore::new(own),
             shared: shared.map(PollSemaphore::new),
             own_permit: None,
         }

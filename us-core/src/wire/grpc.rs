@@ -24,7 +24,8 @@ use super::frame::check_items;
 use super::{BulkService, CONNECT_TIMEOUT, ConnectError, dial};
 use crate::tls::{ALPN_H2, ExpectedPeer, Identity, PeerIdentity, client_config};
 
-pub(super) const STREAMS_MAX: u32 = 1024;
+/// Calls at once on one connection.
+pub(super) const STREAMS_MAX: u32 = 256;
 pub(super) const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(20);
 pub(super) const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
 /// Puts of one gRPC stream that the service works on at once.

@@ -19,6 +19,7 @@ use us_proto::v1::{GetRequest, PutRequest};
 
 use super::frame::{Frame, FrameError, Kind, Payload, Side};
 use super::frame_io::{Admission, Admitted, FrameReader, FrameWriter, Received, byte_limit, units};
+use super::shares::Share;
 use super::watchdog::Watchdog;
 use super::{BulkLimits, BulkService, CloseCause};
 use crate::tls::PeerIdentity;
@@ -84,11 +85,12 @@ pub(super) async fn serve_frames<S: BulkService, IO: AsyncRead + AsyncWrite + Un
     peer: Arc<PeerIdentity>,
     io: IO,
     limits: BulkLimits,
+    share: &Share,
     received: Arc<Semaphore>,
     shutdown: CancellationToken,
 ) -> CloseCause {
     let (sender, replies) = mpsc::channel(REPLIES_MAX);
-    let admission = Admission::new(limits.received_bytes_max, Some(received));
+    let admission = Admission::of(Arc::clone(&share.received), Some(received));
     let mut served = Served {
         service,
         peer,
@@ -97,9 +99,9 @@ pub(super) async fn serve_frames<S: BulkService, IO: AsyncRead + AsyncWrite + Un
         writer: FrameWriter::new(),
         watchdog: Watchdog::new(limits.progress_timeout),
         limits,
-        outbox: Outbox { replies: sender, queued: byte_limit(limits.queued_bytes_max) },
+        outbox: Outbox { replies: sender, queued: Arc::clone(&share.queued) },
         replies,
-        gets: Arc::new(Semaphore::new(limits.gets_served_max)),
+        gets: Arc::clone(&share.gets),
         cancels: HashMap::new(),
         tasks: JoinSet::new(),
         shutdown: Box::pin(shutdown.cancelled_owned()),
@@ -120,7 +122,8 @@ pub async fn serve_plain<S: BulkService, IO: AsyncRead + AsyncWrite + Unpin>(
     shutdown: CancellationToken,
 ) -> CloseCause {
     let received = byte_limit(limits.received_bytes_max);
-    serve_frames(service, Arc::new(peer), io, limits, received, shutdown).await
+    let share = Share::alone(&limits);
+    serve_frames(service, Arc::new(peer), io, limits, &share, received, shutdown).await
 }
 
 impl<S: BulkService, IO: AsyncRead + AsyncWrite + Unpin> Served<S, IO> {

@@ -22,6 +22,7 @@ use super::dial::{self, Caller, Secured, Shown};
 use super::frame_io::byte_limit;
 use super::grpc::{self, Http2Windows, Whom, WithCaller};
 use super::served::serve_frames;
+use super::shares::{Handshakes, Share, ShareLimits, Shares};
 use super::{BulkLimits, BulkService, CONNECT_TIMEOUT};
 use crate::tls::{
     ALPN_BULK, ALPN_H2, Identity, PeerIdentity, TlsError, join_server_config, server_config,
@@ -49,6 +50,10 @@ pub struct ServerLimits {
     pub http2: Http2Windows,
     /// Limits of each framed connection.
     pub bulk: BulkLimits,
+    /// What one identity may hold.
+    pub share: ShareLimits,
+    /// TLS handshakes under way of one address; more are dropped unread.
+    pub handshakes_address_max: usize,
 }
 
 impl Default for ServerLimits {
@@ -60,12 +65,15 @@ impl Default for ServerLimits {
             received_bytes_max: 256 << 20,
             http2: Http2Windows::default(),
             bulk: BulkLimits::default(),
+            share: ShareLimits::default(),
+            handshakes_address_max: 128,
         }
     }
 }
 
 type BoxFuture = Pin<Box<dyn Future<Output = ()> + Send>>;
-type ServeFrames = dyn Fn(Secured, Arc<PeerIdentity>, CancellationToken) -> BoxFuture + Send + Sync;
+type ServeFrames =
+    dyn Fn(Secured, Arc<PeerIdentity>, Arc<Share>, CancellationToken) -> BoxFuture + Send + Sync;
 
 /// Serves gRPC and frames on one port, to peers of the same cluster.
 pub struct Server {
@@ -91,6 +99,8 @@ struct Port {
     admission: Admission,
     shutdown: CancellationToken,
     limits: ServerLimits,
+    shares: Shares,
+    handshakes: Arc<Handshakes>,
 }
 
 /// The TLS configurations, made again when the certificate was renewed.
@@ -156,11 +166,13 @@ impl Server {
     pub fn bulk<S: BulkService>(mut self, service: Arc<S>) -> Self {
         let received = byte_limit(self.limits.received_bytes_max);
         let limits = self.limits.bulk;
-        self.bulk = Some(Arc::new(move |stream, peer, shutdown| {
+        self.bulk = Some(Arc::new(move |stream, peer, share, shutdown| {
             let (service, received) = (Arc::clone(&service), Arc::clone(&received));
             Box::pin(async move {
                 let name = peer.to_string();
-                let cause = serve_frames(service, peer, stream, limits, received, shutdown).await;
+                let served =
+                    serve_frames(service, peer, stream, limits, &share, received, shutdown);
+                let cause = served.await;
                 debug!(peer = name, %cause, "framed connection ended");
             })
         }));
@@ -191,6 +203,8 @@ impl Server {
             admission: self.admission,
             shutdown: shutdown.clone(),
             limits,
+            shares: Shares::new(limits.share),
+            handshakes: Handshakes::new(limits.handshakes_address_max),
         });
         let connections = Arc::new(Semaphore::new(limits.connections_max));
         let (tracker, abort) = (TaskTracker::new(), CancellationToken::new());
@@ -245,12 +259,16 @@ async fn accept(
 
 impl Port {
     async fn connection(&self, tcp: TcpStream, address: SocketAddr, shown: Shown) {
+        let Some(shaking) = self.handshakes.begin(address.ip()) else {
+            return debug!(%address, "too many handshakes under way from there");
+        };
         let handshake = timeout(self.limits.handshake_timeout, dial::accept(tcp, shown));
         let (stream, caller) = match handshake.await {
             Ok(Ok(accepted)) => accepted,
             Ok(Err(error)) => return info!(%address, %error, "TLS handshake refused"),
             Err(_) => return info!(%address, "TLS handshake took too long"),
         };
+        drop(shaking);
         match caller {
             Caller::Newcomer => self.newcomer(stream, address).await,
             Caller::Member(peer, alpn) => {
@@ -267,6 +285,10 @@ impl Port {
         alpn: Option<Vec<u8>>,
         address: SocketAddr,
     ) {
+        let Some((share, _place)) = self.shares.enter(&peer) else {
+            metrics::counter!("us_connections_refused_total").increment(1);
+            return warn!(%address, %peer, "it has too many connections already");
+        };
         self.admission.met(&peer);
         let cut_off = || info!(%address, %peer, "refused: it is a member no more");
         match (alpn.as_deref(), &self.bulk, &self.grpc) {
@@ -276,7 +298,7 @@ impl Port {
                 // Cancel-safe: it only waits.
                 () = self.admission.refused(&peer) => cut_off(),
                 // Cancel-safe: a connection that is cut loses what is under way, as it is to.
-                () = bulk(stream, Arc::clone(&peer), self.shutdown.clone()) => {}
+                () = bulk(stream, Arc::clone(&peer), share, self.shutdown.clone()) => {}
             },
             (Some(ALPN_H2), _, Some(routes)) => {
                 let whom = Whom::Member(Arc::clone(&peer), self.admission.clone());

@@ -1,3 +1,5 @@
+mod shares;
+
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use super::frame::{Frame, Payload, Side};
@@ -543,6 +545,7 @@ struct Cluster {
     stop: CancellationToken,
     served: tokio::task::JoinHandle<Result<(), TlsError>>,
     provider: PeerIdentity,
+    memory: Arc<Memory>,
 }
 
 async fn cluster(limits: ServerLimits) -> Cluster {
@@ -552,11 +555,12 @@ async fn cluster(limits: ServerLimits) -> Cluster {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap().to_string();
     let stop = CancellationToken::new();
+    let memory = Arc::new(Memory::default());
     let server = Server::new(&provider, limits)
-        .bulk(Arc::new(Memory::default()))
+        .bulk(Arc::clone(&memory))
         .grpc(tonic::service::Routes::default());
     let served = tokio::spawn(server.serve(listener, stop.clone()));
-    Cluster { authority, client, address, stop, served, provider: provider.own().clone() }
+    Cluster { authority, client, address, stop, served, provider: provider.own().clone(), memory }
 }
 
 #[tokio::test]

@@ -12,7 +12,7 @@ use us_proto::v1::{
 use super::event::{Answer, AskId, Effect, Question, RefusalKind, StateSnapshot};
 use super::events::EventKind;
 use super::health::{Reach, Totals};
-use super::{Durability, Engine, Then, VOLUMES_MAX, Volume};
+use super::{Durability, Engine, Then, VOLUMES_MAX, Volume, access};
 use crate::keys;
 use crate::namespace::new_root;
 use crate::records::{UsageRecord, VolumeRecord, decode, encode};
@@ -33,8 +33,19 @@ impl Engine {
             Question::Status => Answer::Status(Box::new(self.status()?)),
             Question::ListVolumes => Answer::Volumes(self.volume_infos()?),
             Question::Snapshot => Answer::Snapshot(self.state_snapshot()),
-            Question::CreateVolume { name, s, r, quota_bytes, repair_at, trash_hours } => {
+            Question::CreateVolume {
+                name,
+                s,
+                r,
+                quota_bytes,
+                repair_at,
+                trash_hours,
+                maker,
+                access,
+            } => {
                 let record = VolumeRecord {
+                    closed: maker.is_some(),
+                    access: access::first_access(maker.as_ref(), &access),
                     name,
                     s,
                     r,
@@ -54,7 +65,10 @@ impl Engine {
                     record.trash_hours = trash_hours.or(record.trash_hours);
                 });
             }
-            Question::TrashBasis { volume } => self.trash_basis(&volume),
+            Question::SetAccess { name, client, level } => {
+                return self.set_access(ask, &name, &client, level);
+            }
+            Question::TrashBasis { volume, asker } => self.trash_basis(&volume, &asker),
             Question::PurgeTrash { volume, inos } => {
                 return self.purge_trash(ask, &volume, &inos);
             }
@@ -391,7 +405,7 @@ fn stored_repair_at(repair_at: Option<u32>, r: u32) -> u32 {
     repair_at.filter(|left| left + 1 < r).map_or(0, |left| left + 1)
 }
 
-fn volume_info(id: &VolumeId, volume: &Volume, usage: UsageRecord) -> VolumeInfo {
+pub(super) fn volume_info(id: &VolumeId, volume: &Volume, usage: UsageRecord) -> VolumeInfo {
     VolumeInfo {
         volume: bytes::Bytes::copy_from_slice(id.as_bytes()),
         name: volume.record.name.clone(),
@@ -409,6 +423,8 @@ fn volume_info(id: &VolumeId, volume: &Volume, usage: UsageRecord) -> VolumeInfo
         trash_hours: volume.record.kept_hours(),
         trash_files: usage.trash_files,
         trash_bytes: usage.trash_bytes,
+        closed: volume.record.closed,
+        access: access::shown(&volume.record),
     }
 }
 

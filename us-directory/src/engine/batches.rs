@@ -183,6 +183,7 @@ impl Engine {
         for mutation in &batch.mutations {
             tx.apply(&who, mutation)?;
         }
+        self.check_quota(&known.volume, &tx)?;
         let mut record = known.record.clone();
         record.applied = batch.number;
         tx.put(keys::session(session), &record);
@@ -203,6 +204,7 @@ impl Engine {
             }
         }
         self.pending_deletes += outcome.graves as i64;
+        self.note_committed(session, batch);
         self.note_recent(session, volume, &outcome.touched, seq);
         self.note_blocks(volume, outcome.blocks);
         for ino in &outcome.restored {

@@ -54,6 +54,7 @@ impl Engine {
         }
         self.last_slow_tick_ms = self.now_ms();
         self.check_members()?;
+        self.tell_period()?;
         self.count_presence();
         self.learn_presence()?;
         self.check_clocks()?;

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use us_core::ids::VolumeId;
 use us_core::tls::PeerIdentity;
 use us_proto::v1::{
-    BlockCommit, BlockSummary, ClusterEvent, PlacementsLeased, ProviderDown, ProviderUp,
-    RefusedKeys, RepairStatus, SessionDown, SessionUp, StatusReply, VolumeInfo,
+    AccessLevel, BlockCommit, BlockSummary, ClusterEvent, PlacementsLeased, ProviderDown, ProviderUp,
+    RefusedKeys, RepairStatus, SessionDown, SessionUp, StatusReply, VolumeAccess, VolumeInfo,
 };
 
 use super::garbage::{FsckBasis, Stray, Verdict};
@@ -42,6 +42,8 @@ pub struct Peer {
     pub key_hash: Vec<u8>,
     /// The name in its certificate.
     pub name: String,
+    /// Its certificate is an administrator's.
+    pub admin: bool,
 }
 
 /// What the engine hears.
@@ -136,6 +138,19 @@ pub enum Question {
         repair_at: Option<u32>,
         /// What is removed can be had back for so long; 0: no trash; `None`: the default.
         trash_hours: Option<u32>,
+        /// Who makes it; `None`: it is to be open to every client.
+        maker: Option<Peer>,
+        /// Who may use it besides.
+        access: Vec<VolumeAccess>,
+    },
+    /// Gives a client access to a volume, or takes it.
+    SetAccess {
+        /// The volume's name or id.
+        name: String,
+        /// The hash of the client's key in hexadecimal, or how it begins.
+        client: String,
+        /// What it may do.
+        level: AccessLevel,
     },
     /// Changes a volume's settings.
     SetVolume {
@@ -152,6 +167,8 @@ pub enum Question {
     TrashBasis {
         /// Its name or id.
         volume: String,
+        /// Who looks.
+        asker: Peer,
     },
     /// Removes things from the trash for ever.
     PurgeTrash {
@@ -318,6 +335,8 @@ pub enum RefusalKind {
     Invalid,
     /// Something is in the way.
     Busy,
+    /// Not for this certificate.
+    Denied,
 }
 
 /// A snapshot of the state for a scan outside the engine's thread.

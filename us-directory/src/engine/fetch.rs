@@ -211,6 +211,7 @@ impl Engine {
             return Err(Stop::Error(FetchError::Invalid, "the session ended".to_owned()));
         };
         let key = (known.volume, ino);
+        let level = known.at_most(level);
         if self.leases.level(session, &key) >= level {
             return Ok(());
         }
@@ -279,7 +280,7 @@ impl Engine {
     fn give(&mut self, asker: Asker, ino: u64, level: Level) -> Option<InodeLease> {
         let session = asker.session;
         let known = self.sessions.get(&session)?;
-        let key = (known.volume, ino);
+        let (key, level) = ((known.volume, ino), known.at_most(level));
         let waited_for = self.waiters.get(&key).is_some_and(|queue| {
             queue.iter().any(|id| self.parked.get(id).is_some_and(|p| p.session != session))
         });

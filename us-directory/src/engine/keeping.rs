@@ -118,6 +118,9 @@ impl Authority for EngineAuthority<'_> {
     }
 }
 
+/// A provider whose root is further ahead than this is not believed: numbers would run out.
+const ROOT_AHEAD_MAX: u64 = 1 << 32;
+
 impl Engine {
     /// Begins to keep copies and images, sealed with `secret`. Called once, after the start.
     ///
@@ -313,6 +316,7 @@ impl Engine {
     pub(super) fn root_seen(&mut self, sequence: u64) {
         if let Some(keeping) = &mut self.keeping
             && sequence > keeping.root.sequence
+            && sequence - keeping.root.sequence <= ROOT_AHEAD_MAX
         {
             keeping.root.sequence = sequence;
             keeping.root_changed = true;

@@ -30,6 +30,10 @@ const SWEEP_BLOCKS: usize = 256;
 const PROVIDERS_MAX: usize = 1 << 17;
 /// The longest address, site or note.
 const TEXT_BYTES_MAX: usize = 1024;
+/// The longest absence that a goodbye is believed: a month.
+const AWAY_S_MAX: u64 = 31 * 24 * 3600;
+/// No provider has more bytes, or a faster line, whatever it reports: 1 PiB.
+const BYTES_MAX: u64 = 1 << 50;
 /// Reports that may be missed before a provider counts as absent.
 const REPORTS_MISSED_MAX: u64 = 4;
 
@@ -208,7 +212,7 @@ impl Engine {
             Up::Deleted(done) => self.deleted(provider, done.ticket)?,
             Up::Checked(reply) => self.checked(provider, &reply)?,
             Up::Goodbye(goodbye) => {
-                member.away_ms = goodbye.back_in_s.saturating_mul(1000);
+                member.away_ms = goodbye.back_in_s.min(AWAY_S_MAX) * 1000;
                 member.record.dormant = true;
                 let batch = member_batch(provider, &member.record);
                 self.commit(batch, Durability::Applied)?;
@@ -282,7 +286,7 @@ impl Engine {
         let member =
             self.members.entry(provider).or_insert_with(|| Member::restored(record.clone()));
         member.record = record;
-        member.report = hello.report.unwrap_or_default();
+        member.report = believed(hello.report.unwrap_or_default());
         let report = member.report.clone();
         member.heard_ms = now_ms;
         member.promised_bytes = 0;
@@ -333,13 +337,15 @@ impl Engine {
             return Ok(());
         };
         member.online = true;
-        let suspect = member.record.suspect;
+        let (suspect, cookie) = (member.record.suspect, member.record.cookie_sent.clone());
+        let (grant_key, grant_time) = self.grant_basis();
         let welcome = ProviderWelcome {
             provider,
-            cookie: member.record.cookie_sent.clone(),
+            cookie,
             report_every_ms: self.config.report_every_ms,
-            grant_key: Bytes::new(),
+            grant_key,
             cluster: self.cluster.cluster.clone(),
+            grant_time,
         };
         self.tell(conn, Down::Welcome(welcome));
         let refused = self.refused_keys();
@@ -366,7 +372,7 @@ impl Engine {
         let Some(member) = self.members.get_mut(&provider) else { return Ok(()) };
         let leaving = report.leaving;
         member.promised_bytes /= 2;
-        member.report = ProviderReport { note: text(report.note.clone()), ..report };
+        member.report = believed(report);
         let report = member.report.clone();
         self.note_line(provider, &report);
         let Some(member) = self.members.get_mut(&provider) else { return Ok(()) };
@@ -479,10 +485,11 @@ impl Engine {
     }
 
     fn checked(&mut self, provider: u32, reply: &CheckReply) -> Result<(), StoreError> {
-        let Some(query) = self.queries.remove(&reply.query) else { return Ok(()) };
-        if query.provider != provider {
+        // Another's query stays: a provider speaks only for itself.
+        if self.queries.get(&reply.query).is_none_or(|query| query.provider != provider) {
             return Ok(());
         }
+        let Some(query) = self.queries.remove(&reply.query) else { return Ok(()) };
         let found: Vec<(Piece, i32)> =
             query.pieces.into_iter().zip(reply.statuses.iter().copied()).collect();
         let newly_bad = self.note_fragments(provider, &found)?;
@@ -643,6 +650,23 @@ impl Engine {
             }
             _ => Ok(()),
         }
+    }
+}
+
+/// A report as far as it can be true: sums over all providers stay numbers, whatever one says.
+fn believed(report: ProviderReport) -> ProviderReport {
+    let capacity_bytes = report.capacity_bytes.min(BYTES_MAX);
+    ProviderReport {
+        capacity_bytes,
+        used_bytes: report.used_bytes.min(BYTES_MAX),
+        free_bytes: report.free_bytes.min(capacity_bytes),
+        reclaimable_bytes: report.reclaimable_bytes.min(BYTES_MAX),
+        fragments: report.fragments.min(BYTES_MAX),
+        damaged: report.damaged.min(BYTES_MAX),
+        uplink_bytes_per_s: report.uplink_bytes_per_s.min(BYTES_MAX),
+        downlink_bytes_per_s: report.downlink_bytes_per_s.min(BYTES_MAX),
+        note: text(report.note),
+        ..report
     }
 }
 

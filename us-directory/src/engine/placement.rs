@@ -76,8 +76,15 @@ impl Engine {
     ) -> Result<(), StoreError> {
         let volume = self.sessions.get(&session).and_then(|s| self.volumes.get(&s.volume));
         let Some(code) = volume.map(|volume| volume.code) else { return Ok(()) };
-        let mut reply = self.choose_places(code, ask.count)?;
+        let (count, why_none) = self.may_lease(session, ask.count)?;
+        let mut reply = self.choose_places(code, count)?;
+        self.note_leased(session, &reply);
         reply.request = ask.request;
+        if count == 0 && !why_none.is_empty() {
+            reply.no_space = true;
+            reply.error = why_none;
+            self.trash.pressed = true;
+        }
         let down = Box::new(SessionDown { event: Some(Down::Placements(reply)) });
         self.then(self.births_promised, Then::Send(conn, down))
     }

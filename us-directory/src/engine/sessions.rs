@@ -3,17 +3,19 @@
 use std::collections::{HashSet, VecDeque};
 
 use bytes::Bytes;
+use us_core::grant::Rights;
 use us_core::ids::VolumeId;
 use us_core::limits::{LEASES_MESSAGE_MAX, SESSION_LEASES_MAX};
 use us_proto::v1::session_down::Event as Down;
 use us_proto::v1::session_up::Event as Up;
 use us_proto::v1::{
-    Durable, EndReason, InodeLease, LeaseReturn, OpenSession, Recall, Reclaim, Renewed,
-    SessionEnded, SessionOpened, SessionUp,
+    Durable, EndReason, InodeLease, LeaseReturn, OpenSession, Recall, Reclaim, SessionEnded,
+    SessionOpened, SessionUp,
 };
 
 use super::leases::{InodeKey, Level, Returned};
-use super::{ConnId, Effect, Engine, SESSIONS_MAX, Then};
+use super::quota::Leased;
+use super::{ConnId, Effect, Engine, Peer, SESSIONS_MAX, Then, access};
 use crate::keys;
 use crate::records::{SessionRecord, encode, volume_id};
 use crate::store::{Durability, KeyRange, Seq, StoreError};
@@ -45,6 +47,10 @@ pub(super) struct Session {
     pub open: HashSet<u64>,
     /// It is being ended: nothing more is taken from it.
     pub ending: bool,
+    /// The period its last grant was signed in.
+    pub granted: u64,
+    /// Places it was given and has not used.
+    pub leased: Leased,
 }
 
 /// How a session ends.
@@ -68,8 +74,15 @@ impl Session {
             undurable: VecDeque::new(),
             open: HashSet::new(),
             ending: false,
+            granted: 0,
+            leased: Leased::default(),
             record,
         }
+    }
+
+    /// As much of a lease as it may have: one that changes nothing shares all it holds.
+    pub fn at_most(&self, level: Level) -> Level {
+        if self.record.read_only { level.min(Level::Shared) } else { level }
     }
 
     /// Whether it can hold leases.
@@ -102,13 +115,17 @@ impl Engine {
             Up::Batch(batch) => self.batch(session, &batch),
             Up::Fetch(fetch) => self.fetch(session, conn, fetch),
             Up::LeaseReturn(returned) => self.lease_return(session, &returned),
+            Up::LeasePlacements(_) | Up::LeaseInodes(_) if known.record.read_only => {
+                self.refuse(session, "a read-only session makes nothing".to_owned())
+            }
             Up::LeasePlacements(ask) => self.lease_placements(session, conn, &ask),
             Up::LeaseInodes(ask) => self.lease_inodes(session, conn, &ask),
             Up::Lock(ask) => self.lock(session, conn, ask),
             Up::Statfs(ask) => self.statfs(session, conn, &ask),
             Up::Damage(damage) => self.client_damage(session, &damage),
-            Up::Renew(_) => {
-                self.send(conn, Down::Renewed(Renewed { grant: Bytes::new() }));
+            Up::Renew(renew) => {
+                let renewed = self.renewed(session, renew.grant);
+                self.send(conn, Down::Renewed(renewed));
                 Ok(())
             }
             Up::Close(_) => {
@@ -150,8 +167,13 @@ impl Engine {
             return self.end_connection(conn, EndReason::NoVolume, detail);
         };
         let volume = *volume;
-        let key_hash = self.connections.get(&conn).map(|known| known.peer.key_hash.clone());
-        let key_hash = key_hash.unwrap_or_default();
+        let peer = self.connections.get(&conn).map(|known| known.peer.clone());
+        let peer = peer.unwrap_or_default();
+        if let Some(detail) = self.denial(&volume, &peer, open.read_only) {
+            tracing::warn!(client = %peer.name, %detail, "no session");
+            return self.end_connection(conn, EndReason::Denied, detail);
+        }
+        let key_hash = peer.key_hash;
         if open.session != 0 {
             return self.resume(conn, &open, volume, &key_hash);
         }
@@ -176,6 +198,7 @@ impl Engine {
             host,
             read_only: open.read_only,
             key_hash: key_hash.into(),
+            by_admin: peer.admin,
             ..Default::default()
         };
         let mut known = Session::restored(record);
@@ -191,6 +214,16 @@ impl Engine {
         }
         let seq = self.commit(batch, Durability::Durable)?;
         self.then(seq, Then::Greet { conn, session, resumed: false })
+    }
+
+    /// Why the peer may not have such a session.
+    fn denial(&self, volume: &VolumeId, peer: &Peer, read_only: bool) -> Option<String> {
+        let record = &self.volumes.get(volume)?.record;
+        match access::rights(record, peer) {
+            None => Some(access::denied(&record.name, peer, false)),
+            Some(Rights::Read) if !read_only => Some(access::denied(&record.name, peer, true)),
+            Some(_) => None,
+        }
     }
 
     fn resume(
@@ -248,9 +281,11 @@ impl Engine {
 
     /// All that the session is told is durable: it may hear that it is open.
     pub(super) fn greet(&mut self, conn: ConnId, session: u64, resumed: bool) {
-        let Some(known) = self.sessions.get_mut(&session).filter(|s| s.conn == Some(conn)) else {
+        if self.sessions.get(&session).is_none_or(|known| known.conn != Some(conn)) {
             return;
-        };
+        }
+        let grant = self.session_grant(session);
+        let Some(known) = self.sessions.get_mut(&session) else { return };
         let Some(volume) = self.volumes.get(&known.volume) else { return };
         known.greeted = true;
         let applied = known.record.applied;
@@ -267,7 +302,7 @@ impl Engine {
             volume_key: volume.record.key.clone(),
             lease_ms: self.config.lease_ms as u32,
             fence_ms: self.config.fence_ms as u32,
-            grant: Bytes::new(),
+            grant,
             now_unix_ms: self.at.unix_ms,
         };
         self.send(conn, Down::Opened(opened));
@@ -308,7 +343,8 @@ impl Engine {
         lease: &InodeLease,
     ) -> Result<Option<String>, StoreError> {
         let Some(known) = self.sessions.get_mut(&session) else { return Ok(None) };
-        let key = (known.volume, lease.ino);
+        let (key, level) =
+            ((known.volume, lease.ino), known.at_most(Level::from_wire(lease.level)));
         let first = !known.claimed;
         let mut ranges = known.record.inodes.iter();
         let own = ranges.any(|range| key.1 >= range.first && key.1 - range.first < range.count);
@@ -322,7 +358,6 @@ impl Engine {
             self.leases.forget(session, &key);
             self.wake_inode(&key);
         }
-        let level = Level::from_wire(lease.level);
         if too_many || self.leases.count(session) >= SESSION_LEASES_MAX {
             return Ok(Some("too many leases".to_owned()));
         }

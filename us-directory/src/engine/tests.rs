@@ -19,6 +19,7 @@ use super::leases::Level;
 use super::*;
 use crate::store::memory::MemoryStore;
 
+mod access;
 mod basics;
 mod checks;
 mod cleaning;
@@ -28,6 +29,8 @@ mod garbage;
 mod keeping;
 mod leaving;
 mod registry;
+mod lying;
+mod quota;
 mod repair;
 mod routes;
 mod simulation;
@@ -186,6 +189,8 @@ impl World {
             quota_bytes: 0,
             repair_at: None,
             trash_hours: None,
+            maker: None,
+            access: Vec::new(),
         };
         assert!(matches!(self.ask(question), Answer::Volume(_)));
     }
@@ -198,7 +203,8 @@ impl World {
     /// A stream of a mount whose key is `key`.
     pub fn dial(&mut self, key: u8, open: OpenSession) -> u64 {
         let conn = self.conn();
-        let peer = Peer { key_hash: vec![key; 32], name: format!("mount-{key}") };
+        let (key_hash, name) = (vec![key; 32], format!("mount-{key}"));
+        let peer = Peer { key_hash, name, ..Peer::default() };
         self.event(Event::SessionConnected { conn: ConnId(conn), peer });
         self.says(conn, Up::Open(open));
         conn
@@ -245,7 +251,8 @@ impl World {
 
     pub fn provider(&mut self, key: u8, cookie: Bytes) -> (u64, u32, Bytes) {
         let conn = self.conn();
-        let peer = Peer { key_hash: vec![key; 32], name: format!("provider-{key}") };
+        let (key_hash, name) = (vec![key; 32], format!("provider-{key}"));
+        let peer = Peer { key_hash, name, ..Peer::default() };
         self.event(Event::ProviderConnected { conn: ConnId(conn), peer });
         let hello = ProviderHello {
             address: format!("10.0.0.{key}:1"),

@@ -20,7 +20,7 @@ use super::chores::no_rule;
 use super::event::{Answer, AskId, Effect, RefusalKind};
 use super::events::EventKind;
 use super::placement::{Space, fragment_bytes_max};
-use super::{Durability, Engine, Then, Volume};
+use super::{Durability, Engine, Peer, Then, Volume};
 use crate::keys;
 use crate::namespace::{Purged, TrashRule};
 use crate::records::{ReferenceRecord, decode};
@@ -262,7 +262,7 @@ impl Engine {
         Ok((inos, sum))
     }
 
-    fn volume_named(&self, name: &str) -> Option<VolumeId> {
+    pub(super) fn volume_named(&self, name: &str) -> Option<VolumeId> {
         let by_id = name.parse::<VolumeId>().ok();
         let found = self.volumes.iter().find(|(id, volume)| {
             let shown = !volume.record.deleting && !self.is_hidden(id);
@@ -271,9 +271,12 @@ impl Engine {
         found.map(|(id, _)| *id)
     }
 
-    pub(super) fn trash_basis(&self, name: &str) -> Answer {
-        let found = self.volume_named(name);
-        let Some((id, volume)) = found.and_then(|id| Some((id, self.volumes.get(&id)?))) else {
+    pub(super) fn trash_basis(&self, name: &str, asker: &Peer) -> Answer {
+        let id = match self.volume_for(name, asker) {
+            Ok(id) => id,
+            Err(answer) => return answer,
+        };
+        let Some(volume) = self.volumes.get(&id) else {
             return refused(RefusalKind::NotFound, format!("there is no volume {name:?}"));
         };
         Answer::TrashBasis(TrashBasis {

@@ -344,14 +344,20 @@ impl<'a> Tx<'a> {
         *self.usage.entry(what).or_default() += change;
     }
 
-    fn write_usage(&mut self) -> Result<(), StoreError> {
-        if self.usage.values().all(|change| *change == 0) {
-            return Ok(());
-        }
-        let key = keys::usage(&self.volume);
-        let mut usage = self.read::<UsageRecord>(&key)?.unwrap_or_default();
-        for (what, change) in std::mem::take(&mut self.usage) {
-            let field = match what {
+    /// Whether the volume refers to more, or stores more, than before.
+    pub fn grows(&self) -> bool {
+        let grown = |what| self.usage.get(what).is_some_and(|change| *change > 0);
+        grown("live_bytes") || grown("stored_bytes")
+    }
+
+    /// What the volume has with all that was done so far.
+    ///
+    /// # Errors
+    /// [`StoreError`] when the usage record cannot be read.
+    pub fn usage_after(&self) -> Result<UsageRecord, StoreError> {
+        let mut usage = self.read::<UsageRecord>(&keys::usage(&self.volume))?.unwrap_or_default();
+        for (what, change) in &self.usage {
+            let field = match *what {
                 "inodes" => &mut usage.inodes,
                 "live_bytes" => &mut usage.live_bytes,
                 "blocks" => &mut usage.blocks,
@@ -361,9 +367,18 @@ impl<'a> Tx<'a> {
                 "trash_bytes" => &mut usage.trash_bytes,
                 _ => &mut usage.inline_bytes,
             };
-            *field = field.saturating_add_signed(change);
+            *field = field.saturating_add_signed(*change);
         }
-        self.put(key, &usage);
+        Ok(usage)
+    }
+
+    fn write_usage(&mut self) -> Result<(), StoreError> {
+        if self.usage.values().all(|change| *change == 0) {
+            return Ok(());
+        }
+        let usage = self.usage_after()?;
+        self.usage.clear();
+        self.put(keys::usage(&self.volume), &usage);
         Ok(())
     }
 

@@ -16,6 +16,7 @@ use super::refused::RefusedList;
 use super::retain::Retaining;
 use super::{About, Effect, FileError, MESSAGE_BYTES_MAX, Member, MembershipFiles};
 use crate::copies::Copies;
+use crate::grants::Grants;
 use crate::guest::{Pause, ScrubRequests};
 use crate::leave::Leave;
 use crate::rebuild::{Ended, Rebuilder};
@@ -55,6 +56,8 @@ pub struct LinkConfig {
 pub struct Hands {
     /// Deletes, checks, says how it is.
     pub store: Store,
+    /// Hears which grants count.
+    pub grants: Grants,
     /// The owner's pause, which the directory is told.
     pub pause: Pause,
     /// The owner's word that it leaves.
@@ -253,6 +256,15 @@ impl Link {
                     .map_err(|error| StreamEnd::Final(error.into()))?;
                 metrics::gauge!("us_provider_joined").set(1.0);
                 tracing::info!(provider, directory = %self.config.directory, "joined");
+                Ok(())
+            }
+            Effect::KeepGrants(told) => {
+                let grants = self.hands.grants.clone();
+                let kept = tokio::task::spawn_blocking(move || grants.told(told)).await;
+                // A task that does not end well was stopped with the runtime.
+                if let Err(error) = kept.map_err(|_stopped| StreamEnd::Stopped)? {
+                    tracing::warn!(%error, "a start without the directory will refuse all grants");
+                }
                 Ok(())
             }
             Effect::ReportAllDamage => {

@@ -11,6 +11,7 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
+use bytes::Bytes;
 use us_proto::v1::{CombineItem, CombineRequest, CombineUpstream};
 
 use super::order::{Order, Source};
@@ -61,19 +62,31 @@ pub fn sites(sources: &[usize], order: &Order) -> Vec<Node> {
 }
 
 impl Node {
-    /// What to ask of this node, so that it answers the sum of its whole tree.
+    /// What to ask of this node, so that it answers the sum of its whole tree. Each who asks shows
+    /// its own grant: the rebuilder the order's, a node the one that the order has for it.
     pub fn request(
         &self,
         order: &Order,
         coefficients: &BTreeMap<usize, u8>,
         slots: &Range<usize>,
     ) -> CombineRequest {
+        self.request_of(order, &order.grant, coefficients, slots)
+    }
+
+    fn request_of(
+        &self,
+        order: &Order,
+        grant: &Bytes,
+        coefficients: &BTreeMap<usize, u8>,
+        slots: &Range<usize>,
+    ) -> CombineRequest {
+        let own = &order.sources[self.source].grant;
         let upstreams = self.upstreams.iter().filter_map(|node| {
             let place = order.sources[node.source].place.as_ref()?;
             Some(CombineUpstream {
                 address: place.address.clone(),
                 key_hash: place.key_hash.as_bytes().to_vec().into(),
-                request: Some(node.request(order, coefficients, slots)),
+                request: Some(node.request_of(order, own, coefficients, slots)),
             })
         });
         let item = CombineItem {
@@ -81,6 +94,7 @@ impl Node {
             coefficient: coefficients.get(&self.source).copied().unwrap_or_default().into(),
         };
         CombineRequest {
+            grant: grant.clone(),
             items: vec![item],
             first_slot: slots.start as u32,
             slots: slots.len() as u32,

@@ -6,6 +6,7 @@
 use std::num::NonZeroU64;
 use std::time::Duration;
 
+use bytes::Bytes;
 use us_core::disk::ProviderAddress;
 use us_core::fragment::{FingerprintKind, FragmentError, FragmentHeader};
 use us_core::geometry::{BlockGeometry, Code, FRAGMENTS_MAX, GeometryError};
@@ -68,6 +69,8 @@ pub struct Source {
     pub place: Option<ProviderAddress>,
     /// The site of its provider; may be empty.
     pub site: String,
+    /// What it shows to others whose sums it adds.
+    pub grant: Bytes,
 }
 
 /// How the bytes come here.
@@ -114,6 +117,8 @@ pub struct Order {
     pub patience: Duration,
     /// Bytes to be received in a second at most.
     pub bytes_per_s_max: Option<NonZeroU64>,
+    /// What is shown to those who are asked.
+    pub grant: Bytes,
 }
 
 impl Order {
@@ -155,6 +160,7 @@ impl Order {
             deadline,
             patience: Duration::from_millis(order.patience_ms),
             bytes_per_s_max: NonZeroU64::new(order.bytes_per_s_max),
+            grant: order.grant.clone(),
         })
     }
 
@@ -201,7 +207,8 @@ fn indexes(order: &RebuildFragments, code: Code, own: ProviderId) -> Result<Name
     let named = |source: &RebuildSource, index: u8| {
         let provider = ProviderId(source.provider);
         let place = if provider == own { None } else { Some(place(source)?) };
-        Ok(Source { index, provider, place, site: source.site.clone() })
+        let (site, grant) = (source.site.clone(), source.grant.clone());
+        Ok(Source { index, provider, place, site, grant })
     };
     let sources = order.sources.iter().map(|source| named(source, take(source.index)?));
     let sources = sources.collect::<Result<Vec<_>, OrderError>>()?;
@@ -237,7 +244,7 @@ mod tests {
             provider: 10 + index,
             address: format!("host:{index}"),
             key_hash: vec![1; 32].into(),
-            site: String::new(),
+            ..RebuildSource::default()
         };
         RebuildFragments {
             ticket: 3,

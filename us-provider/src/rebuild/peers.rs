@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
+use bytes::Bytes;
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use parking_lot::Mutex;
@@ -28,11 +29,13 @@ const CHANNELS_MAX: usize = 64;
 
 /// What rebuilding asks of other providers. A trait, so that tests can stand in for them.
 pub trait Peers: Send + Sync + 'static {
-    /// Reads slots with the header and trailer of their record ([`ProviderLinks::fetch`]).
+    /// Reads slots with the header and trailer of their record ([`ProviderLinks::fetch`]); shows
+    /// `grant`.
     fn fetch(
         &self,
         provider: ProviderId,
         place: &ProviderAddress,
+        grant: Bytes,
         slots: SlotRange,
         deadline: Instant,
     ) -> BoxFuture<'static, Result<FetchedSlots, FragmentFailure>>;
@@ -139,11 +142,12 @@ impl Peers for PeerLinks {
         &self,
         provider: ProviderId,
         place: &ProviderAddress,
+        grant: Bytes,
         slots: SlotRange,
         deadline: Instant,
     ) -> BoxFuture<'static, Result<FetchedSlots, FragmentFailure>> {
         self.links.learn(provider, place.clone());
-        self.links.fetch(provider, slots, deadline)
+        self.links.fetch(provider, grant, slots, deadline)
     }
 
     fn combine(

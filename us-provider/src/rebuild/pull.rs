@@ -249,9 +249,10 @@ impl Work {
             slot_bytes: self.order.geometry.slot_bytes() as u32,
         };
         let (peers, provider, deadline) = (Arc::clone(&self.peers), source.provider, self.deadline);
+        let grant = self.order.grant.clone();
         async move {
             sleep_until(at).await;
-            Ok(peers.fetch(provider, &place, range, deadline).await?)
+            Ok(peers.fetch(provider, &place, grant, range, deadline).await?)
         }
         .boxed()
     }

@@ -58,6 +58,7 @@ impl Block {
             address: address(index).address,
             key_hash: address(index).key_hash.as_bytes().to_vec().into(),
             site: format!("site {}", index % 3),
+            ..RebuildSource::default()
         };
         RebuildFragments {
             ticket: 1,
@@ -86,7 +87,7 @@ impl Block {
             provider: holder.into(),
             address: address(holder).address,
             key_hash: address(holder).key_hash.as_bytes().to_vec().into(),
-            site: String::new(),
+            ..RebuildSource::default()
         }];
         order
     }

@@ -15,13 +15,16 @@ use tokio::time::Instant;
 use tonic::Status;
 use us_core::code::combine_into;
 use us_core::disk::{FragmentFailure, ProviderAddress};
+use us_core::fragment::FragmentHeader;
 use us_core::geometry::{FRAGMENTS_MAX, PAGE_SIZES, SEALED_BYTES_MAX, TAG_BYTES};
+use us_core::grant::Rights;
 use us_core::ids::FragmentId;
 use us_core::tls::{KeyHash, PeerIdentity, Role};
 use us_proto::v1::{self, CombineReply, CombineRequest, FragmentStatus};
 
 use super::status::{failure_status, status_of};
 use super::{FragmentService, UNIT_BYTES, id_of, wire_id};
+use crate::grants::{Admitted, Denied};
 use crate::rebuild::{COMBINE_DEPTH_MAX, COMBINE_UPSTREAMS_MAX};
 use crate::store::StoreError;
 
@@ -81,11 +84,12 @@ impl FragmentService {
     pub(super) async fn sum(
         &self,
         peer: &PeerIdentity,
-        request: CombineRequest,
+        mut request: CombineRequest,
     ) -> Result<CombineReply, Status> {
         let asked = Duration::from_millis(request.deadline_ms);
         let patience = if asked.is_zero() { DEADLINE } else { asked.min(DEADLINE) };
         let deadline = Instant::now() + patience;
+        let grant = std::mem::take(&mut request.grant);
         let sum = check(request).map_err(Status::invalid_argument)?;
         let may_ask = match peer.role {
             Role::Provider | Role::Directory => true,
@@ -95,7 +99,16 @@ impl FragmentService {
             return Err(Status::permission_denied(format!("{peer} may not have others asked")));
         }
         let own = sum.items[0].0;
-        let answer = tokio::time::timeout_at(deadline, self.add_up(peer, sum, deadline)).await;
+        let admitted = match self.may_sum(peer, &grant, &sum) {
+            Ok(admitted) => admitted,
+            Err(denied) => {
+                let failed = denied_here(own, denied);
+                super::count("combine", failed.status);
+                return Ok(failed.into());
+            }
+        };
+        let work = self.add_up(peer, admitted, sum, deadline);
+        let answer = tokio::time::timeout_at(deadline, work).await;
         let late = |_| {
             let (status, detail) = (FragmentStatus::Busy, "not done in time".to_owned());
             Err(Failed { fragment: own, status, detail })
@@ -115,9 +128,17 @@ impl FragmentService {
         }
     }
 
+    /// What the peer may have added up; of what it asks nothing can be outside.
+    fn may_sum(&self, peer: &PeerIdentity, grant: &Bytes, sum: &Sum) -> Result<Admitted, Denied> {
+        let admitted = self.grants.admit(peer, grant, Rights::Read)?;
+        sum.items.iter().try_for_each(|(id, _)| admitted.may_cover(id.block))?;
+        Ok(admitted)
+    }
+
     async fn add_up(
         &self,
         peer: &PeerIdentity,
+        admitted: Admitted,
         sum: Sum,
         deadline: Instant,
     ) -> Result<Bytes, Failed> {
@@ -131,8 +152,12 @@ impl FragmentService {
             let detail = "too many sums at once".to_owned();
             return Err(Failed { fragment: first, status: FragmentStatus::Busy, detail });
         };
-        let own =
-            self.repair_read(peer.role, move |store| store.combine(&items, first_slot, slots));
+        let own = self.repair_read(peer.role, move |store| {
+            let covered = |header: &FragmentHeader| {
+                admitted.covers(header.volume(), header.id().block).is_ok()
+            };
+            store.combine(&items, first_slot, slots, covered)
+        });
         let others = upstreams.into_iter().map(|upstream| self.clone().ask(upstream, deadline));
         let others = stream::iter(others.map(FutureExt::boxed).collect::<Vec<_>>());
         let mut others = others.buffer_unordered(UPSTREAMS_AT_ONCE);
@@ -140,6 +165,7 @@ impl FragmentService {
         // meanwhile.
         let (own, mut next) = futures::join!(own, others.next());
         let own = own.map_err(|error| failed_here(&error, first))?;
+        let Some(own) = own else { return Err(denied_here(first, Denied::Elsewhere)) };
         let mut total: Option<Vec<u8>> = None;
         while let Some(part) = next {
             let (fragment, part) = part?;
@@ -190,6 +216,11 @@ fn failed_here(error: &StoreError, first: FragmentId) -> Failed {
         _ => first,
     };
     Failed { fragment, status: status_of(error), detail: error.to_string() }
+}
+
+fn denied_here(fragment: FragmentId, denied: Denied) -> Failed {
+    let (status, detail) = super::refusal(denied);
+    Failed { fragment, status, detail }
 }
 
 /// Bytes of the slots asked for, at most.

@@ -30,6 +30,7 @@ pub const fn failure_status(failure: &FragmentFailure) -> FragmentStatus {
         | FragmentFailure::Inconsistent { .. }
         | FragmentFailure::Length { .. } => FragmentStatus::Damaged,
         FragmentFailure::Refused { .. } => FragmentStatus::Refused,
+        FragmentFailure::NoGrant { .. } => FragmentStatus::NoGrant,
         FragmentFailure::NoSpace => FragmentStatus::NoSpace,
         FragmentFailure::Io { .. } => FragmentStatus::Io,
         FragmentFailure::Invalid { .. } => FragmentStatus::Invalid,
@@ -52,6 +53,7 @@ pub fn label(status: FragmentStatus) -> &'static str {
         FragmentStatus::Io => "io",
         FragmentStatus::Invalid => "invalid",
         FragmentStatus::Busy => "busy",
+        FragmentStatus::NoGrant => "no_grant",
     }
 }
 

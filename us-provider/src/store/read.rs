@@ -130,7 +130,8 @@ impl Store {
         })
     }
 
-    /// Sums coefficient x slots over fragments of one shape. Blocks; holds one fragment per item.
+    /// Sums coefficient x slots over fragments of one shape; `None` where one of them is not
+    /// `covered`. Blocks; holds one fragment per item.
     ///
     /// # Errors
     /// As [`Store::read`], and [`StoreError::Request`], [`StoreError::Combine`].
@@ -139,9 +140,13 @@ impl Store {
         items: &[(FragmentId, u8)],
         first_slot: usize,
         slots: Option<usize>,
-    ) -> Result<Bytes, StoreError> {
+        covered: impl Fn(&FragmentHeader) -> bool,
+    ) -> Result<Option<Bytes>, StoreError> {
         let read = |&(id, _): &(FragmentId, u8)| self.read(ReadRequest { id, first_slot, slots });
         let parts = items.iter().map(read).collect::<Result<Vec<_>, _>>()?;
+        if !parts.iter().all(|part| covered(&part.header)) {
+            return Ok(None);
+        }
         let coefficients: Vec<u8> = items.iter().map(|(_, coefficient)| *coefficient).collect();
         let data: Vec<&[u8]> = parts.iter().map(|part| &part.data[..]).collect();
         let bytes = data.first().map_or(0, |first| first.len());
@@ -150,7 +155,7 @@ impl Store {
         }
         let mut sum = vec![0u8; bytes];
         combine(&coefficients, &data, &mut sum)?;
-        Ok(sum.into())
+        Ok(Some(sum.into()))
     }
 
     /// Reads a fragment whole and checks it. A fragment in the trash counts as not found. Blocks.

@@ -158,6 +158,17 @@ impl Admin {
         answer(self.client.set_volume(request)).await
     }
 
+    /// Gives a client access to a volume, or takes it.
+    ///
+    /// # Errors
+    /// When the directory refuses, or does not answer.
+    pub async fn set_access(
+        &mut self,
+        request: v1::SetAccessRequest,
+    ) -> anyhow::Result<v1::VolumeInfo> {
+        answer(self.client.set_access(request)).await
+    }
+
     /// What lies in a volume's trash; `hear` takes it piece by piece.
     ///
     /// # Errors

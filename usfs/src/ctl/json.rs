@@ -140,6 +140,11 @@ pub(super) fn volume(volume: &v1::VolumeInfo) -> Value {
         "trash_hours": volume.trash_hours,
         "trash_files": volume.trash_files,
         "trash_bytes": volume.trash_bytes,
+        "closed": volume.closed,
+        "access": volume.access.iter().map(|client| json!({
+            "client": hex(&client.key_hash),
+            "read_only": client.read_only,
+        })).collect::<Vec<_>>(),
     })
 }
 

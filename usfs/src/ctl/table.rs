@@ -67,8 +67,8 @@ pub(super) fn provider_name(provider: &v1::ProviderStatus) -> String {
 }
 
 pub(super) fn volumes(volumes: &[v1::VolumeInfo]) -> String {
-    let mut table =
-        table(["VOLUME", "CODE", "FILES", "DATA", "TRASH", "BLOCKS", "QUOTA"], &[2, 3, 4, 5, 6]);
+    let header = ["VOLUME", "CODE", "FILES", "DATA", "TRASH", "BLOCKS", "QUOTA", "ACCESS"];
+    let mut table = table(header, &[2, 3, 4, 5, 6]);
     for volume in volumes {
         let quota = match volume.quota_bytes {
             0 => "none".to_owned(),
@@ -82,6 +82,7 @@ pub(super) fn volumes(volumes: &[v1::VolumeInfo]) -> String {
             Size(volume.trash_bytes).to_string(),
             volume.blocks.to_string(),
             quota,
+            super::access::word(volume),
         ]);
     }
     text(&table)

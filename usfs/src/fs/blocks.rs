@@ -143,6 +143,7 @@ const fn status(failure: &FragmentFailure) -> v1::FragmentStatus {
         | FragmentFailure::Inconsistent { .. }
         | FragmentFailure::Length { .. } => v1::FragmentStatus::Damaged,
         FragmentFailure::Refused { .. } => v1::FragmentStatus::Refused,
+        FragmentFailure::NoGrant { .. } => v1::FragmentStatus::NoGrant,
         FragmentFailure::NoSpace => v1::FragmentStatus::NoSpace,
         FragmentFailure::Io { .. } => v1::FragmentStatus::Io,
         FragmentFailure::Invalid { .. } => v1::FragmentStatus::Invalid,

@@ -5,6 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures::FutureExt;
+use futures::future::BoxFuture;
 use tokio::time::Instant;
 use us_core::disk::{Acknowledge, DiskConfig, FragmentTransport, SealedPages, VirtualDisk};
 use us_core::geometry::{Code, GeometryError};
@@ -99,6 +101,10 @@ pub trait SwarmNews: Send + Sync + 'static {
     fn on_providers(&self, table: &v1::ProviderTable);
     /// A fresh grant to show to providers.
     fn on_grant(&self, grant: &Bytes);
+    /// Waits until a provider has refused the present grant; for ever where nobody judges them.
+    fn grant_wanted(&self) -> BoxFuture<'_, ()> {
+        futures::future::pending().boxed()
+    }
 }
 
 /// Why a volume was not mounted.

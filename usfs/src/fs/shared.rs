@@ -242,6 +242,11 @@ impl Shared {
         }
     }
 
+    /// Waits until providers refuse the present grant.
+    pub async fn grant_wanted(&self) {
+        self.swarm.grant_wanted().await;
+    }
+
     /// The stream broke.
     pub fn disconnected(&self) {
         let mut state = self.lock();

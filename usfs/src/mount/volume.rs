@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use anyhow::Context;
 use bytes::Bytes;
+use futures::FutureExt;
+use futures::future::BoxFuture;
 use tokio::runtime::Handle;
 use us_core::daemon::size::Size;
 use us_core::disk::{LinksConfig, ProviderLinks, SealedPages};
@@ -162,6 +164,10 @@ impl SwarmNews for ProviderLinks {
 
     fn on_grant(&self, grant: &Bytes) {
         self.set_grant(grant.clone());
+    }
+
+    fn grant_wanted(&self) -> BoxFuture<'_, ()> {
+        ProviderLinks::grant_wanted(self).boxed()
     }
 }
 

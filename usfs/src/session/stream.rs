@@ -237,9 +237,13 @@ async fn renew(
     renewals: &Renewals,
 ) -> SessionError {
     loop {
-        tokio::time::sleep(lease / 3).await;
+        // Cancel-safe: a wish for a grant that was not heard stays, a sleep loses nothing.
+        let grant = tokio::select! {
+            () = tokio::time::sleep(lease / 3) => false,
+            () = shared.grant_wanted() => true,
+        };
         renewals.lock().push_back(shared.now().boot);
-        if let Err(error) = push(up, Up::Renew(v1::Renew {})).await {
+        if let Err(error) = push(up, Up::Renew(v1::Renew { grant })).await {
             return error;
         }
         let unanswered = renewals.lock().len();

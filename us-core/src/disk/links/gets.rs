@@ -4,6 +4,7 @@
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
+use bytes::Bytes;
 use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::time::{Instant, timeout};
 use us_proto::v1::{self, GetItem, GetReply, GetRequest};
@@ -24,6 +25,8 @@ pub(super) struct Wanted {
     pub deadline: Instant,
     /// Whom it is for.
     pub request: RequestId,
+    /// What is shown for it.
+    pub grant: Bytes,
 }
 
 impl Wanted {
@@ -94,7 +97,9 @@ impl Dispatch {
                 if next.answer.is_closed() {
                     continue;
                 }
-                if bytes + next.wanted.slots.bytes() > config.get_bytes_max {
+                // One request shows one grant.
+                let other = next.wanted.grant != batch[0].wanted.grant;
+                if other || bytes + next.wanted.slots.bytes() > config.get_bytes_max {
                     held = Some(next);
                     break;
                 }
@@ -116,7 +121,8 @@ async fn fetch(inner: &Inner, link: &Link, mut batch: Vec<Waiting>) {
     batch.retain(|waiting| !waiting.answer.is_closed());
     let Some(deadline) = batch.iter().map(|waiting| waiting.wanted.deadline).max() else { return };
     let items = batch.iter().map(|waiting| waiting.wanted.item()).collect();
-    let request = request(inner, items);
+    let grant = batch.first().map(|waiting| waiting.wanted.grant.clone()).unwrap_or_default();
+    let request = GetRequest { request: 0, grant, items };
     let mut waiting: Vec<Option<Waiting>> = batch.into_iter().map(Some).collect();
     let result = exchange(inner, link, request, deadline, &mut waiting).await;
     let failure = result.err().unwrap_or_else(unanswered);
@@ -126,22 +132,18 @@ async fn fetch(inner: &Inner, link: &Link, mut batch: Vec<Waiting>) {
     }
 }
 
-fn request(inner: &Inner, items: Vec<GetItem>) -> GetRequest {
-    GetRequest { request: 0, grant: inner.grant.read().clone(), items }
-}
-
 fn unanswered() -> FragmentFailure {
     FragmentFailure::Unreachable { detail: "it left the item unanswered".to_owned() }
 }
 
 /// Sends one get by itself. Dropping it tells the provider that nobody wants the answer.
 pub(super) async fn ask(
-    inner: &Inner,
     link: &Link,
     client: &BulkClient,
     wanted: &Wanted,
 ) -> Result<FetchedSlots, FragmentFailure> {
-    let request = request(inner, vec![wanted.item()]);
+    let grant = wanted.grant.clone();
+    let request = GetRequest { request: 0, grant, items: vec![wanted.item()] };
     let broke = |error: BulkError| link.broke(&error);
     let mut replies = client.get(request, wanted.deadline).await.map_err(broke)?;
     let reply = replies.next().await.ok_or_else(unanswered)?.map_err(broke)?;

@@ -20,11 +20,21 @@ use crate::wire::{BulkService, Server, ServerLimits};
 struct Keeper {
     records: Mutex<HashMap<Vec<u8>, FragmentRecord>>,
     gets: AtomicUsize,
+    /// The grant that counts; empty: any.
+    grant: Mutex<Bytes>,
+}
+
+impl Keeper {
+    fn takes(&self, grant: &Bytes) -> bool {
+        let wanted = self.grant.lock();
+        wanted.is_empty() || *wanted == *grant
+    }
 }
 
 impl BulkService for Keeper {
     async fn put(&self, _peer: &PeerIdentity, request: PutRequest) -> PutReply {
         let status = match FragmentRecord::decode(request.record) {
+            Ok(_) if !self.takes(&request.grant) => FragmentStatus::NoGrant,
             Ok(record) => {
                 self.records.lock().insert(record.header.id().to_key().to_vec(), record);
                 FragmentStatus::Ok
@@ -42,6 +52,10 @@ impl BulkService for Keeper {
             .iter()
             .enumerate()
             .map(|(item, wanted)| {
+                if !self.takes(&request.grant) {
+                    let status = FragmentStatus::NoGrant.into();
+                    return GetReply { item: item as u32, status, ..GetReply::default() };
+                }
                 let id = wanted.fragment.as_ref().unwrap();
                 let key = [&id.block[..], &[id.index as u8]].concat();
                 let Some(record) = records.get(&key) else {
@@ -165,6 +179,61 @@ async fn puts_and_gets_survive_a_restart_of_the_provider() {
     assert!(links.is_reachable(AT));
 }
 
+/// A mount wakes with a grant that has ended: nobody who reads or writes sees it, and the directory is
+/// asked once.
+#[tokio::test]
+async fn a_refused_grant_is_renewed_and_the_request_made_again() {
+    let authority = CertificateAuthority::create().unwrap();
+    let identity = authority.issue(Role::Provider, "attic").unwrap();
+    let keeper = Arc::new(Keeper::default());
+    let serving = serve(&identity, &keeper, "127.0.0.1:0").await;
+    let client = authority.issue(Role::Client, "laptop").unwrap();
+    let links = ProviderLinks::new(client, LinksConfig::default());
+    links.update(&ProviderTable { providers: vec![serving.entry.clone()], whole: true });
+    let geometry = BlockGeometry::new(Code::new(1, 1).unwrap(), 1 << 20).unwrap();
+    let records = some_records(geometry);
+    links.set_grant(Bytes::from_static(b"ended"));
+    *keeper.grant.lock() = Bytes::from_static(b"fresh");
+    let (session, wishes) = (links.clone(), Arc::new(AtomicUsize::new(0)));
+    let counted = Arc::clone(&wishes);
+    let renewing = tokio::spawn(async move {
+        loop {
+            session.grant_wanted().await;
+            counted.fetch_add(1, Ordering::SeqCst);
+            session.set_grant(Bytes::from_static(b"fresh"));
+        }
+    });
+    links.put(AT, records[0].clone(), soon()).await.unwrap();
+    *keeper.grant.lock() = Bytes::from_static(b"denied");
+    renewing.abort();
+    // Nobody renews it: the reader hears why, and not only at its deadline.
+    let slots = SlotRange {
+        fragment: records[0].header.id(),
+        first_slot: 0,
+        slots: 1,
+        slot_bytes: geometry.slot_bytes() as u32,
+    };
+    let soon_over = Instant::now() + Duration::from_millis(200);
+    let denied = links.get(AT, slots, soon_over).await;
+    assert!(matches!(denied, Err(FragmentFailure::NoGrant { .. })), "{denied:?}");
+    assert!(!denied.unwrap_err().is_damage());
+    // Many readers at once: one wish.
+    *keeper.grant.lock() = Bytes::from_static(b"newest");
+    let session = links.clone();
+    let wish = tokio::spawn(async move {
+        session.grant_wanted().await;
+        session.set_grant(Bytes::from_static(b"newest"));
+    });
+    let gets = (0..200).map(|_| links.get(AT, slots, soon()));
+    for answer in futures::future::join_all(gets).await {
+        assert!(answer.is_ok(), "{answer:?}");
+    }
+    wish.await.unwrap();
+    assert_eq!(wishes.load(Ordering::SeqCst), 1);
+    let more = tokio::time::timeout(Duration::from_millis(50), links.grant_wanted()).await;
+    assert!(more.is_err(), "nobody wants another");
+}
+
 #[tokio::test]
 async fn another_key_at_the_address_is_refused() {
     let authority = CertificateAuthority::create().unwrap();
@@ -205,18 +274,18 @@ async fn an_orders_providers_are_learnt_and_whole_records_fetched() {
         slot_bytes: geometry.slot_bytes() as u32,
     };
     let all = geometry.fragment_slots() as u32;
-    assert_eq!(links.fetch(AT, slots(0, 0, all), soon()).await.unwrap_err(), {
+    assert_eq!(links.fetch(AT, Bytes::new(), slots(0, 0, all), soon()).await.unwrap_err(), {
         FragmentFailure::UnknownProvider
     });
     links.learn(AT, serving.address());
-    let whole = (0..3).map(|index| links.fetch(AT, slots(index, 0, all), soon()));
+    let whole = (0..3).map(|index| links.fetch(AT, Bytes::new(), slots(index, 0, all), soon()));
     for (record, fetched) in records.iter().zip(futures::future::join_all(whole).await) {
         let FetchedSlots { header, trailer, data } = fetched.unwrap();
         assert!([header, data, trailer].concat() == record.to_bytes());
     }
     assert!(keeper.gets.load(Ordering::SeqCst) < 3, "gets of one provider travel together");
     // From the end on: header and trailer alone.
-    let ends = links.fetch(AT, slots(1, all, 0), soon()).await.unwrap();
+    let ends = links.fetch(AT, Bytes::new(), slots(1, all, 0), soon()).await.unwrap();
     assert_eq!((ends.data.len(), &ends.trailer[..]), (0, &records[1].to_parts().trailer[..]));
     // Nothing is asked for: the connection ends, and comes again with the next request.
     let link = links.link(AT).unwrap();
@@ -225,10 +294,10 @@ async fn an_orders_providers_are_learnt_and_whole_records_fetched() {
         assert!(Instant::now() < deadline, "an idle connection is closed");
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
-    links.fetch(AT, slots(1, 0, 1), soon()).await.unwrap();
+    links.fetch(AT, Bytes::new(), slots(1, 0, 1), soon()).await.unwrap();
     // The table is bounded: who was used the longest ago is forgotten.
     links.learn(ProviderId(8), serving.address());
-    links.fetch(AT, slots(1, 0, 1), soon()).await.unwrap();
+    links.fetch(AT, Bytes::new(), slots(1, 0, 1), soon()).await.unwrap();
     links.learn(ProviderId(9), serving.address());
     assert!(links.link(ProviderId(8)).is_err() && links.link(AT).is_ok());
 }

@@ -2,12 +2,14 @@
 
 use bytes::Bytes;
 use us_core::geometry::BlockGeometry;
+use us_core::grant::Rights;
 use us_proto::v1::provider_down::Event as Down;
-use us_proto::v1::{RebuildFragments, RebuildSource};
+use us_proto::v1::{RebuildFragments, RebuildPath, RebuildSource};
 
 use super::route::{Place, Route};
 use super::{Assessment, BlockKey, Job, geometry_of, jobs::AHEAD_MS, target};
 use crate::engine::Engine;
+use crate::engine::grants::Wanted;
 use crate::records::BlockRecord;
 use crate::store::StoreError;
 
@@ -159,15 +161,31 @@ impl Engine {
         let path = route.path.as_str_name();
         metrics::counter!("us_directory_repairs_ordered_total", "path" => path).increment(1);
         tracing::debug!(block = %key.1, target, path, "a repair is ordered");
-        let order = RebuildFragments {
-            deadline_ms: time_ms,
-            patience_ms,
-            ..self.order(ticket, &job, block, route)
-        };
+        let mut order = self.order(ticket, &job, block, route);
+        (order.deadline_ms, order.patience_ms) = (time_ms, patience_ms);
+        self.grant_reads(&mut order, &key, target);
         self.repairs.queue.remove(&key);
         self.repairs.jobs.begin(ticket, job, now_ms);
         self.tell(conn, Down::Rebuild(order));
         Ok(true)
+    }
+
+    /// What the rebuilder shows to its sources, and these to each other where they add up sums.
+    fn grant_reads(&mut self, order: &mut RebuildFragments, key: &BlockKey, target: u32) {
+        let lasts_ms = order.deadline_ms;
+        let grant = |engine: &mut Self, provider: u32| {
+            let member = engine.members.get(&provider);
+            let holder = member.map(|member| member.record.key_hash.clone()).unwrap_or_default();
+            let (volume, block) = (key.0, Some(key.1));
+            let rights = Rights::Read;
+            engine.sign(&Wanted { volume, block, holder: &holder, rights, lasts_ms })
+        };
+        order.grant = grant(self, target);
+        if matches!(order.path(), RebuildPath::Chain | RebuildPath::Sites) {
+            for source in &mut order.sources {
+                source.grant = grant(self, source.provider);
+            }
+        }
     }
 
     fn order(&self, ticket: u64, job: &Job, block: &BlockRecord, route: Route) -> RebuildFragments {
@@ -183,6 +201,7 @@ impl Engine {
                 address: record.address.clone(),
                 key_hash: record.key_hash.clone(),
                 site: record.site.clone(),
+                ..Default::default()
             })
         };
         RebuildFragments {

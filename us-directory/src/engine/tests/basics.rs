@@ -148,7 +148,7 @@ fn a_silent_session_is_fenced_only_when_another_wants_what_it_holds() {
     world.event(Event::Disconnected { conn: ConnId(one.conn) });
     world.pass(100_000);
     assert!(world.engine.sessions[&one.session].is_alive(), "nobody wants anything");
-    world.says(two.conn, Up::Renew(Renew {}));
+    world.says(two.conn, Up::Renew(Renew::default()));
     world.auto = false;
     let found = two.inode(&mut world, 1, Level::Shared);
     assert!(found.is_none(), "the fence is not durable yet");
@@ -169,7 +169,7 @@ fn a_live_mount_that_gives_nothing_back_makes_the_other_time_out() {
     one.inode(&mut world, 1, Level::Exclusive).unwrap();
     assert!(two.inode(&mut world, 1, Level::Shared).is_none());
     for _ in 0..10 {
-        world.says(one.conn, Up::Renew(Renew {}));
+        world.says(one.conn, Up::Renew(Renew::default()));
         world.pass(10_000);
     }
     let answer = two.answer(&mut world).unwrap();
@@ -560,7 +560,8 @@ fn a_provider_whose_records_went_back_counts_as_absent_until_checked() {
     let mut world = world();
     let (conn, provider, cookie) = world.provider(1, Bytes::new());
     let back = |world: &mut World, next_record: u64| {
-        let (conn, peer) = (world.conn(), Peer { key_hash: vec![1; 32], name: "one".into() });
+        let peer = Peer { key_hash: vec![1; 32], name: "one".into(), ..Peer::default() };
+        let conn = world.conn();
         world.event(Event::ProviderConnected { conn: ConnId(conn), peer });
         let report = ProviderReport { next_record, ..report() };
         let cookie = world.engine.members[&provider].record.cookie.clone();

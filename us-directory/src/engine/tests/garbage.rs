@@ -149,7 +149,7 @@ fn the_only_copy_of_what_a_block_lacks_is_taken_over() {
     // Dead, but nothing was made again yet.
     while !swarm.world.engine.members[&record.providers[2]].record.dead {
         swarm.world.pass(500);
-        swarm.world.says(swarm.mount.conn, Up::Renew(Renew {}));
+        swarm.world.says(swarm.mount.conn, Up::Renew(Renew::default()));
     }
     swarm.read();
     for (key, ticket) in swarm.orders() {
@@ -258,7 +258,7 @@ fn a_refused_list_takes_nothing_and_waits_for_its_next_turn() {
     let mut refused = 0;
     for _ in 0..200 {
         swarm.world.pass(500);
-        swarm.world.says(swarm.mount.conn, Up::Renew(Renew {}));
+        swarm.world.says(swarm.mount.conn, Up::Renew(Renew::default()));
         let conns: Vec<u64> = swarm.disks.values().filter_map(|disk| disk.conn).collect();
         for conn in conns {
             let queue = swarm.world.to_providers.entry(conn).or_default();

@@ -216,7 +216,7 @@ fn simulate(seed: u64) {
             _ => {
                 // Orders are carried out in any order, some of them not at all.
                 swarm.world.pass(random.random_range(50..2_000));
-                swarm.world.says(swarm.mount.conn, Up::Renew(Renew {}));
+                swarm.world.says(swarm.mount.conn, Up::Renew(Renew::default()));
                 swarm.read();
                 let mut orders = swarm.orders();
                 orders.shuffle(&mut random);

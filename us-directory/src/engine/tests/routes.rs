@@ -20,7 +20,7 @@ fn orders_after_a_death(swarm: &mut Swarm) -> Vec<RebuildFragments> {
     swarm.world.now_ms += DAY_MS;
     while swarm.orders().is_empty() {
         swarm.world.pass(500);
-        swarm.world.says(swarm.mount.conn, Up::Renew(Renew {}));
+        swarm.world.says(swarm.mount.conn, Up::Renew(Renew::default()));
         swarm.read();
     }
     swarm.disks.values().flat_map(|disk| disk.orders.values().cloned()).collect()
@@ -69,7 +69,7 @@ fn refuse_orders(swarm: &mut Swarm, count: usize) {
     let mut refused = 0;
     while refused < count {
         swarm.world.pass(500);
-        swarm.world.says(swarm.mount.conn, Up::Renew(Renew {}));
+        swarm.world.says(swarm.mount.conn, Up::Renew(Renew::default()));
         swarm.read();
         for (key, ticket) in swarm.orders().into_iter().take(count - refused) {
             let disk = swarm.disks.get_mut(&key).unwrap();

@@ -317,7 +317,7 @@ impl Swarm {
         let end_ms = self.world.now_ms + ms;
         while self.world.now_ms < end_ms {
             self.world.pass(500.min(end_ms - self.world.now_ms));
-            self.world.says(self.mount.conn, Up::Renew(Renew {}));
+            self.world.says(self.mount.conn, Up::Renew(Renew::default()));
             loop {
                 self.read();
                 let orders = self.orders();

@@ -17,10 +17,11 @@ fn restore(dir: u64, name: &str, ino: u64) -> Op {
 
 /// What lies in the trash of "v", and the directories that are told beside it.
 fn listed(world: &mut World) -> (Vec<u64>, Vec<u64>) {
-    let basis = match world.ask(Question::TrashBasis { volume: "v".to_owned() }) {
-        Answer::TrashBasis(basis) => basis,
-        other => panic!("{other:?}"),
-    };
+    let basis =
+        match world.ask(Question::TrashBasis { volume: "v".to_owned(), asker: Peer::default() }) {
+            Answer::TrashBasis(basis) => basis,
+            other => panic!("{other:?}"),
+        };
     let (mut entries, mut folders) = (Vec::new(), Vec::new());
     list_trash(&basis, |reply| {
         entries.extend(reply.entries.iter().map(|entry| entry.ino));

@@ -231,6 +231,7 @@ impl Peers for Way {
         &self,
         _provider: ProviderId,
         place: &ProviderAddress,
+        _grant: Bytes,
         slots: SlotRange,
         deadline: Instant,
     ) -> BoxFuture<'static, Result<FetchedSlots, FragmentFailure>> {

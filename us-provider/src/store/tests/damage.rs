@@ -142,7 +142,7 @@ fn requests_for_slots_that_are_not_there_are_no_damage() {
         let found = store.read(ReadRequest { id, first_slot, slots });
         assert!(matches!(found, Err(StoreError::Invalid(_))), "{first_slot} {slots:?} {found:?}");
     }
-    let sum = store.combine(&[(id, 1), (id, 1)], 0, None).unwrap();
+    let sum = store.combine(&[(id, 1), (id, 1)], 0, None, |_| true).unwrap().unwrap();
     assert!(sum.iter().all(|byte| *byte == 0), "a fragment and itself cancel out");
     assert_eq!(store.state().damaged, 0);
 }

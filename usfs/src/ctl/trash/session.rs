@@ -85,7 +85,7 @@ impl Session {
         loop {
             let Ok(message) = tokio::time::timeout(RENEW_EVERY, self.link.down.next()).await else {
                 ensure!(Instant::now() < until, "the directory gave no answer");
-                self.send(Up::Renew(v1::Renew {})).await?;
+                self.send(Up::Renew(v1::Renew::default())).await?;
                 continue;
             };
             match message.transpose()?.and_then(|message| message.event) {
