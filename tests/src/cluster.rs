@@ -498,14 +498,30 @@ impl Cluster {
         self.mount_at_with(&path, &name, arguments)
     }
 
+    /// Mounts another volume than the usual one.
+    ///
+    /// # Panics
+    /// When it does not come up.
+    pub fn mount_volume(&mut self, volume: &str, arguments: &[&str]) -> Mount {
+        let name = format!("mount{}", self.mounts_made);
+        self.mounts_made += 1;
+        let path = self.root.path().join(&name);
+        fs::create_dir(&path).expect("a mount point");
+        self.mount_volume_at(volume, &path, &name, arguments)
+    }
+
     /// Mounts the volume again where it was.
     pub fn mount_at(&self, path: &Path, name: &str) -> Mount {
         self.mount_at_with(path, name, &[])
     }
 
     fn mount_at_with(&self, path: &Path, name: &str, arguments: &[&str]) -> Mount {
+        self.mount_volume_at(VOLUME, path, name, arguments)
+    }
+
+    fn mount_volume_at(&self, volume: &str, path: &Path, name: &str, arguments: &[&str]) -> Mount {
         let mut command = self.program("usfs");
-        command.arg("mount").arg(format!("{}/{VOLUME}", self.directory_address())).arg(path);
+        command.arg("mount").arg(format!("{}/{volume}", self.directory_address())).arg(path);
         command.args(["--identity", &self.at("identity-client")]).args(arguments);
         // Each mount keeps its own state in the cluster's folder.
         command.env("XDG_DATA_HOME", self.at("data")).env("US_DATA", self.at("data"));
@@ -521,15 +537,26 @@ impl Cluster {
         Mount { running: Some(running), path: path.to_path_buf() }
     }
 
+    /// A `usfs` command for tests that expect something else than a mount. Nobody is at a terminal.
+    pub fn usfs(&self, arguments: &[&str]) -> Command {
+        let mut command = self.program("usfs");
+        command.args(arguments).stdin(Stdio::null());
+        command.env("XDG_DATA_HOME", self.at("data")).env("US_DATA", self.at("data"));
+        command.env("US_IDENTITY", self.at("identity-client"));
+        command
+    }
+
     /// The directory's Admin service.
     pub fn admin(&self) -> Admin {
         Admin::new(self.directory_address(), Path::new(&self.at("identity-admin")))
     }
 
-    fn usctl_command(&self, arguments: &[&str]) -> Command {
+    /// A `usctl` command.
+    pub fn usctl_command(&self, arguments: &[&str]) -> Command {
         let mut command = self.program("usctl");
         command.args(["--directory", &self.directory_address()]);
         command.args(["--identity", &self.at("identity-admin")]).args(arguments);
+        command.stdin(Stdio::null());
         command
     }
 

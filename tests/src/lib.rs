@@ -4,6 +4,7 @@
 pub mod admin;
 pub mod cluster;
 pub mod figures;
+pub mod liar;
 pub mod manifest;
 pub mod netns;
 pub mod poll;

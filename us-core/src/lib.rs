@@ -10,6 +10,7 @@ pub mod durability;
 pub mod fragment;
 pub mod geometry;
 pub mod ids;
+pub mod keyring;
 pub mod limits;
 pub mod name;
 pub mod placement;

@@ -50,6 +50,7 @@ mod lockwait;
 mod members;
 mod placement;
 pub mod presence;
+mod private;
 pub mod repair;
 mod retain;
 mod sessions;
@@ -68,6 +69,7 @@ use leases::{InodeKey, Leases};
 use locks::Locks;
 use lockwait::LockWaiter;
 use members::{Member, Query};
+pub use private::PrivateVolume;
 
 /// Requests of all sessions that may wait for a lease at once.
 pub const PARKED_MAX: usize = 65_536;

@@ -398,6 +398,12 @@ pub struct VolumeRecord {
     /// What is removed can be had back for so long; 0: there is no trash; absent: the default.
     #[prost(uint32, optional, tag = "9")]
     pub trash_hours: Option<u32>,
+    /// Of a private volume: its key ring, which is opaque here (docs/formats.md, "Key ring").
+    #[prost(bytes = "bytes", tag = "20")]
+    pub key_ring: Bytes,
+    /// How often the key ring was replaced, and one: 0 of a managed volume.
+    #[prost(uint64, tag = "21")]
+    pub key_ring_version: u64,
 }
 
 /// How long what is removed can be had back, where nothing else was said: seven days.

@@ -11,6 +11,7 @@ use tokio::sync::Semaphore;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::service::Routes;
 use tonic::{Request, Response, Status, Streaming};
+use us_core::ids::VolumeId;
 use us_core::tls::{Identity, PeerIdentity, Role};
 use us_core::wire::peer_of;
 use us_proto::v1::admin_server::{Admin, AdminServer};
@@ -21,11 +22,12 @@ use us_proto::v1::{
     DeleteVolumeRequest, DrainReply, DrainRequest, EventsReply, EventsRequest, FsckReply,
     FsckRequest, GiveUpReply, GiveUpRequest, ListVolumesReply, ListVolumesRequest, ProviderDown,
     ProviderUp, PurgeTrashReply, PurgeTrashRequest, RepairRequest, RepairStatus, ScrubReply,
-    ScrubRequest, SessionDown, SessionUp, SetVolumeRequest, StatusReply, StatusRequest, TrashReply,
-    TrashRequest, VolumeInfo, WhatIfReply, WhatIfRequest, WhereBlock, WhereRequest,
+    ScrubRequest, SessionDown, SessionUp, SetVolumeKeysRequest, SetVolumeRequest, StatusReply,
+    StatusRequest, TrashReply, TrashRequest, VolumeInfo, VolumeKeysReply, VolumeKeysRequest,
+    WhatIfReply, WhatIfRequest, WhereBlock, WhereRequest,
 };
 
-use crate::engine::{Answer, Event, Peer, Question, RefusalKind};
+use crate::engine::{Answer, Event, Peer, PrivateVolume, Question, RefusalKind};
 use crate::fsck::Fsck;
 use crate::image::ImageWriter;
 use crate::inspect::trash::list_trash;
@@ -87,6 +89,13 @@ impl Service {
         }
     }
 
+    async fn ask_keys(&self, question: Question) -> Result<Response<VolumeKeysReply>, Status> {
+        match self.ask(question).await? {
+            Answer::VolumeKeys(keys) => Ok(Response::new(keys)),
+            other => Err(unexpected(&other)),
+        }
+    }
+
     async fn ask(&self, question: Question) -> Result<Answer, Status> {
         match self.directory.ask(question).await? {
             Answer::Refused { kind, detail } => Err(match kind {
@@ -118,6 +127,16 @@ fn allowed<T>(request: &Request<T>, roles: &[Role]) -> Result<PeerIdentity, Stat
 
 fn peer(identity: &PeerIdentity) -> Peer {
     Peer { key_hash: identity.key_hash.as_bytes().to_vec(), name: identity.name.clone() }
+}
+
+/// What makes the volume private that is asked for, if it is to be.
+fn private_volume(request: &CreateVolumeRequest) -> Result<Option<PrivateVolume>, Status> {
+    if request.private_volume.is_empty() && request.key_ring.is_empty() {
+        return Ok(None);
+    }
+    let volume = VolumeId::from_slice(&request.private_volume)
+        .ok_or_else(|| Status::invalid_argument("the id of a private volume has 16 bytes"))?;
+    Ok(Some(PrivateVolume { volume, key_ring: request.key_ring.clone() }))
 }
 
 fn unexpected(answer: &Answer) -> Status {
@@ -204,9 +223,11 @@ impl Admin for Service {
         request: Request<CreateVolumeRequest>,
     ) -> Result<Response<VolumeInfo>, Status> {
         allowed(&request, &[Role::Client, Role::Admin])?;
-        let CreateVolumeRequest { name, s, r, quota_bytes, repair_at, trash_hours } =
-            request.into_inner();
-        let question = Question::CreateVolume { name, s, r, quota_bytes, repair_at, trash_hours };
+        let request = request.into_inner();
+        let private = private_volume(&request)?;
+        let CreateVolumeRequest { name, s, r, quota_bytes, repair_at, trash_hours, .. } = request;
+        let question =
+            Question::CreateVolume { name, s, r, quota_bytes, repair_at, trash_hours, private };
         match self.ask(question).await? {
             Answer::Volume(info) => Ok(Response::new(info)),
             other => Err(unexpected(&other)),
@@ -224,6 +245,24 @@ impl Admin for Service {
             Answer::Volume(info) => Ok(Response::new(info)),
             other => Err(unexpected(&other)),
         }
+    }
+
+    async fn volume_keys(
+        &self,
+        request: Request<VolumeKeysRequest>,
+    ) -> Result<Response<VolumeKeysReply>, Status> {
+        allowed(&request, &[Role::Client, Role::Admin])?;
+        let volume = request.into_inner().volume;
+        self.ask_keys(Question::VolumeKeys { volume }).await
+    }
+
+    async fn set_volume_keys(
+        &self,
+        request: Request<SetVolumeKeysRequest>,
+    ) -> Result<Response<VolumeKeysReply>, Status> {
+        allowed(&request, &[Role::Admin])?;
+        let SetVolumeKeysRequest { volume, version, key_ring } = request.into_inner();
+        self.ask_keys(Question::SetVolumeKeys { volume, version, key_ring }).await
     }
 
     async fn list_volumes(

@@ -124,6 +124,7 @@ async fn what_was_durable_is_there_after_a_restart() {
         quota_bytes: 0,
         repair_at: None,
         trash_hours: None,
+        ..Default::default()
     };
     let mut asks = AdminClient::new(daemon.dial(&admin).await);
     asks.create_volume(create.clone()).await.unwrap();

@@ -138,6 +138,7 @@ impl Directory {
             quota_bytes: 0,
             repair_at: None,
             trash_hours: None,
+            private: None,
         })?;
         Ok(directory)
     }

@@ -5,12 +5,13 @@ use std::sync::Arc;
 use us_core::ids::VolumeId;
 use us_proto::v1::{
     BlockCommit, BlockSummary, ClusterEvent, PlacementsLeased, ProviderDown, ProviderUp,
-    RepairStatus, SessionDown, SessionUp, StatusReply, VolumeInfo,
+    RepairStatus, SessionDown, SessionUp, StatusReply, VolumeInfo, VolumeKeysReply,
 };
 
 use super::garbage::{FsckBasis, Stray, Verdict};
 use super::health::CountedSlice;
 use super::keeping::ImagePlan;
+use super::private::PrivateVolume;
 use super::trash::TrashBasis;
 use crate::namespace::Purged;
 use crate::recovery::{ImageBlock, ImageRun};
@@ -120,6 +121,22 @@ pub enum Question {
         repair_at: Option<u32>,
         /// What is removed can be had back for so long; 0: no trash; `None`: the default.
         trash_hours: Option<u32>,
+        /// Its id and its key ring, where it is private.
+        private: Option<PrivateVolume>,
+    },
+    /// The key ring of a volume.
+    VolumeKeys {
+        /// The volume's name or id.
+        volume: String,
+    },
+    /// Replaces the key ring of a private volume.
+    SetVolumeKeys {
+        /// The volume's name or id.
+        volume: String,
+        /// The version it follows.
+        version: u64,
+        /// The ring.
+        key_ring: bytes::Bytes,
     },
     /// Changes a volume's settings.
     SetVolume {
@@ -246,6 +263,8 @@ pub enum Answer {
     Status(Box<StatusReply>),
     /// The volume that was made.
     Volume(VolumeInfo),
+    /// A volume's key ring.
+    VolumeKeys(VolumeKeysReply),
     /// All volumes.
     Volumes(Vec<VolumeInfo>),
     /// Done.
@@ -316,6 +335,7 @@ impl std::fmt::Debug for Answer {
         match self {
             Self::Status(status) => f.debug_tuple("Status").field(status).finish(),
             Self::Volume(volume) => f.debug_tuple("Volume").field(volume).finish(),
+            Self::VolumeKeys(keys) => f.debug_tuple("VolumeKeys").field(&keys.version).finish(),
             Self::Volumes(volumes) => f.debug_tuple("Volumes").field(volumes).finish(),
             Self::Done => f.write_str("Done"),
             Self::Snapshot(_) => f.write_str("Snapshot"),

@@ -26,6 +26,7 @@ mod evenings;
 mod garbage;
 mod keeping;
 mod leaving;
+mod private;
 mod repair;
 mod routes;
 mod simulation;
@@ -176,6 +177,7 @@ impl World {
             quota_bytes: 0,
             repair_at: None,
             trash_hours: None,
+            private: None,
         };
         assert!(matches!(self.ask(question), Answer::Volume(_)));
     }

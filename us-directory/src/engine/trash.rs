@@ -247,7 +247,7 @@ impl Engine {
         Ok((inos, sum))
     }
 
-    fn volume_named(&self, name: &str) -> Option<VolumeId> {
+    pub(super) fn volume_named(&self, name: &str) -> Option<VolumeId> {
         let by_id = name.parse::<VolumeId>().ok();
         let found = self.volumes.iter().find(|(id, volume)| {
             let shown = !volume.record.deleting && !self.is_hidden(id);
