@@ -370,7 +370,9 @@ fn nobody_else_learns_a_byte_and_everything_works_without_the_key() {
     let words = with("passphrase_file", &right);
     let mount = cluster.mount_volume(VAULT, &["-o", &words]);
     write_everything(mount.path());
-    fs::write(mount.path().join(format!("{MARKER}-removed")), noise(5, 300_000)).expect("a write");
+    let removed = mount.path().join(format!("{MARKER}-removed"));
+    fs::write(&removed, noise(5, 300_000)).expect("a write");
+    File::open(&removed).and_then(|file| file.sync_all()).expect("a sync");
     cluster.wait_settled();
 
     // The trash: names come with the key, and with nothing else.
@@ -401,6 +403,7 @@ fn nobody_else_learns_a_byte_and_everything_works_without_the_key() {
     });
 
     // Repair, scrub and fsck see no key.
+    assert_eq!(cluster.usctl_code(&["fsck"]).0, 0);
     cluster.kill_provider(0);
     let status = cluster.status().expect("a status");
     let providers = status["providers"].as_array().expect("providers").iter();
@@ -411,7 +414,6 @@ fn nobody_else_learns_a_byte_and_everything_works_without_the_key() {
     cluster.usctl(&["scrub"]);
     let mut admin = cluster.admin();
     poll::until("repaired", PATIENCE * 3, || is_whole(&admin.status()?, 1));
-    assert_eq!(cluster.usctl_code(&["fsck"]).0, 0);
     read_everything(mount.path());
     mount.unmount();
 

@@ -170,7 +170,7 @@ fn a_key_ring_loads_and_opens() {
         assert_eq!((key.expose(), slot), (&[0x42; KEY_BYTES], at as u32 + 1));
         assert_eq!(ring.slots()[at].label(), "golden");
     }
-    let text = "8H24G-H248H-24GH2-48H24-GH248-H24GH-248H2-5P4C2";
+    let text = "8H248-H248H-248H2-48H24-8H248-H248H-248H2-4SP1M";
     let key = RecoveryKey::from_bytes([0x44; 22].into());
     assert_eq!(key.to_text().as_str(), text, "the text of a recovery key changed");
 }
