@@ -137,7 +137,10 @@ impl Engine {
             Ok(_) if self.volumes.len() >= VOLUMES_MAX => {
                 Err(refused(RefusalKind::Busy, "there are too many volumes"))
             }
-            Ok(code) => self.keys_of_new(&mut record, private).map(|id| (code, id)),
+            Ok(code) => {
+                let made = self.keys_of_new(&mut record, private);
+                made.map(|id| (code, id)).map_err(|(kind, detail)| refused(kind, detail))
+            }
         };
         let (code, id) = match answer {
             Ok(made) => made,

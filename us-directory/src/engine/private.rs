@@ -28,6 +28,9 @@ pub struct PrivateVolume {
     pub key_ring: Bytes,
 }
 
+/// Why something is refused, of what kind and for people.
+pub(super) type Refusal = (RefusalKind, String);
+
 impl Engine {
     /// The id and the secrets of a volume to be made: of a private one what its maker chose, of a
     /// managed one fresh.
@@ -38,7 +41,7 @@ impl Engine {
         &mut self,
         record: &mut VolumeRecord,
         private: Option<PrivateVolume>,
-    ) -> Result<VolumeId, Answer> {
+    ) -> Result<VolumeId, Refusal> {
         let Some(PrivateVolume { volume, key_ring }) = private else {
             let (mut key, mut id) = (vec![0; 32], [0; 16]);
             self.entropy.fill(&mut key);
@@ -50,7 +53,7 @@ impl Engine {
         let cluster = <[u8; 16]>::try_from(self.cluster.cluster.as_ref()).unwrap_or_default();
         let reserved = *volume.as_bytes() == [0; 16] || volume == image_volume(&cluster);
         if reserved || self.volumes.contains_key(&volume) {
-            return Err(refused(RefusalKind::Exists, "there is a volume of this id already"));
+            return Err((RefusalKind::Exists, "there is a volume of this id already".to_owned()));
         }
         record.key_ring = key_ring;
         record.key_ring_version = 1;
@@ -62,7 +65,7 @@ impl Engine {
         let found = self.volume_named(named);
         match found.and_then(|id| Some((id, self.volumes.get(&id)?))) {
             Some((id, volume)) => Answer::VolumeKeys(reply(&id, volume)),
-            None => not_there(named),
+            None => refusal(not_there(named)),
         }
     }
 
@@ -80,18 +83,19 @@ impl Engine {
             None => Err(not_there(named)),
             Some((_, record)) if record.key_ring.is_empty() => {
                 let detail = format!("volume {named:?} is managed: it has no key slots");
-                Err(refused(RefusalKind::Invalid, detail))
+                Err((RefusalKind::Invalid, detail))
             }
-            Some((_, record)) if record.key_ring_version != version => Err(refused(
+            Some((_, record)) if record.key_ring_version != version => Err((
                 RefusalKind::Busy,
-                "another has changed the key slots meanwhile: look at them and try again",
+                "another has changed the key slots meanwhile: look at them and try again"
+                    .to_owned(),
             )),
             Some((id, _)) => check_ring(&key_ring).map(|()| id),
         };
         let id = match checked {
             Ok(id) => id,
-            Err(answer) => {
-                self.effects.push(Effect::Answer { ask, answer });
+            Err(refused) => {
+                self.effects.push(Effect::Answer { ask, answer: refusal(refused) });
                 return Ok(());
             }
         };
@@ -107,16 +111,19 @@ impl Engine {
     }
 }
 
-fn check_ring(key_ring: &[u8]) -> Result<(), Answer> {
+fn check_ring(key_ring: &[u8]) -> Result<(), Refusal> {
     if (1..=RING_BYTES_MAX).contains(&key_ring.len()) {
         return Ok(());
     }
-    let detail = format!("a key ring has 1 to {RING_BYTES_MAX} bytes");
-    Err(refused(RefusalKind::Invalid, detail))
+    Err((RefusalKind::Invalid, format!("a key ring has 1 to {RING_BYTES_MAX} bytes")))
 }
 
-fn not_there(named: &str) -> Answer {
-    refused(RefusalKind::NotFound, format!("there is no volume {named:?}"))
+fn not_there(named: &str) -> Refusal {
+    (RefusalKind::NotFound, format!("there is no volume {named:?}"))
+}
+
+fn refusal((kind, detail): Refusal) -> Answer {
+    refused(kind, detail)
 }
 
 fn reply(id: &VolumeId, volume: &Volume) -> VolumeKeysReply {
