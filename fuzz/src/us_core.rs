@@ -16,6 +16,7 @@ use us_core::fragment::{
 use us_core::geometry::{BlockGeometry, Code, PAGE_SIZES};
 use us_core::grant::{GRANT_BYTES, Grant};
 use us_core::ids::{Birth, BlockId, FragmentId, Ino, VolumeId};
+use us_core::keyring::{KeyRing, RecoveryKey};
 use us_core::name::NameKey;
 use us_core::seal::{BlockOpener, KEY_BYTES, VolumeKey};
 use us_core::tls::{CertificateRequest, InviteCode, PeerIdentity, REQUEST_BYTES_MAX};
@@ -26,12 +27,13 @@ use us_core::wire::{FRAME_BYTES_MAX, HEADER_BYTES as FRAME_HEADER_BYTES};
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets of this file.
-pub const TARGETS: [Target; 11] = [
+pub const TARGETS: [Target; 12] = [
     ("fragment_header", fragment_header),
     ("fragment_trailer", fragment_trailer),
     ("fragment_record", fragment_record),
     ("sealed_page", sealed_page),
     ("sealed_name", sealed_name),
+    ("key_ring", key_ring),
     ("ids", ids),
     ("frame", frame),
     ("certificate", certificate),
@@ -161,6 +163,23 @@ pub fn sealed_name(bytes: &[u8]) {
     if let Ok(xattr) = key.open_xattr(INO, hash, sealed) {
         assert_eq!(&key.xattr_hash(INO, &xattr.name), hash);
     }
+}
+
+/// A key ring as it comes, and once more with its sum put right; and the text of a recovery key.
+pub fn key_ring(bytes: &[u8]) {
+    key_ring_of(bytes);
+    if let Some((content, _)) = bytes.split_last_chunk::<4>() {
+        key_ring_of(&[content, &crc32c(content).to_le_bytes()].concat());
+    }
+    let Ok(text) = std::str::from_utf8(bytes) else { return };
+    if let Ok(key) = text.parse::<RecoveryKey>() {
+        assert!(key.to_text().parse::<RecoveryKey>().is_ok());
+    }
+}
+
+fn key_ring_of(bytes: &[u8]) {
+    let Ok(ring) = KeyRing::decode(bytes) else { return };
+    assert_eq!(ring.encode(), bytes);
 }
 
 /// Keys and texts that hold an id or a code.

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use tokio::runtime::{Builder, Runtime};
 use tonic::transport::Channel;
+use tonic::{Response, Status};
 use us_core::tls::{ExpectedPeer, Identity, Role};
 use us_core::wire::connect_grpc;
 use us_proto::v1::admin_client::AdminClient;
@@ -40,6 +41,17 @@ impl Admin {
     /// # Errors
     /// Why the directory did not answer.
     pub fn status(&mut self) -> Result<StatusReply, String> {
+        self.call(async |client| client.status(StatusRequest {}).await)
+    }
+
+    /// Any call of the service.
+    ///
+    /// # Errors
+    /// Why it was refused, or not answered.
+    pub fn call<T>(
+        &mut self,
+        ask: impl AsyncFnOnce(&mut AdminClient<Channel>) -> Result<Response<T>, Status>,
+    ) -> Result<T, String> {
         let (address, identity) = (&self.address, &self.identity);
         let known = self.client.take();
         let answer = self.runtime.block_on(async {
@@ -52,7 +64,7 @@ impl Admin {
                     AdminClient::new(channel).max_decoding_message_size(REPLY_BYTES_MAX)
                 }
             };
-            let asked = tokio::time::timeout(ANSWER, client.status(StatusRequest {})).await;
+            let asked = tokio::time::timeout(ANSWER, ask(&mut client)).await;
             let reply = asked.map_err(|_| "no answer".to_owned())?;
             let reply = reply.map_err(|status| status.to_string())?.into_inner();
             Ok::<_, String>((client, reply))

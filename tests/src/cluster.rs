@@ -509,35 +509,54 @@ impl Cluster {
     /// # Panics
     /// When it does not come up.
     pub fn mount_with(&mut self, arguments: &[&str]) -> Mount {
+        self.mount_volume(VOLUME, arguments)
+    }
+
+    /// Mounts another volume than the usual one.
+    ///
+    /// # Panics
+    /// When it does not come up.
+    pub fn mount_volume(&mut self, volume: &str, arguments: &[&str]) -> Mount {
         let name = format!("mount{}", self.mounts_made);
         self.mounts_made += 1;
         let path = self.root.path().join(&name);
         fs::create_dir(&path).expect("a mount point");
-        self.mount_at_with(&path, &name, arguments)
+        self.mount_volume_at(volume, &path, &name, arguments)
     }
 
     /// Mounts the volume again where it was.
     pub fn mount_at(&self, path: &Path, name: &str) -> Mount {
-        self.mount_at_with(path, name, &[])
+        self.mount_volume_at(VOLUME, path, name, &[])
     }
 
-    fn mount_at_with(&self, path: &Path, name: &str, arguments: &[&str]) -> Mount {
+    fn mount_volume_at(&self, volume: &str, path: &Path, name: &str, arguments: &[&str]) -> Mount {
         let identity = self.at("identity-client");
         let mut arguments = arguments.to_vec();
         if !arguments.contains(&"--identity") {
             arguments.extend(["--identity", &identity]);
         }
         // Each mount keeps its own state in the cluster's folder.
-        self.mount_as(path, name, &self.at("data"), &arguments)
+        self.mount_volume_as(volume, path, name, &self.at("data"), &arguments)
     }
 
-    /// Mounts the volume as whoever the folder `data` (or `arguments`) says.
+    /// Mounts the usual volume as whoever the folder `data` (or `arguments`) says.
     ///
     /// # Panics
     /// When it does not come up.
     pub fn mount_as(&self, path: &Path, name: &str, data: &str, arguments: &[&str]) -> Mount {
+        self.mount_volume_as(VOLUME, path, name, data, arguments)
+    }
+
+    fn mount_volume_as(
+        &self,
+        volume: &str,
+        path: &Path,
+        name: &str,
+        data: &str,
+        arguments: &[&str],
+    ) -> Mount {
         let mut command = self.program("usfs");
-        command.arg("mount").arg(format!("{}/{VOLUME}", self.directory_address())).arg(path);
+        command.arg("mount").arg(format!("{}/{volume}", self.directory_address())).arg(path);
         command.args(arguments).env("XDG_DATA_HOME", data).env("US_DATA", data);
         let log = self.at(&format!("{name}.log"));
         let mut running = Running::start("usfs mount", command, Path::new(&log));
@@ -551,15 +570,26 @@ impl Cluster {
         Mount { running: Some(running), path: path.to_path_buf() }
     }
 
+    /// A `usfs` command for tests that expect something else than a mount. Nobody is at a terminal.
+    pub fn usfs(&self, arguments: &[&str]) -> Command {
+        let mut command = self.program("usfs");
+        command.args(arguments).stdin(Stdio::null());
+        command.env("XDG_DATA_HOME", self.at("data")).env("US_DATA", self.at("data"));
+        command.env("US_IDENTITY", self.at("identity-client"));
+        command
+    }
+
     /// The directory's Admin service.
     pub fn admin(&self) -> Admin {
         Admin::new(self.directory_address(), Path::new(&self.at("identity-admin")))
     }
 
-    fn usctl_command(&self, arguments: &[&str]) -> Command {
+    /// A `usctl` command.
+    pub fn usctl_command(&self, arguments: &[&str]) -> Command {
         let mut command = self.program("usctl");
         command.args(["--directory", &self.directory_address()]);
         command.args(["--identity", &self.at("identity-admin")]).args(arguments);
+        command.stdin(Stdio::null());
         command
     }
 

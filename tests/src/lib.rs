@@ -6,6 +6,7 @@ pub mod cluster;
 pub mod figures;
 pub mod handles;
 pub mod joining;
+pub mod liar;
 pub mod manifest;
 pub mod netns;
 pub mod poll;

@@ -11,6 +11,7 @@ pub mod fragment;
 pub mod geometry;
 pub mod grant;
 pub mod ids;
+pub mod keyring;
 pub mod limits;
 pub mod name;
 pub mod placement;

@@ -19,6 +19,7 @@ use us_core::code::ErasureCode;
 use us_core::fragment::{FragmentHeader, FragmentRecord, records_of_block};
 use us_core::geometry::{BlockGeometry, Code};
 use us_core::ids::{Birth, BlockId, Ino, VolumeId};
+use us_core::keyring::{Cost, KeyRing, NewSlot, RecoveryKey, SlotSecret};
 use us_core::name::{NameHash, NameKey, Xattr};
 use us_core::seal::{BlockOpener, BlockSealer, FreshBlockId, KEY_BYTES, VolumeKey};
 
@@ -149,6 +150,31 @@ fn names_are_made_the_same_and_open() {
     assert_eq!(opened, Xattr { name: XATTR.to_vec(), value: VALUE.to_vec() });
 }
 
+/// A secret of each kind, as the sample's slots were made with.
+fn slot_secrets() -> [SlotSecret; 3] {
+    [
+        SlotSecret::Passphrase(b"golden passphrase".to_vec().into()),
+        SlotSecret::KeyFile([0x43; KEY_BYTES].into()),
+        SlotSecret::Recovery(RecoveryKey::from_bytes([0x44; 22].into())),
+    ]
+}
+
+#[test]
+fn a_key_ring_loads_and_opens() {
+    let bytes = load("keyring-1.bin");
+    let ring = KeyRing::decode(&bytes).unwrap();
+    assert_eq!(ring.encode(), bytes);
+    assert_eq!(ring.volume(), volume());
+    for (at, secret) in slot_secrets().iter().enumerate() {
+        let (key, slot) = ring.open(secret).unwrap();
+        assert_eq!((key.expose(), slot), (&[0x42; KEY_BYTES], at as u32 + 1));
+        assert_eq!(ring.slots()[at].label(), "golden");
+    }
+    let text = "8H248-H248H-248H2-48H24-8H248-H248H-248H2-4SP1M";
+    let key = RecoveryKey::from_bytes([0x44; 22].into());
+    assert_eq!(key.to_text().as_str(), text, "the text of a recovery key changed");
+}
+
 /// Writes a sample unless it is there.
 fn write_missing(sample: &str, bytes: &[u8]) {
     let path = path(sample);
@@ -197,6 +223,15 @@ fn write_missing_samples() {
         writeln!(text, "{key} {hex}").unwrap();
     }
     write_missing("seals-1.txt", text.as_bytes());
+
+    let mut ring = KeyRing::new(volume());
+    // A golden ring is to be opened, not kept safe.
+    let cost = Cost { memory_kib: 64, passes: 1, lanes: 1 };
+    for secret in &slot_secrets() {
+        let slot = NewSlot { secret, label: "golden", cost, unix_s: 1_700_000_000 };
+        ring.add(&key, &slot).unwrap();
+    }
+    write_missing("keyring-1.bin", &ring.encode());
 }
 
 /// The hash of the stored records' fingerprint list.

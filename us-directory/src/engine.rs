@@ -53,8 +53,9 @@ mod lockwait;
 mod members;
 mod placement;
 pub mod presence;
-pub mod registry;
+mod private;
 mod quota;
+pub mod registry;
 pub mod repair;
 mod retain;
 mod sessions;
@@ -73,6 +74,7 @@ use leases::{InodeKey, Leases};
 use locks::Locks;
 use lockwait::LockWaiter;
 use members::{Member, Query};
+pub use private::PrivateVolume;
 
 /// Requests of all sessions that may wait for a lease at once.
 pub const PARKED_MAX: usize = 65_536;

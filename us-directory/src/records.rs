@@ -410,6 +410,12 @@ pub struct VolumeRecord {
     /// Who may use it.
     #[prost(message, repeated, tag = "21")]
     pub access: Vec<AccessRecord>,
+    /// Of a private volume: its key ring, which is opaque here (docs/formats.md, "Key ring").
+    #[prost(bytes = "bytes", tag = "22")]
+    pub key_ring: Bytes,
+    /// How often the key ring was replaced, and one: 0 of a managed volume.
+    #[prost(uint64, tag = "23")]
+    pub key_ring_version: u64,
 }
 
 /// A client that may use a volume.

@@ -11,6 +11,7 @@ use tokio::sync::Semaphore;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::service::Routes;
 use tonic::{Request, Response, Status, Streaming};
+use us_core::ids::VolumeId;
 use us_core::tls::{Identity, PeerIdentity, Role};
 use us_core::wire::peer_of;
 use us_proto::v1::admin_server::{Admin, AdminServer};
@@ -21,13 +22,13 @@ use us_proto::v1::{
     DeleteVolumeRequest, DrainReply, DrainRequest, EventsReply, EventsRequest, FsckReply,
     FsckRequest, GiveUpReply, GiveUpRequest, ListVolumesReply, ListVolumesRequest, ProviderDown,
     ProviderUp, PurgeTrashReply, PurgeTrashRequest, RepairRequest, RepairStatus, ScrubReply,
-    ScrubRequest, SessionDown, SessionUp, SetAccessRequest, SetVolumeRequest, StatusReply,
-    StatusRequest, TrashReply, TrashRequest, VolumeInfo, WhatIfReply, WhatIfRequest, WhereBlock,
-    WhereRequest,
+    ScrubRequest, SessionDown, SessionUp, SetAccessRequest, SetVolumeKeysRequest, SetVolumeRequest,
+    StatusReply, StatusRequest, TrashReply, TrashRequest, VolumeInfo, VolumeKeysReply,
+    VolumeKeysRequest, WhatIfReply, WhatIfRequest, WhereBlock, WhereRequest,
 };
 
 use crate::engine::registry::RegistryQuestion;
-use crate::engine::{Answer, Event, Peer, Question, RefusalKind};
+use crate::engine::{Answer, Event, Peer, PrivateVolume, Question, RefusalKind};
 use crate::fsck::Fsck;
 use crate::image::ImageWriter;
 use crate::inspect::trash::list_trash;
@@ -89,6 +90,13 @@ impl Service {
         }
     }
 
+    async fn ask_keys(&self, question: Question) -> Result<Response<VolumeKeysReply>, Status> {
+        match self.ask(question).await? {
+            Answer::VolumeKeys(keys) => Ok(Response::new(keys)),
+            other => Err(unexpected(&other)),
+        }
+    }
+
     pub(crate) async fn ask(&self, question: Question) -> Result<Answer, Status> {
         answered(self.directory.ask(question).await?)
     }
@@ -138,6 +146,16 @@ fn peer(identity: &PeerIdentity) -> Peer {
         name: identity.name.clone(),
         admin: identity.role == Role::Admin,
     }
+}
+
+/// What makes the volume private that is asked for, if it is to be.
+fn private_volume(request: &CreateVolumeRequest) -> Result<Option<PrivateVolume>, Status> {
+    if request.private_volume.is_empty() && request.key_ring.is_empty() {
+        return Ok(None);
+    }
+    let volume = VolumeId::from_slice(&request.private_volume)
+        .ok_or_else(|| Status::invalid_argument("the id of a private volume has 16 bytes"))?;
+    Ok(Some(PrivateVolume { volume, key_ring: request.key_ring.clone() }))
 }
 
 pub(crate) fn unexpected(answer: &Answer) -> Status {
@@ -224,8 +242,10 @@ impl Admin for Service {
         request: Request<CreateVolumeRequest>,
     ) -> Result<Response<VolumeInfo>, Status> {
         let who = allowed(&request, &[Role::Client, Role::Admin])?;
-        let CreateVolumeRequest { name, s, r, quota_bytes, repair_at, trash_hours, access } =
-            request.into_inner();
+        let request = request.into_inner();
+        let private = private_volume(&request)?;
+        let CreateVolumeRequest { name, s, r, quota_bytes, repair_at, trash_hours, access, .. } =
+            request;
         let question = Question::CreateVolume {
             name,
             s,
@@ -235,6 +255,7 @@ impl Admin for Service {
             trash_hours,
             maker: Some(peer(&who)),
             access,
+            private,
         };
         match self.ask_by(&who, question).await? {
             Answer::Volume(info) => Ok(Response::new(info)),
@@ -267,6 +288,24 @@ impl Admin for Service {
             Answer::Volume(info) => Ok(Response::new(info)),
             other => Err(unexpected(&other)),
         }
+    }
+
+    async fn volume_keys(
+        &self,
+        request: Request<VolumeKeysRequest>,
+    ) -> Result<Response<VolumeKeysReply>, Status> {
+        allowed(&request, &[Role::Client, Role::Admin])?;
+        let volume = request.into_inner().volume;
+        self.ask_keys(Question::VolumeKeys { volume }).await
+    }
+
+    async fn set_volume_keys(
+        &self,
+        request: Request<SetVolumeKeysRequest>,
+    ) -> Result<Response<VolumeKeysReply>, Status> {
+        allowed(&request, &[Role::Admin])?;
+        let SetVolumeKeysRequest { volume, version, key_ring } = request.into_inner();
+        self.ask_keys(Question::SetVolumeKeys { volume, version, key_ring }).await
     }
 
     async fn list_volumes(

@@ -128,6 +128,7 @@ async fn what_was_durable_is_there_after_a_restart() {
             key_hash: client.own().key_hash.as_bytes().to_vec().into(),
             read_only: false,
         }],
+        ..Default::default()
     };
     let mut asks = AdminClient::new(daemon.dial(&admin).await);
     asks.create_volume(create.clone()).await.unwrap();

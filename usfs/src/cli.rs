@@ -1,7 +1,7 @@
 //! The command line of `usfs`.
 //!
-//! Exit codes: 0 done; 1 failed, and said why; 64 the command makes no sense; 130 interrupted before
-//! the disk was there.
+//! Exit codes: 0 done; 1 failed, and said why; 64 the command makes no sense; 77 the passphrase or key
+//! does not open the volume; 130 interrupted before the disk was there.
 
 use std::ffi::OsString;
 use std::io::Write;
@@ -14,7 +14,7 @@ use us_core::daemon::runtime::{Program, runtime};
 use us_core::tls::Role;
 
 use crate::ctl::members;
-use crate::{mount, up};
+use crate::{mount, unlock, up};
 
 /// An encrypted, erasure-coded disk that lies on other machines
 #[derive(Debug, Parser)]
@@ -22,8 +22,9 @@ use crate::{mount, up};
     name = "usfs",
     version,
     after_help = "Begin with `usfs up`: it makes a disk of this machine alone, to try.\n\
-                  Exit codes: 0 done; 1 failed, and said why; 64 the command makes no sense; 130 \
-                  interrupted before the disk was there."
+                  Exit codes: 0 done; 1 failed, and said why; 64 the command makes no sense; 77 the \
+                  passphrase or key does not open the volume; 130 interrupted before the disk was \
+                  there."
 )]
 struct Args {
     #[command(subcommand)]
@@ -72,7 +73,7 @@ pub fn main() -> ExitCode {
     };
     done.unwrap_or_else(|error| {
         let _ = writeln!(std::io::stderr(), "usfs: {error:#}");
-        ExitCode::FAILURE
+        unlock::exit_code(&error).map_or(ExitCode::FAILURE, ExitCode::from)
     })
 }
 

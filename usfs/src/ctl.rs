@@ -2,8 +2,8 @@
 //!
 //! Exit codes: 0 done (with `status --exit-code`: everything has all its fragments); 1 degraded;
 //! 2 some data cannot be read until providers return; 3 data is lost; 4 the directory cannot be
-//! reached or refused; 64 the command makes no sense (what it names is not there). `fsck` has its
-//! own ([`fsck`]).
+//! reached or refused; 64 the command makes no sense (what it names is not there); 77 the passphrase
+//! or key does not open the volume. `fsck` has its own ([`fsck`]).
 
 mod access;
 mod act;
@@ -33,6 +33,8 @@ use us_core::tls::Role;
 
 pub use connect::{Admin, Target, connect};
 
+use crate::unlock;
+
 /// The directory could not be reached, or refused.
 pub const EXIT_UNREACHABLE: u8 = 4;
 /// The command makes no sense.
@@ -56,7 +58,8 @@ struct ReaderGone;
     version,
     after_help = "Exit codes: 0 done; with `status --exit-code`: 0 ok, 1 degraded, 2 some data \
                   cannot be read until providers return, 3 data is lost; 4 the directory cannot \
-                  be reached; 64 the command makes no sense. `fsck`, a sum: 0 clean, 1 mended or \
+                  be reached; 64 the command makes no sense; 77 the passphrase or key does not \
+                  open the volume. `fsck`, a sum: 0 clean, 1 mended or \
                   given to repair, 4 left as it was, 8 not everything could be looked at.\n\
                   The directory is found by --directory, else US_DIRECTORY, else where this \
                   machine joined (`usctl join`), else the `usfs up` that runs on this machine (or the one whose state US_DATA names)."
@@ -167,8 +170,12 @@ enum VolumeCommand {
         #[arg(long, value_name = "N")]
         trash_hours: Option<u32>,
         #[command(flatten)]
+        private: volume::keys::PrivateArgs,
+        #[command(flatten)]
         json: JsonArgs,
     },
+    /// What opens a private volume: passphrases, key files, recovery keys
+    Keys(volume::keys::KeysArgs),
     /// Change a volume's settings; its code stays for ever
     Set {
         /// Its name
@@ -222,7 +229,9 @@ pub fn main() -> ExitCode {
 }
 
 fn exit_code(error: &anyhow::Error) -> u8 {
-    if error.is::<Senseless>() { EXIT_SENSELESS } else { EXIT_UNREACHABLE }
+    let senseless = error.is::<Senseless>() || unlock::is_senseless(error);
+    let other = if senseless { EXIT_SENSELESS } else { EXIT_UNREACHABLE };
+    unlock::exit_code(error).unwrap_or(other)
 }
 
 fn run(args: CtlArgs) -> anyhow::Result<ExitCode> {
@@ -256,6 +265,7 @@ async fn act(args: CtlArgs) -> anyhow::Result<ExitCode> {
             quota,
             repair_at,
             trash_hours,
+            private,
             json,
         }) => {
             volume::check_repair_at(repair_at, code.r() as u32)?;
@@ -267,10 +277,11 @@ async fn act(args: CtlArgs) -> anyhow::Result<ExitCode> {
                 repair_at,
                 trash_hours,
                 access: Vec::new(),
+                ..Default::default()
             };
-            let info = connect(&target).await?.create_volume(request).await?;
-            print(json, &json::volume(&info), || volume::created(&info))?;
+            volume::create(&target, request, &private, json).await?;
         }
+        Command::Volume(VolumeCommand::Keys(args)) => volume::keys::run(&target, args).await?,
         Command::Volume(VolumeCommand::Set { name, repair_at, quota, trash_hours, json }) => {
             let mut admin = connect(&target).await?;
             let known = admin.list_volumes().await?;

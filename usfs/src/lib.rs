@@ -19,4 +19,5 @@ pub mod fuse;
 pub mod mount;
 pub mod places;
 pub mod session;
+pub mod unlock;
 pub mod up;

@@ -6,6 +6,7 @@
 
 mod background;
 pub mod options;
+mod pins;
 pub mod point;
 mod registry;
 mod sessions;
@@ -44,7 +45,9 @@ pub struct MountArgs {
     pub(super) identity: Option<PathBuf>,
     /// Mount options, separated by commas: ro, allow_other, suid, dev, noexec, noatime, sync,
     /// ack=full (fsync waits for every fragment, not only for the write margin), identity=DIR,
-    /// memory=SIZE, cache=DIR, cache_size=SIZE; remount changes what is mounted there, as far as the kernel decides it
+    /// memory=SIZE, cache=DIR, cache_size=SIZE; of a private volume passphrase_file=FILE, key_file=FILE
+    /// or recovery_key_file=FILE, and private where no other volume will do; remount changes what is
+    /// mounted there, as far as the kernel decides it
     #[arg(short = 'o', value_name = "OPTIONS")]
     pub(super) options: Vec<String>,
     /// Stay in the foreground (as it does anyhow)
@@ -122,6 +125,7 @@ pub fn mount(args: &MountArgs) -> anyhow::Result<ExitCode> {
         mountpoint: args.mountpoint.clone(),
         data: places::mount_data_dir(),
         options,
+        detached: args.detached,
     };
     let ready = if args.detached { background::READY.to_owned() } else { String::new() };
     heap::keep_large_buffers();

@@ -148,6 +148,7 @@ impl Disk {
             mountpoint: self.mountpoint.clone(),
             data: self.state.dir.clone(),
             options: self.options.clone(),
+            detached: false,
         };
         let mounted = VolumeMount::open(&spec).await?;
         self.greet(&info);

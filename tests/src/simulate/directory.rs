@@ -140,6 +140,7 @@ impl Directory {
             trash_hours: None,
             maker: None,
             access: Vec::new(),
+            private: None,
         })?;
         Ok(directory)
     }

@@ -12,6 +12,7 @@ use us_proto::v1::{
 use super::event::{Answer, AskId, Effect, Question, RefusalKind, StateSnapshot};
 use super::events::EventKind;
 use super::health::{Reach, Totals};
+use super::private::PrivateVolume;
 use super::{Durability, Engine, Then, VOLUMES_MAX, Volume, access};
 use crate::keys;
 use crate::namespace::new_root;
@@ -42,6 +43,7 @@ impl Engine {
                 trash_hours,
                 maker,
                 access,
+                private,
             } => {
                 let record = VolumeRecord {
                     closed: maker.is_some(),
@@ -54,7 +56,11 @@ impl Engine {
                     trash_hours,
                     ..Default::default()
                 };
-                return self.create_volume(ask, record);
+                return self.create_volume(ask, record, private);
+            }
+            Question::VolumeKeys { volume } => self.volume_keys(&volume),
+            Question::SetVolumeKeys { volume, version, key_ring } => {
+                return self.set_volume_keys(ask, &volume, version, key_ring);
             }
             Question::SetVolume { name, repair_at, quota_bytes, trash_hours } => {
                 return self.set_volume(ask, &name, |record| {
@@ -121,7 +127,12 @@ impl Engine {
         }
     }
 
-    fn create_volume(&mut self, ask: AskId, record: VolumeRecord) -> Result<(), StoreError> {
+    fn create_volume(
+        &mut self,
+        ask: AskId,
+        mut record: VolumeRecord,
+        private: Option<PrivateVolume>,
+    ) -> Result<(), StoreError> {
         let VolumeRecord { name, s, r, .. } = &record;
         let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
         let answer = match Code::new(*s as usize, *r as usize) {
@@ -142,21 +153,19 @@ impl Engine {
             Ok(_) if self.volumes.len() >= VOLUMES_MAX => {
                 Err(refused(RefusalKind::Busy, "there are too many volumes"))
             }
-            Ok(code) => Ok(code),
+            Ok(code) => {
+                let made = self.keys_of_new(&mut record, private);
+                made.map(|id| (code, id)).map_err(|(kind, detail)| refused(kind, detail))
+            }
         };
-        let code = match answer {
-            Ok(code) => code,
+        let (code, id) = match answer {
+            Ok(made) => made,
             Err(answer) => {
                 self.effects.push(Effect::Answer { ask, answer });
                 return Ok(());
             }
         };
-        let mut key = vec![0; 32];
-        self.entropy.fill(&mut key);
-        let mut id = [0; 16];
-        self.entropy.fill(&mut id);
-        let id = VolumeId::from_bytes(id);
-        let record = VolumeRecord { key: key.into(), next_ino: 2, ..record };
+        record.next_ino = 2;
         let time = Timestamp {
             seconds: (self.at.unix_ms / 1000) as i64,
             nanos: (self.at.unix_ms % 1000) as u32 * 1_000_000,

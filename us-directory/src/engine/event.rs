@@ -7,11 +7,13 @@ use us_core::tls::PeerIdentity;
 use us_proto::v1::{
     AccessLevel, BlockCommit, BlockSummary, ClusterEvent, PlacementsLeased, ProviderDown, ProviderUp,
     RefusedKeys, RepairStatus, SessionDown, SessionUp, StatusReply, VolumeAccess, VolumeInfo,
+    VolumeKeysReply,
 };
 
 use super::garbage::{FsckBasis, Stray, Verdict};
 use super::health::CountedSlice;
 use super::keeping::ImagePlan;
+use super::private::PrivateVolume;
 use super::registry::{RegistryAnswer, RegistryQuestion};
 use super::trash::TrashBasis;
 use crate::namespace::Purged;
@@ -142,6 +144,22 @@ pub enum Question {
         maker: Option<Peer>,
         /// Who may use it besides.
         access: Vec<VolumeAccess>,
+        /// Its id and its key ring, where it is private.
+        private: Option<PrivateVolume>,
+    },
+    /// The key ring of a volume.
+    VolumeKeys {
+        /// The volume's name or id.
+        volume: String,
+    },
+    /// Replaces the key ring of a private volume.
+    SetVolumeKeys {
+        /// The volume's name or id.
+        volume: String,
+        /// The version it follows.
+        version: u64,
+        /// The ring.
+        key_ring: bytes::Bytes,
     },
     /// Gives a client access to a volume, or takes it.
     SetAccess {
@@ -281,6 +299,8 @@ pub enum Answer {
     Status(Box<StatusReply>),
     /// The volume that was made.
     Volume(VolumeInfo),
+    /// A volume's key ring.
+    VolumeKeys(VolumeKeysReply),
     /// All volumes.
     Volumes(Vec<VolumeInfo>),
     /// Done.
@@ -355,6 +375,7 @@ impl std::fmt::Debug for Answer {
         match self {
             Self::Status(status) => f.debug_tuple("Status").field(status).finish(),
             Self::Volume(volume) => f.debug_tuple("Volume").field(volume).finish(),
+            Self::VolumeKeys(keys) => f.debug_tuple("VolumeKeys").field(&keys.version).finish(),
             Self::Volumes(volumes) => f.debug_tuple("Volumes").field(volumes).finish(),
             Self::Done => f.write_str("Done"),
             Self::Snapshot(_) => f.write_str("Snapshot"),

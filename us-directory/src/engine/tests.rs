@@ -28,9 +28,10 @@ mod evenings;
 mod garbage;
 mod keeping;
 mod leaving;
-mod registry;
 mod lying;
+mod private;
 mod quota;
+mod registry;
 mod repair;
 mod routes;
 mod simulation;
@@ -191,6 +192,7 @@ impl World {
             trash_hours: None,
             maker: None,
             access: Vec::new(),
+            private: None,
         };
         assert!(matches!(self.ask(question), Answer::Volume(_)));
     }

@@ -169,6 +169,26 @@ impl Admin {
         answer(self.client.set_access(request)).await
     }
 
+    /// A volume's key ring.
+    ///
+    /// # Errors
+    /// When the directory refuses, or does not answer.
+    pub async fn volume_keys(&mut self, volume: &str) -> anyhow::Result<v1::VolumeKeysReply> {
+        let request = v1::VolumeKeysRequest { volume: volume.to_owned() };
+        answer(self.client.volume_keys(request)).await
+    }
+
+    /// Replaces a volume's key ring.
+    ///
+    /// # Errors
+    /// When the directory refuses: another may have changed it. When it does not answer.
+    pub async fn set_volume_keys(
+        &mut self,
+        request: v1::SetVolumeKeysRequest,
+    ) -> anyhow::Result<v1::VolumeKeysReply> {
+        answer(self.client.set_volume_keys(request)).await
+    }
+
     /// What lies in a volume's trash; `hear` takes it piece by piece.
     ///
     /// # Errors

@@ -18,6 +18,7 @@ use us_proto::v1;
 use super::act::utc_time;
 use super::connect::{Admin, Target, connect, resolved};
 use super::{JsonArgs, Senseless, table};
+use crate::unlock::{SecretArgs, Terminal, unlock};
 use listing::{Heard, Item, Listing, plain};
 use putting_back::{Back, PuttingBack};
 use session::Session;
@@ -36,6 +37,8 @@ pub enum TrashCommand {
         #[arg(value_name = "PATH")]
         path: Option<String>,
         #[command(flatten)]
+        secret: SecretArgs,
+        #[command(flatten)]
         json: JsonArgs,
     },
     /// Put back what was removed
@@ -48,6 +51,8 @@ pub enum TrashCommand {
         /// Put it into this folder of the volume, not where it lay
         #[arg(long, value_name = "FOLDER")]
         to: Option<String>,
+        #[command(flatten)]
+        secret: SecretArgs,
         #[command(flatten)]
         json: JsonArgs,
     },
@@ -74,33 +79,53 @@ pub struct PurgeArgs {
     #[arg(long)]
     yes: bool,
     #[command(flatten)]
+    secret: SecretArgs,
+    #[command(flatten)]
     json: JsonArgs,
 }
 
 pub(super) async fn run(target: &Target, command: TrashCommand) -> anyhow::Result<()> {
     match command {
-        TrashCommand::List { volume, path, json } => {
-            list(target, volume.as_deref(), path.as_deref(), json).await
+        TrashCommand::List { volume, path, secret, json } => {
+            list(target, volume.as_deref(), path.as_deref(), &secret, json).await
         }
-        TrashCommand::Restore { volume, what, to, json } => {
-            restore(target, &volume, &what, to.as_deref(), json).await
+        TrashCommand::Restore { volume, what, to, secret, json } => {
+            restore(target, &volume, &what, to.as_deref(), &secret, json).await
         }
         TrashCommand::Purge(args) => purge(target, &args).await,
     }
 }
 
-async fn heard(admin: &mut Admin, volume: &str) -> anyhow::Result<(NameKey, Listing)> {
+/// A trash with its names opened, and what opens them: of a private volume with its owner's secret, of
+/// a managed one with the key that the directory gives.
+async fn heard(
+    admin: &mut Admin,
+    volume: &str,
+    secret: &SecretArgs,
+) -> anyhow::Result<(NameKey, Listing)> {
+    let private = unlock(admin, volume, secret, false, &Terminal).await?;
     let mut heard = Heard::default();
     admin.trash(volume, |reply| heard.take(reply)).await?;
-    let names = heard.names()?;
+    let names = match &private {
+        Some(private) => NameKey::new(&private.key),
+        None => heard.names()?,
+    };
     let listing = heard.open(&names)?;
     Ok((names, listing))
+}
+
+/// A trash without names.
+async fn heard_sealed(admin: &mut Admin, volume: &str) -> anyhow::Result<Listing> {
+    let mut heard = Heard::default();
+    admin.trash(volume, |reply| heard.take(reply)).await?;
+    Ok(heard.sealed())
 }
 
 async fn list(
     target: &Target,
     volume: Option<&str>,
     path: Option<&str>,
+    secret: &SecretArgs,
     json: JsonArgs,
 ) -> anyhow::Result<()> {
     let mut admin = connect(target).await?;
@@ -114,7 +139,17 @@ async fn list(
     let path = plain(path.unwrap_or_default());
     let (mut lines, mut values) = (Vec::new(), Vec::new());
     for known in &volumes {
-        let (_, listing) = heard(&mut admin, &known.name).await?;
+        if volume.is_none() && known.private && !secret.is_silent() {
+            let name = &known.name;
+            eprintln!(
+                "usctl: volume {name} is private: `usctl trash list {name}` asks for its key"
+            );
+            continue;
+        }
+        // Of all volumes a secret is for the private ones.
+        let none = SecretArgs::default();
+        let secret = if volume.is_none() && !known.private { &none } else { secret };
+        let (_, listing) = heard(&mut admin, &known.name, secret).await?;
         let items =
             if path.is_empty() { listing.items.iter().collect() } else { listing.under(&path) };
         for item in items {
@@ -186,10 +221,11 @@ async fn restore(
     volume: &str,
     what: &[String],
     to: Option<&str>,
+    secret: &SecretArgs,
     json: JsonArgs,
 ) -> anyhow::Result<()> {
     let mut admin = connect(target).await?;
-    let (names, listing) = heard(&mut admin, volume).await?;
+    let (names, listing) = heard(&mut admin, volume, secret).await?;
     let (mut chosen, mut tops) = (Vec::new(), Vec::new());
     for argument in what {
         match named(argument) {
@@ -248,7 +284,12 @@ fn back_line(back: &Back) -> String {
 
 async fn purge(target: &Target, args: &PurgeArgs) -> anyhow::Result<()> {
     let mut admin = connect(target).await?;
-    let (_, listing) = heard(&mut admin, &args.volume).await?;
+    let by_name = |what: &String| matches!(named(what), Named::Path(_));
+    let listing = match args.what.iter().any(by_name) || args.secret.is_given() {
+        true => heard(&mut admin, &args.volume, &args.secret).await?.1,
+        // Numbers and ages need no names.
+        false => heard_sealed(&mut admin, &args.volume).await?,
+    };
     let mut chosen: Vec<&Item> = Vec::new();
     for argument in &args.what {
         let found = match named(argument) {

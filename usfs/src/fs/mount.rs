@@ -24,6 +24,7 @@ use super::{Fs, FsError};
 use crate::core::{Core, CoreConfig, FlushReason};
 use crate::session::stream::{OpenStream, margin};
 use crate::session::{DirectoryLink, SessionError, stream};
+use crate::unlock::PrivateKey;
 
 /// How long an unmount waits while nothing more becomes durable.
 const FLUSH_PATIENCE: Duration = Duration::from_secs(120);
@@ -60,8 +61,9 @@ pub struct MountOptions {
     pub acknowledge_full: bool,
     /// Where pages that were read are kept, sealed, for the next time.
     pub sealed_pages: Option<SealedPages>,
-    /// The key of a private volume.
-    pub key: Option<VolumeKey>,
+    /// The key of a private volume. Where it is given nothing else is mounted: neither another
+    /// volume nor one whose key the directory has.
+    pub key: Option<PrivateKey>,
     /// Where a rescue file would go.
     pub rescue_dir: PathBuf,
     /// Sessions of mounts that are known to be dead, to be ended at once (at most 64).
@@ -125,6 +127,14 @@ pub enum MountError {
     /// The volume is private.
     #[error("volume {volume} is private: its key or passphrase is needed")]
     KeyNeeded {
+        /// The volume.
+        volume: String,
+    },
+    /// The directory opened another volume than the one whose key was opened, or gave a key for it.
+    #[error(
+        "the directory opened another volume as {volume} than it gave the key ring of: refused"
+    )]
+    OtherVolume {
         /// The volume.
         volume: String,
     },
@@ -315,10 +325,14 @@ fn volume_and_key(
 ) -> Result<(VolumeId, VolumeKey), MountError> {
     let volume = VolumeId::from_slice(&opened.volume);
     let volume = volume.ok_or(MountError::Answer { field: "volume id" })?;
-    if opened.volume_key.is_empty() {
-        let volume_name = opened.volume_name.clone();
-        let key = options.key.clone().ok_or(MountError::KeyNeeded { volume: volume_name })?;
-        return Ok((volume, key));
+    let volume_name = opened.volume_name.clone();
+    match (&options.key, opened.volume_key.is_empty()) {
+        (None, true) => return Err(MountError::KeyNeeded { volume: volume_name }),
+        (Some(private), true) if private.volume == volume => {
+            return Ok((volume, private.key.clone()));
+        }
+        (Some(_), _) => return Err(MountError::OtherVolume { volume: volume_name }),
+        (None, false) => {}
     }
     let bytes: [u8; 32] =
         opened.volume_key[..].try_into().map_err(|_| MountError::Answer { field: "volume key" })?;

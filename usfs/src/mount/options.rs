@@ -1,10 +1,11 @@
 //! `-o`: what fstab and `mount` give.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use us_core::daemon::size::Size;
 
 use crate::fuse;
+use crate::unlock::SecretArgs;
 
 /// What `-o` said.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -35,10 +36,18 @@ pub struct Options {
     pub cache: Option<PathBuf>,
     /// The most that is kept there.
     pub cache_size: Option<Size>,
+    /// The volume must be private.
+    pub private: bool,
+    /// What opens it; where any is named it must be private.
+    pub secret: SecretArgs,
 }
 
 /// Options that only the kernel gives.
 const KERNELS: [&str; 4] = ["user_id=", "group_id=", "max_read=", "blksize="];
+
+/// Options that name a file or a folder.
+const PATHS: [&str; 5] =
+    ["identity", "cache", "passphrase_file", "key_file", "recovery_key_file"];
 
 /// When a block counts as stored, so that an `fsync` that waits for it may return.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
@@ -56,8 +65,8 @@ pub enum OptionError {
     /// Nobody knows it.
     #[error(
         "unknown mount option {0:?}: there are ro, rw, remount, allow_other, suid, dev, noexec, \
-         noatime, sync, ack=margin, ack=full, identity=DIR, memory=SIZE, \
-         cache=DIR, cache_size=SIZE"
+         noatime, sync, ack=margin, ack=full, identity=DIR, memory=SIZE, cache=DIR, \
+         cache_size=SIZE, private, passphrase_file=FILE, key_file=FILE, recovery_key_file=FILE"
     )]
     Unknown(String),
     /// Its value is not what it takes.
@@ -120,6 +129,7 @@ impl Options {
             "noexec" => self.no_exec = true,
             "noatime" => self.no_atime = true,
             "atime" | "relatime" => self.no_atime = false,
+            "private" => self.private = true,
             "sync" => self.sync = true,
             "async" => self.sync = false,
             // What fstab says to others.
@@ -141,6 +151,7 @@ impl Options {
     }
 
     fn add_value(&mut self, word: &str) -> Result<(), OptionError> {
+        let none = SecretArgs::default();
         match word.split_once('=') {
             Some(("ack", "margin")) => self.ack = Ack::Margin,
             Some(("ack", "full")) => self.ack = Ack::Full,
@@ -151,6 +162,15 @@ impl Options {
                 });
             }
             Some(("identity", dir)) if !dir.is_empty() => self.identity = Some(dir.into()),
+            Some(("passphrase_file", file)) if !file.is_empty() => {
+                self.secret = SecretArgs { passphrase_file: Some(file.into()), ..none };
+            }
+            Some(("key_file", file)) if !file.is_empty() => {
+                self.secret = SecretArgs { key_file: Some(file.into()), ..none };
+            }
+            Some(("recovery_key_file", file)) if !file.is_empty() => {
+                self.secret = SecretArgs { recovery_key_file: Some(file.into()), ..none };
+            }
             Some(("cache", dir)) if !dir.is_empty() => self.cache = Some(dir.into()),
             Some(("memory", size)) => self.memory = Some(parse_size(word, size)?),
             Some(("cache_size", size)) => self.cache_size = Some(parse_size(word, size)?),
@@ -178,6 +198,17 @@ impl Options {
 fn parse_size(word: &str, size: &str) -> Result<Size, OptionError> {
     size.parse()
         .map_err(|error| OptionError::Value { option: word.to_owned(), reason: format!("{error}") })
+}
+
+/// The options, with paths as they are from anywhere: the process in the background starts elsewhere.
+pub(super) fn with_absolute_paths(list: &str, here: &Path) -> String {
+    let absolute = |word: &str| match word.split_once('=') {
+        Some((name, path)) if PATHS.contains(&name) => {
+            format!("{name}={}", here.join(path).display())
+        }
+        _ => word.to_owned(),
+    };
+    list.split(',').map(absolute).collect::<Vec<_>>().join(",")
 }
 
 #[cfg(test)]
@@ -229,5 +260,17 @@ mod tests {
         assert_eq!(parse("cache"), Err(OptionError::Unknown("cache".into())));
         assert!(matches!(parse("memory=lots"), Err(OptionError::Value { .. })));
         assert!(matches!(parse("identity="), Err(OptionError::Unknown(_))));
+    }
+
+    #[test]
+    fn the_last_secret_that_is_named_counts() {
+        let options = parse("passphrase_file=/a,key_file=/b").unwrap();
+        let wanted = SecretArgs { key_file: Some("/b".into()), ..Default::default() };
+        assert_eq!((options.secret, options.private), (wanted, false));
+        assert!(parse("private").unwrap().private);
+        assert!(parse("passphrase=secret").is_err(), "it would be seen by all");
+        let words = "ro,key_file=b,identity=/i,passphrase_file=c".to_owned();
+        let absolute = with_absolute_paths(&words, std::path::Path::new("/x"));
+        assert_eq!(absolute, "ro,key_file=/x/b,identity=/i,passphrase_file=/x/c");
     }
 }

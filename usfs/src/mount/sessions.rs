@@ -29,13 +29,15 @@ pub(super) struct Kept {
     _file: File,
 }
 
+/// A name for what is kept of one directory's volume.
+pub(super) fn folder_name(directory: &str, volume: &str) -> String {
+    let plain = |c: char| if c.is_ascii_alphanumeric() || "-.".contains(c) { c } else { '_' };
+    format!("{directory}-{volume}").chars().map(plain).collect()
+}
+
 impl Sessions {
     pub fn of(data: &Path, directory: &str, volume: &str) -> io::Result<Self> {
-        let name: String = format!("{directory}-{volume}")
-            .chars()
-            .map(|c| if c.is_ascii_alphanumeric() || "-.".contains(c) { c } else { '_' })
-            .collect();
-        let dir = data.join("sessions").join(name);
+        let dir = data.join("sessions").join(folder_name(directory, volume));
         places::make_private_dir(&dir)?;
         Ok(Self { dir })
     }

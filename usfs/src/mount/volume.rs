@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use bytes::Bytes;
 use futures::FutureExt;
 use futures::future::BoxFuture;
@@ -16,12 +16,16 @@ use us_core::tls::{ExpectedPeer, Identity, Role};
 use us_core::wire::join::keep_renewed;
 use us_proto::v1;
 
+use super::background::Starter;
+use super::pins::Pin;
 use super::sessions::{self, Sessions};
 use super::{Ack, Options, point, registry};
+use crate::ctl::{Target, connect};
 use crate::fs::{Fs, MountOptions, SwarmNews};
 use crate::fuse::{self, Mounted};
 use crate::places;
 use crate::session::grpc::GrpcLink;
+use crate::unlock::{NotPrivate, PrivateKey, Prompt, Terminal, unlock};
 
 /// How long a mount in use is waited for before it is hidden.
 const USERS_LEAVE: Duration = Duration::from_secs(3);
@@ -46,6 +50,8 @@ pub struct VolumeSpec {
     pub data: PathBuf,
     /// How.
     pub options: Options,
+    /// Whoever started this process asks for passphrases, and is asked by a line.
+    pub detached: bool,
 }
 
 /// A volume that is mounted by this process.
@@ -182,8 +188,10 @@ async fn open_fs(
     let sessions =
         Sessions::of(data, &spec.directory, &spec.volume).context("remember sessions")?;
     let dead = sessions.dead();
+    let key = unlocked(spec).await?;
     let mut options = MountOptions {
         volume: spec.volume.clone(),
+        key: key.clone(),
         host: host_name(),
         read_only: spec.options.read_only,
         no_atime: spec.options.no_atime,
@@ -206,10 +214,35 @@ async fn open_fs(
     let fs = Fs::mount(options, Arc::new(link), Arc::clone(&swarm) as _, swarm)
         .await
         .with_context(|| format!("open volume {} of {}", spec.volume, spec.directory))?;
+    if let Some(key) = &key {
+        let pinned = Pin::of(data, &spec.directory, &spec.volume).set(key.volume);
+        pinned.context("remember that the volume is private")?;
+    }
     sessions.forget(&dead);
     let kept = sessions.keep(fs.session());
     let kept = kept.inspect_err(|error| tracing::warn!(%error, "a kill will cost a fence"));
     Ok((fs, kept.ok()))
+}
+
+/// The key of the volume, if it is private. One that was private when this machine mounted it last is
+/// so for ever.
+async fn unlocked(spec: &VolumeSpec) -> anyhow::Result<Option<PrivateKey>> {
+    let pin = Pin::of(&spec.data, &spec.directory, &spec.volume);
+    let known = pin.get()?;
+    let directory = Some(spec.directory.clone());
+    let target = Target { directory, identity: Some(spec.identity.clone()) };
+    let demanded = spec.options.private || known.is_some();
+    let prompt: &dyn Prompt = if spec.detached { &Starter } else { &Terminal };
+    let mut admin = connect(&target).await?;
+    let opening = unlock(&mut admin, &spec.volume, &spec.options.secret, demanded, prompt);
+    let key = opening.await.map_err(|error| match known.is_some() && error.is::<NotPrivate>() {
+        true => error.context(pin.explained()),
+        false => error,
+    })?;
+    match (&key, known) {
+        (Some(key), Some(known)) if key.volume != known => bail!(pin.explained()),
+        _ => Ok(key),
+    }
 }
 
 fn host_name() -> String {

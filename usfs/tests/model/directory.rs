@@ -125,6 +125,7 @@ impl TestDirectory {
             quota_bytes: 0,
             repair_at: None,
             trash_hours: None,
+            private: None,
         };
         directory.step(Event::Ask { ask: AskId(1), question });
         directory.settle();

@@ -66,10 +66,20 @@ impl Heard {
     /// The keys of the volume's names.
     pub fn names(&self) -> anyhow::Result<NameKey> {
         if self.key.is_empty() {
-            bail!("the directory has no key of this volume: its names cannot be read here");
+            bail!("the directory gave no key of this volume: its names cannot be read");
         }
         let key: [u8; 32] = self.key.as_ref().try_into().context("the volume's key is no key")?;
         Ok(NameKey::new(&VolumeKey::from_bytes(key.into())))
+    }
+
+    /// All there is, with names left sealed.
+    pub fn sealed(self) -> Listing {
+        let mut listing = Listing::default();
+        for entry in self.entries {
+            listing.by_ino.insert(entry.ino, listing.items.len());
+            listing.items.push(Item { entry, name: b"(sealed)".to_vec(), path: None });
+        }
+        listing
     }
 
     /// Opens the names and spells the paths.
