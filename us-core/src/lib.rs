@@ -13,6 +13,7 @@ pub mod ids;
 pub mod limits;
 pub mod name;
 pub mod placement;
+pub mod range_locks;
 pub mod seal;
 pub mod tls;
 pub mod wire;

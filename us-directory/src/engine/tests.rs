@@ -26,6 +26,7 @@ mod evenings;
 mod garbage;
 mod keeping;
 mod leaving;
+mod locks;
 mod repair;
 mod routes;
 mod simulation;

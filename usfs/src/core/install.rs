@@ -15,6 +15,7 @@ use us_proto::v1::session_down::Event as Down;
 use us_proto::v1::session_up::Event as Up;
 
 use super::leases::{PIN, Recall};
+use super::locks::{LockEvent, Locked};
 use super::node::{Dentry, DirNames, Level, Node, attributes_from_proto};
 use super::{Asked, Core, INODES_LEASED, Now, Want};
 use crate::attributes::FileKind;
@@ -36,9 +37,11 @@ pub enum Effect {
     Durable(LogPosition),
     /// New inode numbers are there.
     Inodes,
+    /// What became of requests for locks.
+    Locked(Locked),
     /// The session is over.
     Ended(String),
-    /// Not for the core: placements, locks, statistics, providers, grants.
+    /// Not for the core: placements, statistics, providers, grants.
     Other(Down),
 }
 
@@ -120,6 +123,13 @@ impl Core {
                 self.recalls.push_back(recall);
                 Some(Effect::Recalled)
             }
+            Down::Lock(reply) => {
+                Some(Effect::Locked(self.step_locks(now, LockEvent::Answered(reply))))
+            }
+            Down::RecallLocks(recall) => {
+                let recalled = LockEvent::Recalled(Ino(recall.ino));
+                Some(Effect::Locked(self.step_locks(now, recalled)))
+            }
             Down::Inodes(leased) => {
                 self.inodes_asked = false;
                 // What is left of the old range is given up: numbers are never short.
@@ -132,7 +142,6 @@ impl Core {
             }
             other @ (Down::Opened(_)
             | Down::Placements(_)
-            | Down::Lock(_)
             | Down::Statfs(_)
             | Down::Providers(_)
             | Down::Renewed(_)) => Some(Effect::Other(other)),
