@@ -12,6 +12,9 @@
 
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
+#[path = "lock_histories/checks.rs"]
+mod checks;
+
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
@@ -92,6 +95,8 @@ struct Sim {
     random: StdRng,
     step: usize,
     kept_seen: u64,
+    /// Requests that waited when all was quiet, and had a reason.
+    waits_seen: u64,
     granted: u64,
 }
 
@@ -167,6 +172,7 @@ impl Sim {
             random: StdRng::seed_from_u64(seed),
             step: 1,
             kept_seen: 0,
+            waits_seen: 0,
             granted: 0,
         };
         let question = Question::CreateVolume {
@@ -345,6 +351,12 @@ impl Sim {
         let mount = &mut self.mounts[index];
         let now = mount.now(now_ms);
         let locked = mount.core.step_locks(now, event);
+        let granted = locked.done.iter().filter(|(_, outcome)| *outcome == LockOutcome::Granted);
+        for (number, _) in granted {
+            let mount = &self.mounts[index];
+            let release = mount.asking[number].ask.wanted.kind == LockKind::Unlock;
+            assert!(release || mount.trusts(now_ms), "mount {index} grants what it cannot know");
+        }
         self.ended(index, &locked);
     }
 
@@ -365,72 +377,6 @@ impl Sim {
         self.kept_seen += (1..=FILES)
             .filter(|ino| self.mounts[index].core.locks().keeps(Ino(*ino)))
             .count() as u64;
-    }
-
-    fn others<'a>(
-        &'a self,
-        index: usize,
-        asking: &'a Asking,
-    ) -> impl Iterator<Item = (usize, u64)> + 'a {
-        let all = (0..self.mounts.len()).flat_map(|other| (0..OWNERS).map(move |by| (other, by)));
-        all.filter(move |(other, by)| (*other, *by) != (index, asking.ask.wanted.by))
-    }
-
-    fn check_outcome(&self, index: usize, asking: &Asking, outcome: LockOutcome) {
-        let wanted = asking.ask.wanted;
-        if wanted.kind == LockKind::Unlock {
-            assert_eq!(outcome, LockOutcome::Granted, "a release is refused");
-            return;
-        }
-        if outcome == LockOutcome::Granted && !self.mounts[index].trusts(self.now_ms) {
-            return;
-        }
-        for (other, by) in self.others(index, asking) {
-            let mount = &self.mounts[other];
-            let Some(believed) = mount.believed.get(&(by, asking.ino)) else { continue };
-            for at in bytes(&wanted).filter(|_| mount.trusts(self.now_ms)) {
-                let (kind, since) = believed[at];
-                let there = excludes(kind, wanted.kind) && outcome == LockOutcome::Granted;
-                let overlooked = there && (!asking.ask.test || since <= asking.at);
-                assert!(
-                    !overlooked,
-                    "mount {index} is granted {asking:?}, and owner {by} of mount {other} has \
-                     {kind:?} on byte {at} since step {since}"
-                );
-            }
-        }
-        if matches!(outcome, LockOutcome::InTheWay(_)) {
-            let possible = |(other, by): (usize, u64)| {
-                let possible = self.possible.get(&(other, by, asking.ino));
-                possible.is_some_and(|steps| bytes(&wanted).any(|at| steps[at] >= asking.at))
-            };
-            let reason = self.others(index, asking).any(possible);
-            let reason = reason || self.ghosts.contains(&asking.ino);
-            assert!(reason, "mount {index} is refused {asking:?}: {outcome:?}");
-        }
-    }
-
-    /// Notes what everybody can have now.
-    fn note_possible(&mut self) {
-        let step = self.step;
-        for (index, mount) in self.mounts.iter().enumerate() {
-            for ((by, ino), believed) in &mount.believed {
-                let steps = self.possible.entry((index, *by, *ino)).or_default();
-                let held = (0..BYTES).filter(|at| believed[*at].0 != LockKind::Unlock);
-                held.for_each(|at| steps[at] = step);
-            }
-            for asking in mount.asking.values().filter(|asking| !asking.ask.test) {
-                let wanted = asking.ask.wanted;
-                let steps = self.possible.entry((index, wanted.by, asking.ino)).or_default();
-                bytes(&wanted).for_each(|at| steps[at] = step);
-            }
-            for ino in 1..=FILES {
-                for held in mount.core.locks().held(Ino(ino)) {
-                    let steps = self.possible.entry((index, held.by, ino)).or_default();
-                    bytes(held).for_each(|at| steps[at] = step);
-                }
-            }
-        }
     }
 
     fn ask(&mut self, index: usize, owner: u64, ino: u64, ask: LockAsk) {
@@ -537,12 +483,13 @@ impl Sim {
                 self.lock_event(index, LockEvent::Closed(Ino(ino)));
             }
             935..945 => self.break_off(index),
-            945..980 if self.mounts[index].conn.is_none() => self.reconnect(index),
+            945..960 if self.mounts[index].conn.is_none() => self.reconnect(index),
             980..984 => self.restart_directory(),
             984..988 => self.mounts[index].stalled_until = self.now_ms + 80_000,
             988..991 if self.kills => self.kill(index),
             991..995 => self.pass(50_000),
             995..999 => self.settle(),
+            960..980 => self.look(),
             999 => self.heal(),
             _ => {}
         }
@@ -583,7 +530,16 @@ impl Sim {
             self.pass(1);
             self.quiet();
         }
-        if !self.kills && self.mounts.iter().all(|mount| mount.trusts(self.now_ms)) {
+    }
+
+    /// All messages arrive; nobody waits for the clock to tell him what he waits for.
+    fn look(&mut self) {
+        for mount in &mut self.mounts {
+            mount.stalled_until = mount.stalled_until.min(self.now_ms);
+        }
+        self.quiet();
+        let here = |mount: &MountSim| mount.opened && mount.trusts(self.now_ms);
+        if !self.kills && self.mounts.iter().all(here) {
             self.check_waiters();
         }
     }
@@ -623,129 +579,32 @@ impl Sim {
             }
         }
     }
-
-    /// Nothing is on its way: whoever waits waits for somebody's lock.
-    fn check_waiters(&self) {
-        for (index, mount) in self.mounts.iter().enumerate() {
-            for asking in mount.asking.values() {
-                let wanted = asking.ask.wanted;
-                let has = |(other, by): (usize, u64)| {
-                    let held = self.mounts[other].core.locks().held(Ino(asking.ino));
-                    held.iter().any(|held| {
-                        let same = (other, held.by) == (index, wanted.by);
-                        !same
-                            && held.by == by
-                            && excludes(held.kind, wanted.kind)
-                            && held.overlaps(&wanted)
-                    })
-                };
-                let reason = self.others(index, asking).any(has);
-                // It waits for what it gave up to be taken back.
-                let gave_up = mount.gave_up.contains(&(wanted.by, asking.ino));
-                assert!(reason || gave_up, "mount {index} waits in vain: {asking:?}");
-            }
-        }
-    }
-
-    /// A fresh owner of the mount asks, and is answered.
-    fn probe(&mut self, index: usize, ino: u64, wanted: OwnLock, test: bool) -> LockOutcome {
-        let number = self.mounts[index].core.request_number();
-        let ask = LockAsk { wanted, test, wait_ms: 0 };
-        let (now_ms, mount) = (self.now_ms, &mut self.mounts[index]);
-        let now = mount.now(now_ms);
-        let locked = mount.core.step_locks(now, LockEvent::Asked { number, ino: Ino(ino), ask });
-        let mut done = locked.done;
-        while done.is_empty() {
-            let before = self.now_ms;
-            for other in 0..self.mounts.len() {
-                self.pump(other);
-                while !self.mounts[other].up.is_empty() {
-                    self.arrives(other);
-                }
-            }
-            for other in 0..self.mounts.len() {
-                while let Some(down) = self.mounts[other].down.pop_front() {
-                    let now = self.mounts[other].now(before);
-                    let effect = self.mounts[other].core.on_down(now, down);
-                    let Some(CoreEffect::Locked(locked)) = effect else { continue };
-                    done.extend(locked.done.iter().filter(|(n, _)| other == index && *n == number));
-                    self.ended(other, &locked);
-                }
-            }
-        }
-        done[0].1
-    }
-
-    fn check_end(&mut self) {
-        self.heal();
-        let (count, fresh) = (self.mounts.len(), OWNERS + 1);
-        for index in 0..count {
-            for ((by, ino), believed) in self.mounts[index].believed.clone() {
-                for (at, (kind, _)) in believed.into_iter().enumerate() {
-                    let from = (index + 1) % count;
-                    let at = at as u64;
-                    let (start, end) = (at, at);
-                    let wanted = OwnLock { by: fresh, start, end, kind: LockKind::Write, pid: 0 };
-                    let found = self.probe(from, ino, wanted, true) != LockOutcome::Granted;
-                    let lost = kind != LockKind::Unlock && !found;
-                    assert!(
-                        !lost,
-                        "owner {by} of mount {index}: {kind:?} on {at} of {ino} is lost"
-                    );
-                }
-            }
-        }
-        for index in 0..count {
-            let numbers: Vec<u64> = self.mounts[index].asking.keys().copied().collect();
-            numbers.into_iter().for_each(|number| self.gives_up(index, number));
-            for owner in 0..OWNERS {
-                (1..=FILES).for_each(|ino| self.close(index, owner, ino));
-            }
-        }
-        self.heal();
-        for index in 0..count {
-            for ino in 1..=FILES {
-                let (start, end, kind) = (0, u64::MAX, LockKind::Write);
-                let wanted = OwnLock { by: fresh, start, end, kind, pid: 0 };
-                let mut outcome = self.probe(index, ino, wanted, false);
-                for _ in 0..if self.kills { 8 } else { 0 } {
-                    if outcome == LockOutcome::Granted {
-                        break;
-                    }
-                    // A dead mount is shut out when it is in the way.
-                    self.pass(1);
-                    outcome = self.probe(index, ino, wanted, false);
-                }
-                assert_eq!(outcome, LockOutcome::Granted, "mount {index}, inode {ino}");
-                let free = OwnLock { kind: LockKind::Unlock, ..wanted };
-                assert_eq!(self.probe(index, ino, free, false), LockOutcome::Granted);
-            }
-        }
-    }
 }
 
 /// Histories of the tier; what all of them came to.
-fn histories(first: u64, count: u64) -> (u64, u64) {
-    let (mut granted, mut kept) = (0, 0);
+fn histories(first: u64, count: u64) -> (u64, u64, u64) {
+    let mut all = (0, 0, 0);
     for seed in first..first + count {
         let run = std::panic::catch_unwind(|| {
             let mut sim = Sim::new(seed);
             (0..STEPS).for_each(|_| sim.random_step());
             sim.check_end();
-            (sim.granted, sim.kept_seen)
+            (sim.granted, sim.kept_seen, sim.waits_seen)
         });
         let Ok(ended) = run else { panic!("seed {seed}") };
-        granted += ended.0;
-        kept += ended.1;
+        all = (all.0 + ended.0, all.1 + ended.1, all.2 + ended.2);
     }
-    (granted, kept)
+    all
 }
 
 #[test]
 fn locks_of_several_mounts_exclude_each_other_and_none_is_lost() {
     let count = u64::from(tier::rounds(2_000, 40_000, 400_000));
     let begun = std::time::Instant::now();
-    let (granted, kept) = histories(tier::seed(), count);
-    eprintln!("{granted} locks granted, {kept} times one kept, {:?}", begun.elapsed());
-    assert!(granted > 10 * count && kept > count, "the histories are too quiet");
+    let (granted, kept, waits) = histories(tier::seed(), count);
+    eprintln!(
+        "{granted} locks granted, {kept} times one kept, {waits} waits, {:?}",
+        begun.elapsed()
+    );
+    assert!(granted > 10 * count && kept > count && waits > count, "the histories are too quiet");
 }

@@ -222,9 +222,10 @@ impl OwnLocks {
     }
 
     fn is_taken_back(&self, ino: Ino, owner: u64) -> bool {
-        self.pending
-            .values()
-            .any(|pending| pending.given_up && pending.ino == ino && pending.ask.wanted.by == owner)
+        self.pending.values().any(|pending| {
+            let same = pending.ino == ino && pending.ask.wanted.by == owner;
+            same && pending.given_up && pending.place == Place::There
+        })
     }
 
     /// Asks the directory.
@@ -232,6 +233,7 @@ impl OwnLocks {
         let Some(pending) = self.pending.get_mut(&number) else { return };
         let file = self.files.entry(pending.ino).or_default();
         file.there += 1;
+        file.given_up += usize::from(pending.given_up && pending.taken_back.is_none());
         (pending.place, pending.epoch) = (Place::There, file.epoch);
         step.send.push(pending.request(number));
     }
@@ -269,6 +271,8 @@ impl OwnLocks {
                 pending.given_up = true;
                 file.given_up += 1;
             }
+            // A release is done all the same.
+            Place::Behind if pending.ask.wanted.kind == LockKind::Unlock => pending.given_up = true,
             Place::Behind => drop(self.pending.remove(&number)),
             Place::Here => {
                 let blocking = file.own.in_the_way(&pending.ask.wanted);
@@ -338,7 +342,8 @@ impl OwnLocks {
     /// it counts as released.
     pub fn resume(&mut self) -> LockStep {
         let mut step = LockStep::default();
-        for pending in self.pending.values_mut().filter(|known| known.place == Place::There) {
+        let lost = |known: &&mut Pending| known.place == Place::There || known.given_up;
+        for pending in self.pending.values_mut().filter(lost) {
             if let Some(file) = self.files.get_mut(&pending.ino) {
                 pending.settle(&mut file.own);
             }

@@ -197,3 +197,35 @@ fn one_lock_too_many_is_an_error() {
     let sent = outgoing(&mut core);
     assert!(matches!(&sent[..], [Up::Locks(said)] if said.locks.len() == FILE_LOCKS_MAX));
 }
+
+/// A release that waited behind a request that was given up, and was given up itself, was forgotten: the
+/// lock stayed for ever.
+#[test]
+fn a_release_that_nobody_waits_for_is_done() {
+    let free = lock(1, Unlock, 0..=u64::MAX);
+    let given_up_behind = || {
+        let mut core = core();
+        ask(&mut core, 1, lock(1, Write, 0..=9), 0);
+        hears(&mut core, granted(1, false));
+        ask(&mut core, 2, lock(1, Write, 20..=29), 1000);
+        core.step_locks(at(1), LockEvent::GivenUp { number: 2 });
+        ask(&mut core, 3, free, 0);
+        core.step_locks(at(1), LockEvent::GivenUp { number: 3 });
+        outgoing(&mut core);
+        core
+    };
+    let mut core = given_up_behind();
+    hears(&mut core, LockReply { request: 2, ..LockReply::default() });
+    let sent = requests(&mut core);
+    assert_eq!(
+        sent.iter().map(|sent| (sent.request, sent.kind())).collect::<Vec<_>>(),
+        [(3, Unlock)]
+    );
+    hears(&mut core, granted(3, false));
+    assert_eq!(core.locks().held(FILE), []);
+    // Nor is it where the stream breaks.
+    let mut core = given_up_behind();
+    let claims = core.claim_locks();
+    assert!(matches!(&claims[..], [Up::Locks(said)] if said.locks.is_empty()), "{claims:?}");
+    assert_eq!(requests(&mut core), []);
+}
