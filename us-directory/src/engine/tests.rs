@@ -60,6 +60,7 @@ pub(super) struct World {
     pub line: (u64, u64),
     /// What is free at each of them.
     pub free_bytes: u64,
+    pub capacity_bytes: u64,
     trash_age_ms: u64,
 }
 
@@ -93,6 +94,7 @@ impl World {
             providers: Vec::new(),
             line: (0, 0),
             free_bytes: report().free_bytes,
+            capacity_bytes: report().capacity_bytes,
             trash_age_ms,
         };
         world.make_durable();
@@ -149,9 +151,14 @@ impl World {
         self.now_ms += ms;
         for (conn, _) in self.providers.clone() {
             let (uplink_bytes_per_s, downlink_bytes_per_s) = self.line;
-            let free_bytes = self.free_bytes;
-            let line =
-                ProviderReport { uplink_bytes_per_s, downlink_bytes_per_s, free_bytes, ..report() };
+            let (free_bytes, capacity_bytes) = (self.free_bytes, self.capacity_bytes);
+            let line = ProviderReport {
+                uplink_bytes_per_s,
+                downlink_bytes_per_s,
+                free_bytes,
+                capacity_bytes,
+                ..report()
+            };
             self.provider_says(conn, PUp::Report(line));
         }
         self.event(Event::Tick);
