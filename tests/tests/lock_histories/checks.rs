@@ -2,11 +2,10 @@
 
 use us_core::ids::Ino;
 use us_proto::v1::LockKind;
-use us_proto::v1::session_up::Event as Up;
 use usfs::core::Effect as CoreEffect;
 use usfs::core::locks::{LockAsk, LockEvent, LockOutcome, OwnLock};
 
-use super::{Asking, BYTES, FILES, MountSim, OWNERS, Sim, bytes, excludes};
+use super::{Asking, BYTES, FILES, OWNERS, Sim, bytes, excludes};
 
 impl Sim {
     fn others<'a>(
