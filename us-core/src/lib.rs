@@ -15,6 +15,7 @@ pub mod keyring;
 pub mod limits;
 pub mod name;
 pub mod placement;
+pub mod range_locks;
 pub mod seal;
 pub mod tls;
 pub mod wire;

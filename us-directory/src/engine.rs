@@ -48,7 +48,7 @@ pub mod health;
 mod keeping;
 pub mod leases;
 mod leave;
-pub mod locks;
+mod locks;
 mod lockwait;
 mod members;
 mod placement;
@@ -72,7 +72,6 @@ use health::Counts;
 pub use keeping::{ImageContent, ImagePlan};
 use leases::{InodeKey, Leases};
 use locks::Locks;
-use lockwait::LockWaiter;
 use members::{Member, Query};
 pub use private::PrivateVolume;
 
@@ -213,7 +212,6 @@ pub struct Engine {
     awake: BTreeSet<u64>,
     recall_again: Vec<(u64, InodeKey, leases::Level, u64)>,
     locks: Locks,
-    lock_waiters: VecDeque<LockWaiter>,
     recent: HashMap<InodeKey, (u64, Seq)>,
     recent_order: VecDeque<(Seq, Vec<InodeKey>)>,
     /// On the own disk up to here; durable where the copies say so too.
@@ -324,7 +322,6 @@ impl Engine {
             awake: BTreeSet::new(),
             recall_again: Vec::new(),
             locks: Locks::default(),
-            lock_waiters: VecDeque::new(),
             recent: HashMap::new(),
             recent_order: VecDeque::new(),
             synced: 0,
@@ -496,7 +493,7 @@ impl Engine {
         self.sessions.values_mut().for_each(|known| shift(&mut known.heard_ms));
         self.members.values_mut().for_each(|member| shift(&mut member.heard_ms));
         self.parked_longer(gap_ms);
-        self.lock_waiters.iter_mut().for_each(|waiter| waiter.wait_longer(gap_ms));
+        self.locks.wait_longer(gap_ms);
         self.repairs.jobs.wait_longer(gap_ms);
     }
 
@@ -546,7 +543,7 @@ impl Engine {
         match then {
             Then::Send(conn, down) => self.effects.push(Effect::Session { conn, down: *down }),
             Then::Greet { conn, session, resumed } => self.greet(conn, session, resumed),
-            Then::Ended { session, end } => self.ended(session, end),
+            Then::Ended { session, end } => self.ended(session, end)?,
             Then::Answer(ask, answer) => self.effects.push(Effect::Answer { ask, answer }),
             Then::Deletes => self.send_deletes()?,
             Then::Member { conn, provider } => self.welcome(conn, provider)?,

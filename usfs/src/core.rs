@@ -26,6 +26,7 @@ mod install;
 mod known;
 mod leases;
 mod listing;
+pub mod locks;
 mod names;
 pub mod node;
 mod rescue;
@@ -206,6 +207,7 @@ pub struct Core {
     free_space: Option<(Duration, u64)>,
     /// Leases given up behind mutations that may have to be replayed under them.
     let_go: VecDeque<leases::LetGo>,
+    locks: locks::OwnLocks,
 }
 
 /// Block infos cached.
@@ -236,6 +238,7 @@ impl Core {
             recalls: VecDeque::new(),
             free_space: None,
             let_go: VecDeque::new(),
+            locks: locks::OwnLocks::default(),
             config,
         }
     }

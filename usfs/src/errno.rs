@@ -65,6 +65,9 @@ pub enum FsError {
     /// A wait for a lock ended without it: waits are bounded.
     #[error("gave up waiting for the lock")]
     LockWaitEnded,
+    /// A file can have so many locks only.
+    #[error("the file has too many locks")]
+    TooManyLocks,
     /// The operation is not supported.
     #[error("operation not supported")]
     NotSupported,
@@ -115,6 +118,7 @@ impl FsError {
             Self::NoSuchOffset => libc::ENXIO,
             Self::Locked => libc::EAGAIN,
             Self::LockWaitEnded => libc::EINTR,
+            Self::TooManyLocks => libc::ENOLCK,
             Self::NotSupported => libc::EOPNOTSUPP,
             Self::NoSpace(_) => libc::ENOSPC,
             Self::TimedOut(_) => libc::ETIMEDOUT,

@@ -11,6 +11,7 @@ use us_proto::v1::{DeleteFragments, FragmentId};
 
 use super::garbage::SecondLook;
 use super::health::CountedSlice;
+use super::locks::LockEvent;
 use super::members::{FRAGMENTS_A_MESSAGE, Piece};
 use super::{Durability, Engine, Then};
 use crate::keys;
@@ -46,7 +47,7 @@ pub(super) struct Unsettled {
 impl Engine {
     pub(super) fn tick(&mut self) -> Result<(), StoreError> {
         self.check_parked()?;
-        self.check_lock_waiters();
+        self.step_locks(LockEvent::Tick)?;
         self.reap()?;
         self.run_repairs()?;
         if self.now_ms() < self.last_slow_tick_ms + SLOW_TICK_MS {

@@ -5,9 +5,9 @@ use std::sync::Arc;
 use us_core::ids::VolumeId;
 use us_core::tls::PeerIdentity;
 use us_proto::v1::{
-    AccessLevel, BlockCommit, BlockSummary, ClusterEvent, PlacementsLeased, ProviderDown, ProviderUp,
-    RefusedKeys, RepairStatus, SessionDown, SessionUp, StatusReply, VolumeAccess, VolumeInfo,
-    VolumeKeysReply,
+    AccessLevel, BlockCommit, BlockSummary, ClusterEvent, PlacementsLeased, ProviderDown,
+    ProviderUp, RefusedKeys, RepairStatus, SessionDown, SessionUp, StatusReply, VolumeAccess,
+    VolumeInfo, VolumeKeysReply,
 };
 
 use super::garbage::{FsckBasis, Stray, Verdict};

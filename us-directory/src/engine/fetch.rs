@@ -17,6 +17,7 @@ use us_proto::v1::{
 };
 
 use super::leases::{InodeKey, Level};
+use super::locks::LockEvent;
 use super::{ConnId, Engine, PARKED_MAX};
 use crate::keys;
 use crate::namespace::{CHUNK_BYTES, S_IFDIR, S_IFMT};
@@ -269,7 +270,7 @@ impl Engine {
         }
     }
 
-    fn fence_if_silent(&mut self, session: u64) -> Result<(), StoreError> {
+    pub(super) fn fence_if_silent(&mut self, session: u64) -> Result<(), StoreError> {
         let silent = self.sessions.get(&session).is_some_and(|known| {
             known.is_alive() && self.at.now_ms >= known.heard_ms + self.config.fence_ms
         });
@@ -563,7 +564,7 @@ impl Engine {
     }
 
     /// Forgets the requests of a connection.
-    pub(super) fn drop_requests(&mut self, conn: ConnId) {
+    pub(super) fn drop_requests(&mut self, conn: ConnId) -> Result<(), StoreError> {
         let gone: Vec<u64> =
             self.parked.iter().filter(|(_, p)| p.conn == conn).map(|(id, _)| *id).collect();
         for id in gone {
@@ -571,7 +572,7 @@ impl Engine {
                 self.wake_inode(&key);
             }
         }
-        self.lock_waiters.retain(|waiter| waiter.conn != conn);
+        self.step_locks(LockEvent::Lost(conn))
     }
 
     /// Requests that wait may wait so much longer.

@@ -1,19 +1,37 @@
-//! fcntl byte-range locks of all sessions. Pure: no clock, no I/O.
+//! fcntl byte-range locks of all sessions, those who wait for one, and who keeps the locks of which
+//! file itself. Pure: no clock, no I/O; it is asked in the order of the engine's events.
 //!
-//! Invariant: two locks of different owners on overlapping bytes are both read locks. An owner's
-//! own locks never overlap each other. They live as long as their session, in memory only.
+//! ```text
+//!             nobody else has or wants a lock: LockReply.keep
+//!   here  ---------------------------------------------------->  kept by a mount
+//!    ^                                                                |
+//!    '---- Locks, LockRequest or end of the session <-- RecallLocks --' somebody else asks
+//! ```
+//! Invariants:
+//! - LOCK-1: two locks of different owners on overlapping bytes are both read locks;
+//! - LOCK-2: while a session keeps a file's locks itself nobody else has one, is given one, or is
+//!   told that there is none: who asks waits until they were said, or the session has ended;
+//! - LOCK-3: who waits is answered in the step that removes what is in the way.
+//!
+//! Locks live as long as their session, in memory only; after a start each mount says its own before
+//! its session counts as claimed, and until all have, nothing is given (`Grace`).
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap, VecDeque};
 
-use us_proto::v1::LockKind;
+use us_core::ids::VolumeId;
+use us_core::range_locks::{NotSet, RangeLock, RangeLocks};
+use us_proto::v1::{LockKind, LockReply};
 
+use super::ConnId;
 use super::leases::InodeKey;
 
-/// The most locks one inode can have.
-pub const INODE_LOCKS_MAX: usize = 16_384;
+/// Lock requests of all sessions that may wait at once.
+const WAITERS_MAX: usize = 16_384;
+/// Files of which anybody has locks, from which on no mount is told to keep any.
+const FILES_MANY: usize = 1 << 20;
 
 /// Who owns a lock: the kernel's owner, of a session.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct LockOwner {
     /// The session.
     pub session: u64,
@@ -21,130 +39,374 @@ pub struct LockOwner {
     pub owner: u64,
 }
 
-/// A lock on bytes `start..=end`.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Lock {
-    /// Whose.
-    pub by: LockOwner,
-    /// First byte.
-    pub start: u64,
-    /// Last byte.
-    pub end: u64,
-    /// Read or write.
-    pub kind: LockKind,
-    /// Of the process, for people.
-    pub pid: u32,
+/// A lock of a session.
+pub type Lock = RangeLock<LockOwner>;
+
+/// A request for a lock.
+#[derive(Clone, Copy, Debug)]
+pub struct Asked {
+    /// Where the answer goes.
+    pub conn: ConnId,
+    /// Its number there.
+    pub request: u64,
+    /// The lock, or what is to be released or tested.
+    pub wanted: Lock,
+    /// It is only asked who is in the way.
+    pub test: bool,
+    /// It waits for what is in the way.
+    pub wait: bool,
+    /// The mount can keep the file's locks itself.
+    pub may_keep: bool,
+    /// It is answered by then, one way or the other.
+    pub deadline_ms: u64,
 }
 
-impl Lock {
-    fn overlaps(&self, other: &Self) -> bool {
-        self.start <= other.end && other.start <= self.end
+/// What a session says of its locks on a file.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Said {
+    /// It has these, and asks from now on. `kept`: it goes on keeping them.
+    All { locks: Vec<Lock>, kept: bool },
+    /// It keeps none: what is known here is true.
+    Unchanged,
+}
+
+/// Sessions that have not said what they hold since the directory started: while there is another
+/// of the volume, no lock is given, and nobody is told that there is none.
+#[derive(Debug, Default)]
+pub struct Grace {
+    /// They, and their volumes.
+    pub unclaimed: Vec<(u64, VolumeId)>,
+}
+
+impl Grace {
+    /// Those that `session` waits for.
+    fn others(&self, session: u64, key: &InodeKey) -> impl Iterator<Item = u64> {
+        let of_volume = self.unclaimed.iter().filter(|(_, volume)| *volume == key.0);
+        of_volume.map(|(other, _)| *other).filter(move |other| *other != session)
     }
 
-    fn excludes(&self, other: &Self) -> bool {
-        let write = self.kind == LockKind::Write || other.kind == LockKind::Write;
-        self.by != other.by && self.overlaps(other) && write
+    fn lasts(&self, session: u64, key: &InodeKey) -> bool {
+        self.others(session, key).next().is_some()
     }
+}
+
+/// What happens to the locks.
+#[derive(Debug)]
+pub enum LockEvent {
+    /// A session asks.
+    Asked(InodeKey, Asked),
+    /// A session says what it has. `claims`: it has not said all it holds since the directory started.
+    Said { session: u64, key: InodeKey, said: Said, claims: bool },
+    /// A session has a new connection: what it keeps it says on it.
+    Resumed { session: u64 },
+    /// It has said all.
+    Claimed { session: u64 },
+    /// A session ended durably.
+    Ended { session: u64 },
+    /// Requests of a connection have nobody left who waits.
+    Lost(ConnId),
+    /// Time has passed.
+    Tick,
+}
+
+/// What is to be done.
+#[derive(Clone, Debug, PartialEq)]
+pub enum LockEffect {
+    /// An answer.
+    Reply(ConnId, LockReply),
+    /// The session is to say the locks it keeps of the file.
+    Recall { session: u64, ino: u64 },
+    /// The session is in another's way: if it is silent it is to be shut out.
+    InTheWay { session: u64 },
+    /// The session broke a rule.
+    Broken { session: u64, detail: String },
+}
+
+/// A session keeps a file's locks itself.
+#[derive(Clone, Copy, Debug)]
+struct Kept {
+    by: u64,
+    /// It was asked for them.
+    recalled: bool,
+    /// It has a new connection and has not said yet, on this one, that it keeps them.
+    unsaid: bool,
+}
+
+#[derive(Debug, Default)]
+struct FileLocks {
+    held: RangeLocks<LockOwner>,
+    /// In the order they came.
+    waiting: VecDeque<Asked>,
+    kept: Option<Kept>,
 }
 
 /// All locks.
 #[derive(Debug, Default)]
 pub struct Locks {
-    inodes: HashMap<InodeKey, Vec<Lock>>,
+    files: HashMap<InodeKey, FileLocks>,
+    /// How many wait, by file.
+    waiting: BTreeMap<InodeKey, usize>,
+    waiters: usize,
+}
+
+/// How a request stands.
+enum Verdict {
+    Answer(LockReply),
+    /// For another's lock.
+    Blocked(Lock),
+    /// For what somebody keeps or has not said.
+    Undecided,
 }
 
 impl Locks {
-    /// The first lock in the way of this one.
-    pub fn in_the_way(&self, key: &InodeKey, wanted: &Lock) -> Option<Lock> {
-        self.inodes.get(key)?.iter().find(|held| held.excludes(wanted)).copied()
+    /// Takes one event.
+    pub fn step(&mut self, now_ms: u64, grace: &Grace, event: LockEvent) -> Vec<LockEffect> {
+        let mut effects = Vec::new();
+        match event {
+            LockEvent::Asked(key, asked) => self.asked(grace, key, asked, &mut effects),
+            LockEvent::Said { session, key, said, claims } => {
+                self.said(session, &key, said, claims, &mut effects);
+                self.retry(grace, &key, &mut effects);
+            }
+            LockEvent::Resumed { session } => {
+                for kept in self.kept_by(session) {
+                    kept.unsaid = true;
+                }
+            }
+            LockEvent::Claimed { session } => {
+                for file in self.files.values_mut() {
+                    file.kept.take_if(|kept| kept.by == session && kept.unsaid);
+                }
+                self.retry_all(grace, &mut effects);
+                self.tidy_all();
+            }
+            LockEvent::Ended { session } => {
+                for file in self.files.values_mut() {
+                    file.held.retain(|by| by.session != session);
+                    file.kept.take_if(|kept| kept.by == session);
+                }
+                self.drop_waiters(|asked| asked.wanted.by.session == session);
+                self.retry_all(grace, &mut effects);
+                self.tidy_all();
+            }
+            LockEvent::Lost(conn) => self.drop_waiters(|asked| asked.conn == conn),
+            LockEvent::Tick => {
+                self.retry_all(grace, &mut effects);
+                self.end_waits(now_ms, grace, &mut effects);
+            }
+        }
+        effects
     }
 
-    /// Sets or removes a lock; the owner's own locks on these bytes give way. `false`: the inode
-    /// has too many locks.
-    ///
-    /// # Panics
-    /// When another's lock is in the way.
-    pub fn set(&mut self, key: &InodeKey, wanted: Lock) -> bool {
-        let unlock = wanted.kind == LockKind::Unlock;
-        assert!(unlock || self.in_the_way(key, &wanted).is_none(), "a lock is in the way");
-        let locks = self.inodes.entry(*key).or_default();
-        if locks.len() >= INODE_LOCKS_MAX && !unlock {
-            return false;
+    /// Requests that wait may wait so much longer.
+    pub fn wait_longer(&mut self, by_ms: u64) {
+        for asked in self.files.values_mut().flat_map(|file| &mut file.waiting) {
+            asked.deadline_ms = asked.deadline_ms.saturating_add(by_ms);
         }
-        let mut kept = Vec::with_capacity(locks.len() + 2);
-        for held in locks.drain(..) {
-            if held.by != wanted.by || !held.overlaps(&wanted) {
-                kept.push(held);
-                continue;
+    }
+
+    fn kept_by(&mut self, session: u64) -> impl Iterator<Item = &mut Kept> {
+        let kept = self.files.values_mut().filter_map(|file| file.kept.as_mut());
+        kept.filter(move |kept| kept.by == session)
+    }
+
+    fn asked(&mut self, grace: &Grace, key: InodeKey, asked: Asked, effects: &mut Vec<LockEffect>) {
+        let many = self.files.len() >= FILES_MANY;
+        let session = asked.wanted.by.session;
+        let file = self.files.entry(key).or_default();
+        // Who asks does not keep them: its question crossed the answer that said it may.
+        let given_up = file.kept.take_if(|kept| kept.by == session).is_some();
+        let mut reply = match file.decide(grace, &key, &asked, effects) {
+            Verdict::Answer(reply) => reply,
+            verdict @ (Verdict::Blocked(_) | Verdict::Undecided) => {
+                let waits = asked.wait || matches!(verdict, Verdict::Undecided);
+                if waits && self.waiters < WAITERS_MAX {
+                    file.waiting.push_back(asked);
+                    *self.waiting.entry(key).or_default() += 1;
+                    self.waiters += 1;
+                    return if given_up {
+                        self.retry(grace, &key, effects)
+                    };
+                }
+                refused(&asked, &verdict)
             }
-            if held.start < wanted.start {
-                kept.push(Lock { end: wanted.start - 1, ..held });
-            }
-            if held.end > wanted.end {
-                kept.push(Lock { start: wanted.end + 1, ..held });
+        };
+        if asked.may_keep && !many && file.is_alone(grace, &key, &asked) && !reply.too_many {
+            reply.keep = true;
+            file.kept = Some(Kept { by: session, recalled: false, unsaid: false });
+        }
+        effects.push(LockEffect::Reply(asked.conn, reply));
+        self.retry(grace, &key, effects);
+    }
+
+    fn said(
+        &mut self,
+        session: u64,
+        key: &InodeKey,
+        said: Said,
+        claims: bool,
+        effects: &mut Vec<LockEffect>,
+    ) {
+        let file = self.files.entry(*key).or_default();
+        let kept = file.kept.take_if(|kept| kept.by == session).is_some();
+        let Said::All { locks, kept: goes_on } = said else { return };
+        let others = file.held.held().iter().any(|lock| lock.by.session != session);
+        let others_keep = file.kept.is_some();
+        let may_go_on = kept || (claims && !others_keep && !others);
+        let may_have = !others_keep || locks.is_empty();
+        let fits = may_have && file.held.replace(|by| by.session == session, locks);
+        if !fits || (goes_on && !may_go_on) {
+            let detail = format!("inode {}: its locks cannot be what it says they are", key.1);
+            effects.push(LockEffect::Broken { session, detail });
+        } else if goes_on {
+            file.kept = Some(Kept { by: session, recalled: false, unsaid: false });
+        }
+    }
+
+    /// Tries the requests that wait for locks of a file, in the order they came, until none can be
+    /// answered.
+    fn retry(&mut self, grace: &Grace, key: &InodeKey, effects: &mut Vec<LockEffect>) {
+        let Some(file) = self.files.get_mut(key) else { return };
+        let before = file.waiting.len();
+        let mut again = before > 0;
+        while again {
+            again = false;
+            for asked in std::mem::take(&mut file.waiting) {
+                match file.decide(grace, key, &asked, effects) {
+                    Verdict::Answer(reply) => {
+                        effects.push(LockEffect::Reply(asked.conn, reply));
+                        // A lock that takes the place of a stronger one lets others in.
+                        again = true;
+                    }
+                    verdict @ Verdict::Blocked(_) if !asked.wait => {
+                        effects.push(LockEffect::Reply(asked.conn, refused(&asked, &verdict)));
+                    }
+                    Verdict::Blocked(_) | Verdict::Undecided => file.waiting.push_back(asked),
+                }
             }
         }
-        if !unlock {
-            kept.push(wanted);
-        }
-        if kept.is_empty() {
-            self.inodes.remove(key);
+        let waiting = file.waiting.len();
+        self.waits_now(key, before, waiting);
+        self.tidy(key);
+    }
+
+    fn retry_all(&mut self, grace: &Grace, effects: &mut Vec<LockEffect>) {
+        let keys: Vec<InodeKey> = self.waiting.keys().copied().collect();
+        keys.iter().for_each(|key| self.retry(grace, key, effects));
+    }
+
+    fn waits_now(&mut self, key: &InodeKey, before: usize, now: usize) {
+        self.waiters = self.waiters + now - before;
+        if now == 0 {
+            self.waiting.remove(key);
         } else {
-            *locks = kept;
+            self.waiting.insert(*key, now);
         }
-        true
     }
 
-    /// Drops all locks of a session and says which inodes had some.
-    pub fn drop_session(&mut self, session: u64) -> Vec<InodeKey> {
-        let mut freed = Vec::new();
-        self.inodes.retain(|key, locks| {
-            let before = locks.len();
-            locks.retain(|lock| lock.by.session != session);
-            if locks.len() < before {
-                freed.push(*key);
+    fn drop_waiters(&mut self, gone: impl Fn(&Asked) -> bool) {
+        let keys: Vec<InodeKey> = self.waiting.keys().copied().collect();
+        for key in keys {
+            let Some(file) = self.files.get_mut(&key) else { continue };
+            let before = file.waiting.len();
+            file.waiting.retain(|asked| !gone(asked));
+            let now = file.waiting.len();
+            self.waits_now(&key, before, now);
+            self.tidy(&key);
+        }
+    }
+
+    /// Answers requests that waited long enough.
+    fn end_waits(&mut self, now_ms: u64, grace: &Grace, effects: &mut Vec<LockEffect>) {
+        for key in self.waiting.keys() {
+            let Some(file) = self.files.get_mut(key) else { continue };
+            let is_late = |asked: &Asked| asked.deadline_ms <= now_ms;
+            for asked in file.waiting.iter().copied().filter(is_late).collect::<Vec<_>>() {
+                let verdict = file.decide(grace, key, &asked, effects);
+                effects.push(LockEffect::Reply(asked.conn, refused(&asked, &verdict)));
             }
-            !locks.is_empty()
-        });
-        freed
+        }
+        self.drop_waiters(|asked| asked.deadline_ms <= now_ms);
+    }
+
+    fn tidy(&mut self, key: &InodeKey) {
+        if self.files.get(key).is_some_and(FileLocks::is_nothing) {
+            self.files.remove(key);
+        }
+    }
+
+    fn tidy_all(&mut self) {
+        self.files.retain(|_, file| !file.is_nothing());
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-    use us_core::ids::VolumeId;
-
-    const KEY: InodeKey = (VolumeId::from_bytes([1; 16]), 7);
-
-    proptest! {
-        #[test]
-        fn locks_agree_with_an_array_of_bytes(
-            steps in proptest::collection::vec((0u64..3, 0u64..16, 0u64..16, 0i32..3), 1..60),
-        ) {
-            let mut locks = Locks::default();
-            let mut bytes = [[0i32; 16]; 3];
-            for (owner, from, to, kind) in steps {
-                let (start, end) = (from.min(to), from.max(to));
-                let by = LockOwner { session: owner, owner };
-                let kind = LockKind::try_from(kind).unwrap();
-                let wanted = Lock { by, start, end, kind, pid: 0 };
-                let clash = (0..3).filter(|other| *other != owner as usize).any(|other| {
-                    (start..=end).any(|byte| {
-                        let held = bytes[other][byte as usize];
-                        held != 0 && (held == 2 || kind == LockKind::Write)
-                    })
-                });
-                if kind != LockKind::Unlock {
-                    prop_assert_eq!(locks.in_the_way(&KEY, &wanted).is_some(), clash);
-                    if clash { continue; }
+impl FileLocks {
+    /// How a request stands now; grants it where nothing is in the way.
+    fn decide(
+        &mut self,
+        grace: &Grace,
+        key: &InodeKey,
+        asked: &Asked,
+        effects: &mut Vec<LockEffect>,
+    ) -> Verdict {
+        let (wanted, request, session) = (asked.wanted, asked.request, asked.wanted.by.session);
+        let reply = |granted| LockReply { request, granted, ..LockReply::default() };
+        if wanted.kind != LockKind::Unlock {
+            if let Some(kept) = self.kept.as_mut().filter(|kept| kept.by != session) {
+                if !std::mem::replace(&mut kept.recalled, true) {
+                    effects.push(LockEffect::Recall { session: kept.by, ino: key.1 });
                 }
-                prop_assert!(locks.set(&KEY, wanted));
-                for byte in start..=end {
-                    bytes[owner as usize][byte as usize] = kind as i32;
+                effects.push(LockEffect::InTheWay { session: kept.by });
+                return Verdict::Undecided;
+            }
+            if grace.lasts(session, key) {
+                let others = grace.others(session, key);
+                effects.extend(others.map(|session| LockEffect::InTheWay { session }));
+                return Verdict::Undecided;
+            }
+        }
+        let tested =
+            self.held.in_the_way(&wanted).map_or(Ok(()), |held| Err(NotSet::InTheWay(held)));
+        match if asked.test { tested } else { self.held.set(wanted) } {
+            Ok(()) => Verdict::Answer(reply(true)),
+            Err(NotSet::TooMany) => Verdict::Answer(LockReply { too_many: true, ..reply(false) }),
+            Err(NotSet::InTheWay(held)) => {
+                if held.by.session != session {
+                    effects.push(LockEffect::InTheWay { session: held.by.session });
                 }
+                Verdict::Blocked(held)
             }
         }
     }
+
+    /// Whether the session that asks may keep the file's locks from now on.
+    fn is_alone(&self, grace: &Grace, key: &InodeKey, asked: &Asked) -> bool {
+        let session = asked.wanted.by.session;
+        asked.wanted.kind != LockKind::Unlock
+            && self.kept.is_none()
+            && self.waiting.is_empty()
+            && !grace.lasts(session, key)
+            && self.held.held().iter().all(|lock| lock.by.session == session)
+    }
+
+    fn is_nothing(&self) -> bool {
+        self.held.held().is_empty() && self.waiting.is_empty() && self.kept.is_none()
+    }
+}
+
+/// The answer to a request that waits no longer.
+fn refused(asked: &Asked, verdict: &Verdict) -> LockReply {
+    let mut reply = LockReply { request: asked.request, ..LockReply::default() };
+    match verdict {
+        Verdict::Answer(answer) => return *answer,
+        Verdict::Undecided => reply.undecided = true,
+        Verdict::Blocked(held) => {
+            reply.blocking_kind = held.kind as i32;
+            reply.blocking_start = held.start;
+            reply.blocking_end = held.end;
+            let own = held.by.session == asked.wanted.by.session;
+            reply.blocking_pid = if own { held.pid } else { 0 };
+        }
+    }
+    reply
 }

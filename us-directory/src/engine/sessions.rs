@@ -14,6 +14,7 @@ use us_proto::v1::{
 };
 
 use super::leases::{InodeKey, Level, Returned};
+use super::locks::LockEvent;
 use super::quota::Leased;
 use super::{ConnId, Effect, Engine, Peer, SESSIONS_MAX, Then, access};
 use crate::keys;
@@ -120,7 +121,8 @@ impl Engine {
             }
             Up::LeasePlacements(ask) => self.lease_placements(session, conn, &ask),
             Up::LeaseInodes(ask) => self.lease_inodes(session, conn, &ask),
-            Up::Lock(ask) => self.lock(session, conn, ask),
+            Up::Lock(ask) => self.lock(session, conn, &ask),
+            Up::Locks(told) => self.says_locks(session, &told),
             Up::Statfs(ask) => self.statfs(session, conn, &ask),
             Up::Damage(damage) => self.client_damage(session, &damage),
             Up::Renew(renew) => {
@@ -265,12 +267,13 @@ impl Engine {
         known.unclaimed = Some(self.leases.held_by(session).into_iter().collect());
         if let Some(old) = old.filter(|old| *old != conn) {
             self.connections.remove(&old);
-            self.drop_requests(old);
+            self.drop_requests(old)?;
             self.effects.push(Effect::End { conn: old });
         }
         if let Some(connection) = self.connections.get_mut(&conn) {
             connection.session = Some(session);
         }
+        self.step_locks(LockEvent::Resumed { session })?;
         // Everything applied so far is durable before the mount hears how far it was applied.
         let last_seq = self.last_seq;
         if last_seq > self.durable {
@@ -326,10 +329,7 @@ impl Engine {
                 return self.refuse(session, detail);
             }
         }
-        if reclaim.last {
-            self.claimed(session);
-        }
-        Ok(())
+        if reclaim.last { self.claimed(session) } else { Ok(()) }
     }
 
     /// One lease claimed again; what is wrong with it where that ends the session.
@@ -387,8 +387,8 @@ impl Engine {
     }
 
     /// The session has said all it holds.
-    pub(super) fn claimed(&mut self, session: u64) {
-        let Some(known) = self.sessions.get_mut(&session) else { return };
+    pub(super) fn claimed(&mut self, session: u64) -> Result<(), StoreError> {
+        let Some(known) = self.sessions.get_mut(&session) else { return Ok(()) };
         let unclaimed = known.unclaimed.take();
         let first = !std::mem::replace(&mut known.claimed, true);
         for key in unclaimed.into_iter().flatten() {
@@ -403,6 +403,7 @@ impl Engine {
         for key in self.leases.held_by(session) {
             self.wake_inode(&key);
         }
+        self.step_locks(LockEvent::Claimed { session })
     }
 
     fn lease_return(&mut self, session: u64, returned: &LeaseReturn) -> Result<(), StoreError> {
@@ -497,8 +498,8 @@ impl Engine {
     }
 
     /// The end of a session is durable.
-    pub(super) fn ended(&mut self, session: u64, end: Ending) {
-        let Some(known) = self.sessions.get_mut(&session) else { return };
+    pub(super) fn ended(&mut self, session: u64, end: Ending) -> Result<(), StoreError> {
+        let Some(known) = self.sessions.get_mut(&session) else { return Ok(()) };
         let conn = known.conn.take();
         known.claimed = true;
         known.unclaimed = None;
@@ -513,17 +514,17 @@ impl Engine {
             self.send(conn, Down::Ended(ended));
             self.effects.push(Effect::End { conn });
             self.connections.remove(&conn);
-            self.drop_requests(conn);
+            self.drop_requests(conn)?;
         }
         for key in self.leases.drop_session(session) {
             self.wake_inode(&key);
         }
         self.wake_grace();
-        self.drop_locks(session);
+        self.step_locks(LockEvent::Ended { session })
     }
 
     pub(super) fn disconnected(&mut self, conn: ConnId) -> Result<(), StoreError> {
-        self.drop_requests(conn);
+        self.drop_requests(conn)?;
         let Some(connection) = self.connections.remove(&conn) else { return Ok(()) };
         let session = connection.session.and_then(|id| self.sessions.get_mut(&id));
         if let Some(session) = session.filter(|session| session.conn == Some(conn)) {

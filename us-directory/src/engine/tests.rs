@@ -28,6 +28,7 @@ mod evenings;
 mod garbage;
 mod keeping;
 mod leaving;
+mod locks;
 mod lying;
 mod private;
 mod quota;

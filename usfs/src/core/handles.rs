@@ -115,6 +115,11 @@ impl Core {
         Some(file.ino)
     }
 
+    /// Whether anybody has the file open.
+    pub fn has_open(&self, ino: Ino) -> bool {
+        self.nodes.get(&ino).is_some_and(|node| node.handles > 0)
+    }
+
     /// The last handle was closed, or the kernel forgot the inode: when both are so, an inode
     /// without a name is let go of. The directory hears it if it was told that the inode is open.
     pub(super) fn release_if_unused(&mut self, ino: Ino) {

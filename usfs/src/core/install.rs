@@ -16,6 +16,7 @@ use us_proto::v1::session_up::Event as Up;
 
 use super::cleaning::Cleaning;
 use super::leases::{PIN, Recall};
+use super::locks::{LockEvent, Locked};
 use super::node::{Dentry, DirNames, Level, Node, attributes_from_proto};
 use super::{Asked, Core, INODES_LEASED, Now, Want};
 use crate::attributes::FileKind;
@@ -39,9 +40,11 @@ pub enum Effect {
     Durable(LogPosition),
     /// New inode numbers are there.
     Inodes,
+    /// What became of requests for locks.
+    Locked(Locked),
     /// The session is over.
     Ended(String),
-    /// Not for the core: placements, locks, statistics, providers, grants.
+    /// Not for the core: placements, statistics, providers, grants.
     Other(Down),
 }
 
@@ -123,6 +126,13 @@ impl Core {
                 self.recalls.push_back(recall);
                 Some(Effect::Recalled)
             }
+            Down::Lock(reply) => {
+                Some(Effect::Locked(self.step_locks(now, LockEvent::Answered(reply))))
+            }
+            Down::RecallLocks(recall) => {
+                let recalled = LockEvent::Recalled(Ino(recall.ino));
+                Some(Effect::Locked(self.step_locks(now, recalled)))
+            }
             Down::Inodes(leased) => {
                 self.inodes_asked = false;
                 // What is left of the old range is given up: numbers are never short.
@@ -140,7 +150,6 @@ impl Core {
             }
             other @ (Down::Opened(_)
             | Down::Placements(_)
-            | Down::Lock(_)
             | Down::Statfs(_)
             | Down::Providers(_)
             | Down::Renewed(_)) => Some(Effect::Other(other)),

@@ -13,6 +13,7 @@ use crate::fs::{Caller, Handle, Lookup, OpenFlags, RenameMode};
 mod inlined;
 mod kernel;
 mod limits;
+mod locks;
 mod size;
 mod space;
 mod tail;

@@ -171,15 +171,18 @@ impl Fs {
 
     /// The last descriptor of an open file was closed: locks that were taken through it go.
     pub fn release(&self, handle: Handle) {
-        let locked = {
+        let (ino, locked) = {
             let mut state = self.shared.lock();
-            let ino = state.core.open_file(handle).map(|file| file.ino);
+            let ino = state.core.open_file(handle).map(|file| file.ino).ok();
             let locked = ino.map(|ino| state.lock_owners.closed(ino, handle));
             state.core.close(handle);
-            locked.unwrap_or_default()
+            (ino, locked.unwrap_or_default())
         };
         self.shared.outgoing.notify_one();
         self.drop_locks_later(locked);
+        if let Some(ino) = ino {
+            self.locks_closed(ino);
+        }
     }
 
     /// Returns when the file's data, and every change of names before now, is durable.

@@ -1,4 +1,5 @@
-//! Byte-range locks: the directory holds them, so that they hold across mounts.
+//! Byte-range locks: the directory holds them, so that they hold across mounts, or has this mount keep
+//! those of a file that nobody else locks (`core::locks`).
 //!
 //! The kernel says who an owner is: the open files of a process (POSIX locks, dropped when it
 //! closes any descriptor of the file) or one open file (OFD locks, dropped when that is closed for
@@ -12,16 +13,18 @@ use std::time::Duration;
 use tokio::time::Instant;
 use us_core::ids::Ino;
 use us_proto::v1;
-use us_proto::v1::session_down::Event as Down;
-use us_proto::v1::session_up::Event as Up;
 
 use super::names::ANSWER_TIMEOUT;
 use super::{Fs, FsError, Handle, Lock, LockType};
+use crate::core::locks::{LockAsk, LockEvent, LockOutcome, OwnLock};
 
 /// One wait for a lock at the directory, and all of them: a request cannot be interrupted, so no
 /// wait is for ever.
 const LOCK_WAIT_MS: u32 = 10_000;
 const LOCK_WAIT_MAX: Duration = Duration::from_secs(600);
+/// How long the directory may take to decide, beside the wait that was asked for: a mount that keeps
+/// the file's locks and is silent is shut out meanwhile.
+const DECISION_TIMEOUT: Duration = Duration::from_secs(75);
 /// The pause before locks that could not be released are released again.
 const AGAIN_AFTER: Duration = Duration::from_secs(1);
 
@@ -71,15 +74,17 @@ impl LockOwners {
 impl Fs {
     /// The lock that is in the way of `lock`, or `None`.
     pub async fn getlk(&self, ino: Ino, lock: Lock) -> Result<Option<Lock>, FsError> {
-        let reply = self.ask_lock(ino, lock, true, 0).await?;
-        let kind = match reply.blocking_kind() {
+        let held = match self.ask_lock(ino, lock, true, 0).await? {
+            LockOutcome::Granted => return Ok(None),
+            LockOutcome::InTheWay(held) => held,
+            other => return Err(undone(other)),
+        };
+        let kind = match held.kind {
             v1::LockKind::Unlock => return Ok(None),
             v1::LockKind::Read => LockType::Read,
             v1::LockKind::Write => LockType::Write,
         };
-        let (start, end) = (reply.blocking_start, reply.blocking_end);
-        let blocking = Lock { owner: 0, start, end, kind, pid: reply.blocking_pid };
-        Ok((!reply.granted).then_some(blocking))
+        Ok(Some(Lock { owner: 0, start: held.start, end: held.end, kind, pid: held.pid }))
     }
 
     /// Takes or releases a byte-range lock through an open file; `wait`s, but not for ever, for one
@@ -101,11 +106,11 @@ impl Fs {
         }
         loop {
             let wait_ms = if wait { LOCK_WAIT_MS } else { 0 };
-            if self.ask_lock(ino, lock, false, wait_ms).await?.granted {
-                return Ok(());
-            }
-            if !wait {
-                return Err(FsError::Locked);
+            match self.ask_lock(ino, lock, false, wait_ms).await? {
+                LockOutcome::Granted => return Ok(()),
+                // Who waits, waits for what another mount keeps too.
+                LockOutcome::InTheWay(_) | LockOutcome::Undecided if wait => {}
+                other => return Err(undone(other)),
             }
             if Instant::now() >= deadline {
                 return Err(FsError::LockWaitEnded);
@@ -120,19 +125,21 @@ impl Fs {
             return Ok(());
         }
         match self.unlock_all(ino, owner).await {
-            Err(FsError::TimedOut(why)) => {
-                tracing::warn!(%ino, why, "locks of a closed file are released later");
+            Err(error @ FsError::SessionEnded(_)) => Err(error),
+            Err(error) => {
+                tracing::warn!(%ino, %error, "locks of a closed file are released later");
                 self.retry_unlock(ino, owner);
                 Ok(())
             }
-            done => done,
+            Ok(()) => Ok(()),
         }
     }
 
     /// The same for several owners, for a caller that cannot wait.
     pub(super) fn drop_locks_later(&self, owners: Vec<(Ino, u64)>) {
         for (ino, owner) in owners {
-            if self.shared.lock().lock_owners.begin_close(ino, owner) {
+            let known = self.shared.lock().lock_owners.begin_close(ino, owner);
+            if known && !self.unlock_here(ino, owner) {
                 self.retry_unlock(ino, owner);
             }
         }
@@ -159,43 +166,106 @@ impl Fs {
     }
 
     async fn unlock_all(&self, ino: Ino, owner: u64) -> Result<(), FsError> {
-        let kind = LockType::Unlock;
-        let all = Lock { owner, start: 0, end: u64::MAX, kind, pid: 0 };
-        self.ask_lock(ino, all, false, 0).await?;
+        match self.ask_lock(ino, everything(owner), false, 0).await? {
+            LockOutcome::Granted => {}
+            other => return Err(undone(other)),
+        }
         self.shared.lock().lock_owners.released(ino, owner);
         Ok(())
     }
 
+    /// Sets, releases or tests a lock: here where the file's locks are kept here, else at the
+    /// directory.
     async fn ask_lock(
         &self,
         ino: Ino,
         lock: Lock,
         test: bool,
         wait_ms: u32,
-    ) -> Result<v1::LockReply, FsError> {
-        let kind = match lock.kind {
-            LockType::Read => v1::LockKind::Read,
-            LockType::Write => v1::LockKind::Write,
-            LockType::Unlock => v1::LockKind::Unlock,
+    ) -> Result<LockOutcome, FsError> {
+        let ask = LockAsk { wanted: own_lock(lock), test, wait_ms };
+        let (number, mut answer) = {
+            let (mut state, now) = (self.shared.lock(), self.shared.now());
+            if let Some(why) = state.core.ended() {
+                return Err(FsError::SessionEnded(why.to_owned()));
+            }
+            let number = state.core.request_number();
+            let answer = state.wait_for_lock(number);
+            let locked = state.step_locks(now, LockEvent::Asked { number, ino, ask });
+            drop(state);
+            if locked.sent > 0 {
+                self.shared.outgoing.notify_one();
+            }
+            (number, answer)
         };
-        let ask = |request| {
-            Up::Lock(v1::LockRequest {
-                request,
-                ino: ino.0,
-                owner: lock.owner,
-                start: lock.start,
-                end: lock.end,
-                kind: kind as i32,
-                pid: lock.pid,
-                test,
-                wait: wait_ms > 0,
-                wait_ms,
-            })
+        // A release needs nobody else.
+        let release = lock.kind == LockType::Unlock;
+        let decided = if release { ANSWER_TIMEOUT } else { DECISION_TIMEOUT };
+        let patience = decided + Duration::from_millis(u64::from(wait_ms));
+        let ended = |_| {
+            let state = self.shared.lock();
+            let why = state.core.ended().unwrap_or("it ended while a lock was asked for");
+            FsError::SessionEnded(why.to_owned())
         };
-        let timeout = ANSWER_TIMEOUT + Duration::from_millis(u64::from(wait_ms));
-        match self.shared.ask(ask, timeout).await? {
-            Down::Lock(reply) => Ok(reply),
-            _ => Err(FsError::Io("the directory answered something else".to_owned())),
+        if let Ok(told) = tokio::time::timeout(patience, &mut answer).await {
+            return told.map_err(ended);
+        }
+        let (mut state, now) = (self.shared.lock(), self.shared.now());
+        state.step_locks(now, LockEvent::GivenUp { number });
+        state.forget_lock(number);
+        // One that waited here is told what is in the way.
+        answer.try_recv().map_err(|_| FsError::TimedOut("the directory did not answer".to_owned()))
+    }
+
+    /// Releases an owner's locks where that needs no question; `false`: it does.
+    fn unlock_here(&self, ino: Ino, owner: u64) -> bool {
+        let (mut state, now) = (self.shared.lock(), self.shared.now());
+        if !state.core.locks().keeps(ino) {
+            return false;
+        }
+        let number = state.core.request_number();
+        let ask = LockAsk { wanted: own_lock(everything(owner)), test: false, wait_ms: 0 };
+        let locked = state.step_locks(now, LockEvent::Asked { number, ino, ask });
+        state.lock_owners.released(ino, owner);
+        drop(state);
+        if locked.sent > 0 {
+            self.shared.outgoing.notify_one();
+        }
+        true
+    }
+
+    /// Nobody has the file open any more: what was kept here of its locks is not kept for ever.
+    pub(super) fn locks_closed(&self, ino: Ino) {
+        let (mut state, now) = (self.shared.lock(), self.shared.now());
+        if state.core.locks().keeps(ino) && !state.core.has_open(ino) {
+            state.step_locks(now, LockEvent::Closed(ino));
+            drop(state);
+            self.shared.outgoing.notify_one();
+        }
+    }
+}
+
+/// The release of all that an owner has.
+const fn everything(owner: u64) -> Lock {
+    Lock { owner, start: 0, end: u64::MAX, kind: LockType::Unlock, pid: 0 }
+}
+
+fn own_lock(lock: Lock) -> OwnLock {
+    let kind = match lock.kind {
+        LockType::Read => v1::LockKind::Read,
+        LockType::Write => v1::LockKind::Write,
+        LockType::Unlock => v1::LockKind::Unlock,
+    };
+    OwnLock { by: lock.owner, start: lock.start, end: lock.end, kind, pid: lock.pid }
+}
+
+/// An outcome that says neither that it is granted nor what is in the way.
+fn undone(outcome: LockOutcome) -> FsError {
+    match outcome {
+        LockOutcome::Granted | LockOutcome::InTheWay(_) => FsError::Locked,
+        LockOutcome::TooMany => FsError::TooManyLocks,
+        LockOutcome::Undecided => {
+            FsError::TimedOut("another mount did not say which locks it has".to_owned())
         }
     }
 }

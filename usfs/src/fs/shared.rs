@@ -26,6 +26,7 @@ use super::notify::KernelCalls;
 use super::undurable::UndurableBlocks;
 use super::{FsError, SwarmNews};
 use crate::attributes::FileTime;
+use crate::core::locks::{LockEvent, LockOutcome, Locked};
 use crate::core::{Core, Effect, Now};
 use crate::session::SessionError;
 use crate::session::log::LogPosition;
@@ -46,6 +47,7 @@ pub(crate) struct State {
     waiters: HashMap<u64, Vec<oneshot::Sender<Answer>>>,
     replies: HashMap<u64, oneshot::Sender<Down>>,
     pub lock_owners: LockOwners,
+    lock_waiters: HashMap<u64, oneshot::Sender<LockOutcome>>,
     /// The plaintext of blocks whose commit is not durable.
     pub undurable: UndurableBlocks,
 }
@@ -102,6 +104,7 @@ impl Shared {
             waiters: HashMap::new(),
             replies: HashMap::new(),
             lock_owners: LockOwners::default(),
+            lock_waiters: HashMap::new(),
             undurable: UndurableBlocks::new(parts.dirty_bytes_max),
         };
         Self {
@@ -180,12 +183,13 @@ impl Shared {
                 }
                 Some(Effect::Contended(number)) => state.answer(*number, &Answer::Contended),
                 Some(Effect::Durable(_)) => state.advance_undurable(),
+                Some(Effect::Locked(locked)) => state.tell_locked(locked),
                 _ => {}
             }
             effect
         };
         match effect {
-            None => self.outgoing.notify_one(),
+            None | Some(Effect::Locked(_)) => self.outgoing.notify_one(),
             Some(Effect::Answered(..) | Effect::Contended(_)) => {}
             Some(Effect::Cleaning) => self.dirty.notify_one(),
             Some(Effect::Recalled) => self.recalled.notify_one(),
@@ -202,7 +206,6 @@ impl Shared {
     fn on_other(&self, event: Down) {
         let number = match &event {
             Down::Placements(placements) => placements.request,
-            Down::Lock(lock) => lock.request,
             Down::Statfs(statfs) => statfs.request,
             Down::Fetched(fetched) => fetched.request,
             Down::Providers(table) => return self.swarm.on_providers(table),
@@ -255,10 +258,7 @@ impl Shared {
     }
 
     /// A new stream of the same session: what to reclaim on it.
-    pub fn resume(
-        &self,
-        stream: OpenStream,
-    ) -> Result<(OpenStream, Vec<v1::Reclaim>), SessionError> {
+    pub fn resume(&self, stream: OpenStream) -> Result<(OpenStream, Vec<Up>), SessionError> {
         let opened = &stream.opened;
         if !opened.resumed {
             return Err(SessionError::Ended {
@@ -267,7 +267,7 @@ impl Shared {
             });
         }
         let lease = Duration::from_millis(u64::from(opened.lease_ms));
-        let reclaims = {
+        let claims = {
             let mut state = self.lock();
             if !state.core.log().resume(opened.applied) {
                 return Err(SessionError::Protocol {
@@ -276,13 +276,16 @@ impl Shared {
             }
             state.core.resend_requests();
             state.core.trust_until(stream.asked_at + lease - margin(lease));
-            state.core.reclaims()
+            // The last of the reclaims says that this is all.
+            let mut claims = state.core.claim_locks();
+            claims.extend(state.core.reclaims().into_iter().map(Up::Reclaim));
+            claims
         };
         self.new_grant(&opened.grant);
         self.outgoing.notify_one();
         self.signal();
         tracing::info!(applied = opened.applied, "the directory is back");
-        Ok((stream, reclaims))
+        Ok((stream, claims))
     }
 
     /// The session is over: everything fails from now on, and what is not durable goes into a rescue
@@ -320,6 +323,7 @@ impl Shared {
             state.core.end(why);
             state.waiters.clear();
             state.replies.clear();
+            state.lock_waiters.clear();
         }
         self.signal();
         self.durable.send_modify(|_| {});
@@ -339,6 +343,34 @@ impl State {
     pub fn advance_undurable(&mut self) {
         let (end, durable) = (self.core.log().end(), self.core.log().durable_position());
         self.undurable.advance(&self.core, end, durable);
+    }
+
+    /// Has the locks take an event, and tells those whose requests end with it.
+    pub fn step_locks(&mut self, now: Now, event: LockEvent) -> Locked {
+        let locked = self.core.step_locks(now, event);
+        self.tell_locked(&locked);
+        locked
+    }
+
+    /// Where it is told how a request for a lock ended.
+    pub fn wait_for_lock(&mut self, number: u64) -> oneshot::Receiver<LockOutcome> {
+        let (sender, outcome) = oneshot::channel();
+        self.lock_waiters.insert(number, sender);
+        outcome
+    }
+
+    /// Nobody waits for it any more.
+    pub fn forget_lock(&mut self, number: u64) {
+        self.lock_waiters.remove(&number);
+    }
+
+    fn tell_locked(&mut self, locked: &Locked) {
+        for (number, outcome) in &locked.done {
+            if let Some(waiter) = self.lock_waiters.remove(number) {
+                // Whoever asked may have gone; then it is taken back.
+                let _ = waiter.send(*outcome);
+            }
+        }
     }
 
     fn answer(&mut self, number: u64, answer: &Answer) {

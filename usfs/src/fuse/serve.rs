@@ -151,6 +151,7 @@ pub(super) fn refuse<R: Refuse>(operation: &'static str, ino: INodeNo, error: &F
         | FsError::NoSuchOffset
         | FsError::Locked
         | FsError::LockWaitEnded
+        | FsError::TooManyLocks
         | FsError::NotSupported => {
             tracing::trace!(operation, ino = ino.0, %error, "refused");
         }

@@ -46,8 +46,7 @@ pub struct Options {
 const KERNELS: [&str; 4] = ["user_id=", "group_id=", "max_read=", "blksize="];
 
 /// Options that name a file or a folder.
-const PATHS: [&str; 5] =
-    ["identity", "cache", "passphrase_file", "key_file", "recovery_key_file"];
+const PATHS: [&str; 5] = ["identity", "cache", "passphrase_file", "key_file", "recovery_key_file"];
 
 /// When a block counts as stored, so that an `fsync` that waits for it may return.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]

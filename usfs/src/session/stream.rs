@@ -82,6 +82,7 @@ fn name_of(event: Option<&Down>) -> &'static str {
         Some(Down::Renewed(_)) => "Renewed",
         Some(Down::Clean(_)) => "CleanBlocks",
         Some(Down::Ended(_)) => "SessionEnded",
+        Some(Down::RecallLocks(_)) => "RecallLocks",
     }
 }
 
@@ -97,12 +98,12 @@ pub(crate) async fn run(
     let mut next = Some((first, Vec::new()));
     let mut pause = PAUSE_MIN;
     loop {
-        if let Some((stream, reclaims)) = next.take() {
+        if let Some((stream, claims)) = next.take() {
             pause = PAUSE_MIN;
             reopen.incarnation = stream.opened.incarnation;
             // Cancel-safe: a stream that is dropped is a disconnect, and the mount is stopping.
             let broken = tokio::select! {
-                broken = serve(&shared, stream, reclaims) => broken,
+                broken = serve(&shared, stream, claims) => broken,
                 () = stop.cancelled() => return,
             };
             shared.disconnected();
@@ -148,14 +149,14 @@ pub(crate) async fn run(
 /// Times at which `Renew`s were sent that are not answered yet.
 type Renewals = Mutex<VecDeque<Duration>>;
 
-async fn serve(shared: &Shared, stream: OpenStream, reclaims: Vec<v1::Reclaim>) -> SessionError {
+async fn serve(shared: &Shared, stream: OpenStream, claims: Vec<Up>) -> SessionError {
     let OpenStream { link: LinkStream { up, mut down }, opened, .. } = stream;
     let renewals = Renewals::default();
     let lease = Duration::from_millis(u64::from(opened.lease_ms));
     // Cancel-safe: the first to end breaks the stream, and a broken stream loses what is under way
     // in any case; the next one replays.
     tokio::select! {
-        broken = send(shared, &up, reclaims) => broken,
+        broken = send(shared, &up, claims) => broken,
         broken = receive(shared, &mut down, lease, &renewals) => broken,
         broken = renew(shared, &up, lease, &renewals) => broken,
     }
@@ -166,13 +167,9 @@ async fn push(up: &mpsc::Sender<v1::SessionUp>, event: Up) -> Result<(), Session
     up.send(v1::SessionUp { event: Some(event) }).await.map_err(|_| closed)
 }
 
-async fn send(
-    shared: &Shared,
-    up: &mpsc::Sender<v1::SessionUp>,
-    reclaims: Vec<v1::Reclaim>,
-) -> SessionError {
-    for reclaim in reclaims {
-        if let Err(error) = push(up, Up::Reclaim(reclaim)).await {
+async fn send(shared: &Shared, up: &mpsc::Sender<v1::SessionUp>, claims: Vec<Up>) -> SessionError {
+    for claim in claims {
+        if let Err(error) = push(up, claim).await {
             return error;
         }
     }
