@@ -12,7 +12,7 @@ use serde_json::Value;
 use us_core::keyring::{KeyRing, SlotSecret};
 use us_proto::v1::{SetVolumeKeysRequest, VolumeKeysReply, VolumeKeysRequest};
 use us_tests::admin::{is_whole, provider};
-use us_tests::cluster::{Cluster, PATIENCE, Shape, fuse_is_here};
+use us_tests::cluster::{Cluster, PATIENCE, Shape, fuse_is_here, is_mounted};
 use us_tests::poll;
 use us_tests::tree::noise;
 
@@ -58,8 +58,17 @@ fn refused(cluster: &Cluster, volume: &str, options: &str) -> (Option<i32>, Stri
     if !options.is_empty() {
         arguments.extend(["-o", options]);
     }
-    let output = cluster.usfs(&arguments).output().expect("it starts");
-    assert!(!output.status.success(), "it was mounted with {options:?}");
+    let mut command = cluster.usfs(&arguments);
+    let mut child = command.stderr(Stdio::piped()).spawn().expect("it starts");
+    poll::until("the mount to be refused", PATIENCE, || {
+        if is_mounted(Path::new(&at)) {
+            child.kill().expect("its own child");
+            let _ = rustix::mount::unmount(at.as_str(), rustix::mount::UnmountFlags::DETACH);
+            panic!("it was mounted with {options:?}");
+        }
+        child.try_wait().expect("its own child").ok_or_else(|| "it still runs".to_owned())
+    });
+    let output = child.wait_with_output().expect("its own child");
     (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
 }
 
