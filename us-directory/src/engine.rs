@@ -35,6 +35,7 @@ use crate::store::{Durability, KeyRange, MetaStore, Seq, StoreError, WriteBatch}
 mod admin;
 mod batches;
 mod chores;
+mod cleaning;
 mod copies;
 mod deaths;
 mod event;
@@ -115,6 +116,8 @@ pub struct EngineConfig {
     pub report_every_ms: u64,
     /// Files that are removed younger than this do not go to the trash.
     pub trash_age_ms: u64,
+    /// How long a block is let alone by the cleaner after something of it died.
+    pub clean_after_ms: u64,
     /// When a silent provider is absent, dormant, dead.
     pub clocks: presence::Clocks,
     /// How much repair may be under way.
@@ -142,6 +145,7 @@ impl Default for EngineConfig {
             retain_every_ms: 7 * 24 * 3_600_000,
             report_every_ms: 2_000,
             trash_age_ms: 10_000,
+            clean_after_ms: 30_000,
             clocks: presence::Clocks::default(),
             repair: repair::RepairLimits::default(),
             copies: 2,
@@ -226,6 +230,7 @@ pub struct Engine {
     repairs: repair::Repairs,
     births: garbage::Births,
     spread: spread::Spread,
+    cleaning: cleaning::Cleaning,
     retain: Option<retain::Retain>,
     trash: trash::Trash,
     /// The wall-clock hour whose presence was learnt last, and the slow ticks of the present one.
@@ -333,6 +338,7 @@ impl Engine {
             repairs: repair::Repairs::new(config.repair),
             births: garbage::Births::default(),
             spread: spread::Spread::default(),
+            cleaning: cleaning::Cleaning::default(),
             retain: None,
             trash: trash::Trash::default(),
             learnt_hour: 0,
@@ -614,6 +620,8 @@ impl Engine {
                     self.committed_late(key, after);
                 }
             }
+            let not_before_ms = self.now_ms() + self.config.clean_after_ms;
+            self.cleaning.note(key, change.after.as_ref(), not_before_ms);
             self.consider(key, change.after.as_ref());
         }
     }

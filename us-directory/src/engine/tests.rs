@@ -21,6 +21,7 @@ use crate::store::memory::MemoryStore;
 
 mod basics;
 mod checks;
+mod cleaning;
 mod crash;
 mod evenings;
 mod garbage;
