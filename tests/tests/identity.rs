@@ -334,7 +334,10 @@ fn a_revoked_provider_is_out_and_nothing_is_lost() {
     let mut admin = cluster.admin();
     poll::until("everything to be whole without it", Duration::from_secs(180), || {
         let status = admin.status()?;
-        us_tests::admin::is_whole(&status, 1)
+        us_tests::admin::is_whole(&status, 1)?;
+        let gone = us_tests::admin::provider(&status, "provider1").ok_or("it is not listed")?;
+        let given_up = gone.state() == ProviderState::Dead && gone.fragments == 0;
+        given_up.then_some(()).ok_or(format!("{gone:?}"))
     });
     assert_eq!(fs::read(mount.path().join("file")).unwrap(), vec![5; 12 << 20]);
     cluster.kill_provider(1);
