@@ -8,6 +8,7 @@
 use bytes::Bytes;
 use us_core::daemon::logging::RequestId;
 use us_core::daemon::size::Size;
+use us_core::disk::indexed_pages;
 use us_core::fragment::{
     FingerprintKind, FingerprintList, FragmentHeader, FragmentRecord, FragmentTrailer,
     HEADER_BYTES, MAGIC, crc32c,
@@ -36,7 +37,18 @@ pub const TARGETS: [Target; 10] = [
     ("certificate", certificate),
     ("grant", grant),
     ("texts", texts),
+    ("page_index", page_index),
 ];
+
+/// The index of sealed pages on a mount's disk, beside pages of any length: it never tells of more pages than
+/// it has room for.
+pub fn page_index(bytes: &[u8]) {
+    let pages = indexed_pages(bytes, u64::MAX);
+    assert!(pages.is_none_or(|pages| 16 + 16 * pages == bytes.len()));
+    if pages.is_some_and(|pages| pages > 0) {
+        assert!(indexed_pages(&bytes[1..], u64::MAX).is_none());
+    }
+}
 
 /// A header as it comes, and once more with magic, version and sum put right, so that the fields
 /// behind them are reached.

@@ -4,6 +4,7 @@
 pub mod admin;
 pub mod cluster;
 pub mod figures;
+pub mod handles;
 pub mod manifest;
 pub mod netns;
 pub mod poll;

@@ -4,6 +4,7 @@
 //! store: plaintext -> pages sealed -> parity -> f puts at once -> margin holds: acknowledged
 //!                                                             -> the rest in the background
 //! read:  range -> pages -> cache, or a flight others wait for too
+//!                       -> sealed pages on this machine's disk -> opened
 //!                       -> slots of data fragments -> opened
 //!                       -> late, lost or wrong: slots of any s others -> rebuilt -> opened
 //! ```
@@ -34,6 +35,7 @@ pub mod memory;
 mod placing;
 mod read;
 mod read_ahead;
+mod sealed_pages;
 mod seams;
 mod slots;
 mod stage;
@@ -59,6 +61,7 @@ pub use error::{FragmentFailure, FragmentLoss, PlacementError, ReadError, Retry,
 pub use links::{FetchedSlots, LinksConfig, ProviderAddress, ProviderLinks};
 pub use margin::{durable_after_loss, margin_holds};
 pub use read_ahead::{ReadAhead, ReadAheadLimits};
+pub use sealed_pages::{SEALED_PAGES_BYTES_MIN, SealedPages, SealedPagesError, indexed_pages};
 pub use seams::{BlockDirectory, Damage, FragmentTransport, PlacementLease, SiteNumber, SlotRange};
 pub use store::LateFragments;
 
@@ -143,6 +146,8 @@ struct Shared {
     latencies: Mutex<latency::Latencies>,
     cache: quick_cache::sync::Cache<read::PageKey, Bytes, read::PageWeight>,
     stage: Mutex<stage::Stage>,
+    /// What was read before, on this machine's disk.
+    sealed: Option<SealedPages>,
     flights: read::Flights,
     /// In units of [`PERMIT_BYTES`], as the next two.
     store_permits: Arc<Semaphore>,
@@ -205,6 +210,7 @@ impl VirtualDisk {
                     read::PageWeight,
                 ),
                 stage: Mutex::new(stage::Stage::new(config.ahead_bytes)),
+                sealed: None,
                 flights: read::Flights::default(),
                 store_permits: permits(config.store_bytes_max),
                 read_permits: permits(config.read_bytes_max),
@@ -217,6 +223,16 @@ impl VirtualDisk {
                 config,
             }),
         }
+    }
+
+    /// The same disk, which keeps the pages it reads in `sealed` too. Only for one that has just been made.
+    ///
+    /// # Panics
+    /// When there are clones of it.
+    pub fn keeping(mut self, sealed: SealedPages) -> Self {
+        let shared = Arc::get_mut(&mut self.shared).expect("nobody else has a disk just made");
+        shared.sealed = Some(sealed);
+        self
     }
 
     /// The code of new blocks.
@@ -285,5 +301,9 @@ impl VirtualDisk {
         self.shared.rebuild_permits.close();
         self.shared.tasks.close();
         self.shared.tasks.wait().await;
+        if let Some(sealed) = self.shared.sealed.clone() {
+            // Fails only while the runtime ends.
+            let _ = tokio::task::spawn_blocking(move || sealed.close()).await;
+        }
     }
 }

@@ -36,6 +36,7 @@ mod access;
 mod admin;
 mod batches;
 mod chores;
+mod cleaning;
 mod copies;
 mod deaths;
 mod event;
@@ -119,6 +120,8 @@ pub struct EngineConfig {
     pub trash_age_ms: u64,
     /// How long a grant is good for.
     pub grant_ms: u64,
+    /// How long a block is let alone by the cleaner after something of it died.
+    pub clean_after_ms: u64,
     /// When a silent provider is absent, dormant, dead.
     pub clocks: presence::Clocks,
     /// How much repair may be under way.
@@ -145,6 +148,7 @@ impl Default for EngineConfig {
             report_every_ms: 2_000,
             trash_age_ms: 10_000,
             grant_ms: 900_000,
+            clean_after_ms: 30_000,
             clocks: presence::Clocks::default(),
             repair: repair::RepairLimits::default(),
             copies: 2,
@@ -229,6 +233,7 @@ pub struct Engine {
     repairs: repair::Repairs,
     births: garbage::Births,
     spread: spread::Spread,
+    cleaning: cleaning::Cleaning,
     retain: Option<retain::Retain>,
     trash: trash::Trash,
     /// The wall-clock hour whose presence was learnt last, and the slow ticks of the present one.
@@ -333,6 +338,7 @@ impl Engine {
             repairs: repair::Repairs::new(config.repair),
             births: garbage::Births::default(),
             spread: spread::Spread::default(),
+            cleaning: cleaning::Cleaning::default(),
             retain: None,
             trash: trash::Trash::default(),
             learnt_hour: 0,
@@ -590,6 +596,8 @@ impl Engine {
                     self.committed_late(key, after);
                 }
             }
+            let not_before_ms = self.now_ms() + self.config.clean_after_ms;
+            self.cleaning.note(key, change.after.as_ref(), not_before_ms);
             self.consider(key, change.after.as_ref());
         }
     }

@@ -147,6 +147,10 @@ struct Flags {
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     grant_ms: Option<u64>,
+    /// How long a block is let alone by the cleaner after something of it died
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    clean_after_ms: Option<u64>,
     /// How long a silent provider is absent before it counts as asleep
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -79,6 +79,9 @@ pub struct InodeRecord {
     /// Of a directory: something that lay in it went to the trash.
     #[prost(bool, tag = "23")]
     pub keeps_trash: bool,
+    /// Of such a directory: when the last of it did (`at_ms`); 0: not known.
+    #[prost(uint64, tag = "24")]
+    pub trashed_in_it_ms: u64,
 }
 
 impl InodeRecord {

@@ -69,6 +69,8 @@ pub struct Config {
     /// How long a grant is good for: so long providers may serve one whose access was taken away, and
     /// so long, less a third, mounts go on without a directory.
     pub grant_ms: u64,
+    /// How long a block is let alone by the cleaner after something of it died.
+    pub clean_after_ms: u64,
     /// How long a silent provider is absent before it counts as asleep.
     pub absent_ms: u64,
     /// How long a provider may be silent beyond what was expected before it is given up.
@@ -121,6 +123,7 @@ impl Default for Config {
             report_every_ms: engine.report_every_ms,
             trash_age_ms: engine.trash_age_ms,
             grant_ms: engine.grant_ms,
+            clean_after_ms: engine.clean_after_ms,
             absent_ms: engine.clocks.absent_ms,
             dead_ms: engine.clocks.dead_ms,
             newcomer_ms: engine.clocks.newcomer_ms,
@@ -153,6 +156,7 @@ impl Config {
             report_every_ms: self.report_every_ms,
             trash_age_ms: self.trash_age_ms,
             grant_ms: self.grant_ms,
+            clean_after_ms: self.clean_after_ms,
             fetch_wait_ms: self.fence_ms + self.lease_ms / 2,
             clocks: Clocks {
                 absent_ms: self.absent_ms,

@@ -16,6 +16,7 @@
 
 mod acl;
 mod attributes;
+mod cleaning;
 mod crowding;
 mod files;
 mod flush;
@@ -44,6 +45,7 @@ use us_core::name::NameKey;
 use us_proto::v1;
 use us_proto::v1::mutation::Op;
 
+pub use self::cleaning::Cleaning;
 pub use self::crowding::Rewrite;
 pub use self::files::{ReadPiece, ReadPlan};
 pub use self::flush::{FlushReason, SealPlan, StoreFailure, Stored};

@@ -43,7 +43,7 @@ pub struct MountArgs {
     pub(super) identity: Option<PathBuf>,
     /// Mount options, separated by commas: ro, allow_other, suid, dev, noexec, noatime, sync,
     /// ack=full (fsync waits for every fragment, not only for the write margin), identity=DIR,
-    /// memory=SIZE; remount changes what is mounted there, as far as the kernel decides it
+    /// memory=SIZE, cache=DIR, cache_size=SIZE; remount changes what is mounted there, as far as the kernel decides it
     #[arg(short = 'o', value_name = "OPTIONS")]
     pub(super) options: Vec<String>,
     /// Stay in the foreground (as it does anyhow)

@@ -526,9 +526,12 @@ impl Gather {
             self.shared.cpu.run(run).await.ok_or(ReadError::Closed)?
         };
         let mut good = Vec::with_capacity(rebuilt.len());
-        for (page, slot, Rebuilt { plaintext, liars }) in rebuilt {
-            match plaintext {
-                Some(plaintext) => good.push((page, plaintext)),
+        for (page, slot, Rebuilt { page: rebuilt, liars }) in rebuilt {
+            match rebuilt {
+                Some(rebuilt) => {
+                    self.shared.keep_sealed(self.info.id, page, || rebuilt.sealed);
+                    good.push((page, rebuilt.plaintext));
+                }
                 None => drop(self.contested.insert(slot)),
             }
             liars.into_iter().for_each(|(fragment, failure)| self.lose(fragment, failure));
@@ -584,7 +587,7 @@ async fn open_run(
     bytes: Bytes,
 ) -> Opened {
     let cpu_bytes = wanted.len() * opening.geometry.slot_bytes();
-    let slots = bytes.clone();
+    let (slots, its) = (bytes.clone(), Arc::clone(&opening));
     let open = move || -> Vec<(usize, Option<Bytes>)> {
         let slot_bytes = opening.geometry.slot_bytes();
         let pages = wanted.into_iter().map(|page| {
@@ -600,5 +603,12 @@ async fn open_run(
         // Without a runtime nobody waits for the pages any more.
         shared.cpu.run(open).await.unwrap_or_default()
     };
+    for (page, _) in pages.iter().filter(|(_, plaintext)| plaintext.is_some()) {
+        shared.keep_sealed(its.opener.block(), *page, || {
+            let (_, slot) = its.geometry.locate_page(*page);
+            let start = (slot - first_slot) * its.geometry.slot_bytes();
+            bytes.slice(start..start + its.sealed_bytes(*page))
+        });
+    }
     Opened { bytes, pages }
 }

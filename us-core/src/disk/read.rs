@@ -209,7 +209,7 @@ impl Shared {
         self: &Arc<Self>,
         block: BlockInfo,
         flight: Arc<Flight>,
-        pages: BTreeSet<usize>,
+        mut pages: BTreeSet<usize>,
         permit: Option<OwnedSemaphorePermit>,
     ) -> impl Future<Output = ()> + Send + 'static {
         let shared = Arc::clone(self);
@@ -217,7 +217,7 @@ impl Shared {
         let geometry = block.geometry;
         RequestId::carried(async move {
             // Clears up even when the runtime drops the task half-way.
-            let landing = Landing {
+            let mut landing = Landing {
                 shared: Arc::clone(&shared),
                 block: block.id,
                 ahead: permit.is_some(),
@@ -227,7 +227,6 @@ impl Shared {
                     .collect(),
                 flight,
             };
-            let mut landing = landing;
             let _permit = match permit {
                 Some(permit) => permit,
                 None => match shared.read_permit(block.id, units).await {
@@ -235,6 +234,13 @@ impl Shared {
                     Err(error) => return landing.end(Err(error)),
                 },
             };
+            let here = shared.on_this_disk(&block, &mut pages).await;
+            if !here.is_empty() {
+                landing.land(here);
+            }
+            if pages.is_empty() {
+                return landing.end(Ok(()));
+            }
             let closed = shared.closed.clone();
             let mut gather = Gather::new(shared, block, pages);
             // Cancel-safe: a read that is cut off has only lost its answers.
@@ -245,6 +251,45 @@ impl Shared {
             landing.end(result);
             gather.report();
         })
+    }
+
+    /// Takes out of `pages` those that this machine's disk has, opened.
+    async fn on_this_disk(
+        &self,
+        block: &BlockInfo,
+        pages: &mut BTreeSet<usize>,
+    ) -> Vec<(usize, Bytes)> {
+        let Some(sealed) = &self.sealed else { return Vec::new() };
+        let known = |page: &usize| sealed.knows(&(block.id, *page as u32));
+        let known: Vec<usize> = pages.iter().copied().filter(known).collect();
+        if known.is_empty() {
+            return Vec::new();
+        }
+        let (sealed, opening, id) = (sealed.clone(), self.opening(block), block.id);
+        let load = move || -> Vec<(usize, Bytes)> {
+            let open = |page: usize| {
+                let (key, bytes) = ((id, page as u32), opening.sealed_bytes(page));
+                let opened = opening.open(page, &sealed.load(&key, bytes)?);
+                if opened.is_none() {
+                    sealed.forget(&key, bytes);
+                }
+                Some((page, opened?))
+            };
+            known.into_iter().filter_map(open).collect()
+        };
+        // Without a runtime nobody waits for the pages any more.
+        let here = tokio::task::spawn_blocking(load).await.unwrap_or_default();
+        for (page, _) in &here {
+            pages.remove(page);
+        }
+        here
+    }
+
+    /// Keeps a page that passed its seal on this machine's disk, where that is wanted.
+    pub(super) fn keep_sealed(&self, block: BlockId, page: usize, sealed: impl FnOnce() -> Bytes) {
+        if let Some(pages) = &self.sealed {
+            pages.keep((block, page as u32), sealed());
+        }
     }
 
     async fn read_permit(

@@ -17,9 +17,15 @@ const CHOICES_MAX: usize = 512;
 
 /// What a page was rebuilt to, and which fragments were found wrong on the way.
 pub(super) struct Rebuilt {
-    pub plaintext: Option<Bytes>,
+    pub page: Option<RebuiltPage>,
     /// (fragment, why).
     pub liars: Vec<(usize, FragmentFailure)>,
+}
+
+/// A rebuilt page that passed its seal.
+pub(super) struct RebuiltPage {
+    pub plaintext: Bytes,
+    pub sealed: Bytes,
 }
 
 /// The slots of one row, by fragment.
@@ -47,6 +53,11 @@ impl Opening {
         fragment < self.geometry.code().s() && self.page_at(fragment, slot).is_none()
     }
 
+    /// Bytes of a page as it is sealed, without the padding of its slot.
+    pub fn sealed_bytes(&self, page: usize) -> usize {
+        self.geometry.page_plaintext_bytes(page) + TAG_BYTES
+    }
+
     /// Opens a page from its slot.
     pub fn open(&self, page: usize, slot: &[u8]) -> Option<Bytes> {
         let mut plaintext = BytesMut::zeroed(self.geometry.page_plaintext_bytes(page));
@@ -57,7 +68,7 @@ impl Opening {
     /// The slot with its padding as the writer made it: zeros, whatever came.
     pub fn normal(&self, fragment: usize, slot: usize, bytes: Bytes) -> Bytes {
         let Some(page) = self.page_at(fragment, slot) else { return bytes };
-        let used = self.geometry.page_plaintext_bytes(page) + TAG_BYTES;
+        let used = self.sealed_bytes(page);
         if bytes[used..].iter().all(|byte| *byte == 0) {
             return bytes;
         }
@@ -71,7 +82,7 @@ impl Opening {
     pub fn rebuild(&self, wanted: usize, slot: usize, row: &Row) -> Rebuilt {
         let mut liars = Vec::new();
         let Some(page) = self.page_at(wanted, slot) else {
-            return Rebuilt { plaintext: None, liars };
+            return Rebuilt { page: None, liars };
         };
         let mut helpers: Vec<(usize, Bytes)> = row
             .slots
@@ -79,8 +90,8 @@ impl Opening {
             .filter(|(fragment, _)| **fragment != wanted)
             .map(|(fragment, bytes)| (*fragment, bytes.clone()))
             .collect();
-        let mut plaintext = self.try_choice(wanted, page, &helpers);
-        if plaintext.is_none() && helpers.len() >= self.geometry.code().s() {
+        let mut rebuilt = self.try_choice(wanted, page, &helpers);
+        if rebuilt.is_none() && helpers.len() >= self.geometry.code().s() {
             // The seal of the data helpers' own pages tells which of them lie.
             helpers.retain(|(fragment, bytes)| {
                 let Some(own) = self.page_at(*fragment, slot) else { return true };
@@ -92,20 +103,27 @@ impl Opening {
             });
             let chosen = self.try_choices(wanted, page, &helpers);
             if let Some((found, choice)) = chosen {
-                plaintext = Some(found);
+                rebuilt = Some(found);
                 liars.extend(self.inconsistent(slot, &helpers, &choice));
             }
         }
-        Rebuilt { plaintext, liars }
+        Rebuilt { page: rebuilt, liars }
     }
 
     /// Rebuilds from the first s of `helpers`.
-    fn try_choice(&self, wanted: usize, page: usize, helpers: &[(usize, Bytes)]) -> Option<Bytes> {
+    fn try_choice(
+        &self,
+        wanted: usize,
+        page: usize,
+        helpers: &[(usize, Bytes)],
+    ) -> Option<RebuiltPage> {
         let present: Vec<(usize, &[u8])> =
             helpers.iter().map(|(fragment, bytes)| (*fragment, bytes.as_ref())).collect();
         let mut rebuilt = vec![0; self.geometry.slot_bytes()];
         self.code.reconstruct(&present, &mut [(wanted, &mut rebuilt)]).ok()?;
-        self.open(page, &rebuilt)
+        let plaintext = self.open(page, &rebuilt)?;
+        rebuilt.truncate(self.sealed_bytes(page));
+        Some(RebuiltPage { plaintext, sealed: rebuilt.into() })
     }
 
     /// Tries choices of s helpers, data first (their seals hold), until one opens.
@@ -114,15 +132,15 @@ impl Opening {
         wanted: usize,
         page: usize,
         helpers: &[(usize, Bytes)],
-    ) -> Option<(Bytes, Vec<(usize, Bytes)>)> {
+    ) -> Option<(RebuiltPage, Vec<(usize, Bytes)>)> {
         let s = self.geometry.code().s();
         let (data, parity) = helpers.split_at(helpers.partition_point(|(at, _)| *at < s));
         let wanted_parity = s.checked_sub(data.len())?;
         for choice in choices(parity.len(), wanted_parity).take(CHOICES_MAX) {
             let chosen: Vec<(usize, Bytes)> =
                 data.iter().chain(choice.iter().map(|at| &parity[*at])).cloned().collect();
-            if let Some(plaintext) = self.try_choice(wanted, page, &chosen) {
-                return Some((plaintext, chosen));
+            if let Some(rebuilt) = self.try_choice(wanted, page, &chosen) {
+                return Some((rebuilt, chosen));
             }
         }
         None

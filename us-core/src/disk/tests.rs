@@ -622,3 +622,51 @@ async fn the_new_place_of_a_repaired_fragment_is_asked_for_after_a_read() {
         disk.close().await;
     }
 }
+
+/// What was read lies on the disk of this machine: the next mount needs no provider for it, and believes
+/// nothing that lies there.
+#[tokio::test]
+async fn what_was_read_is_read_again_without_the_swarm() {
+    let dir = tempfile::tempdir().unwrap();
+    let open = || SealedPages::open(dir.path(), SEALED_PAGES_BYTES_MIN).unwrap();
+    let world = World::new(4, 2, 6);
+    let (block, content) = world.store(300_000).await;
+    let (other, other_content) = world.store(200_000).await;
+
+    // One data fragment is away: its pages are rebuilt, and kept as well.
+    world.providers.set_fault(block.providers[1], Fault::Dead);
+    let first = world.fresh_disk().keeping(open());
+    assert!(read_all(&first, &block).await.unwrap() == content);
+    let half = first.read(&other, 0..100_000).await.unwrap().concat();
+    assert!(half == other_content[..100_000]);
+    first.close().await;
+    drop(first);
+
+    (1..=6).for_each(|at| world.providers.set_fault(ProviderId(at), Fault::Dead));
+    let second = world.fresh_disk().keeping(open());
+    assert!(read_all(&second, &block).await.unwrap() == content, "nobody else is there");
+    let half = second.read(&other, 0..100_000).await.unwrap().concat();
+    assert!(half == other_content[..100_000]);
+    assert!(read_all(&second, &other).await.is_err(), "the rest was never read");
+    world.check_permits(&second);
+    second.close().await;
+    drop(second);
+
+    // A bit flips in every page: all of it comes from the swarm again, and is kept anew.
+    let path = std::fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().path());
+    for path in path.filter(|path| path.extension().is_some_and(|kind| kind == "pages")) {
+        let mut bytes = std::fs::read(&path).unwrap();
+        bytes.iter_mut().step_by(1000).for_each(|byte| *byte ^= 4);
+        std::fs::write(&path, bytes).unwrap();
+    }
+    let third = world.fresh_disk().keeping(open());
+    assert!(read_all(&third, &block).await.is_err(), "wrong bytes are not there");
+    (1..=6).for_each(|at| world.providers.set_fault(ProviderId(at), Fault::None));
+    assert!(read_all(&third, &block).await.unwrap() == content);
+    third.close().await;
+    drop(third);
+    (1..=6).for_each(|at| world.providers.set_fault(ProviderId(at), Fault::Dead));
+    let last = world.fresh_disk().keeping(open());
+    assert!(read_all(&last, &block).await.unwrap() == content);
+    last.close().await;
+}

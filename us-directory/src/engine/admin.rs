@@ -309,6 +309,7 @@ impl Engine {
                 state: self.state_of(member) as i32,
                 capacity_bytes: member.report.capacity_bytes,
                 used_bytes: member.report.used_bytes,
+                reclaimable_bytes: member.report.reclaimable_bytes,
                 free_bytes: member.report.free_bytes,
                 fragments: totals.fragments.get(provider).copied().unwrap_or(0),
                 last_seen_s: (self.at.now_ms.saturating_sub(member.heard_ms)) / 1000,

@@ -67,6 +67,7 @@ impl Engine {
         self.retain_chore()?;
         self.leave_chore()?;
         self.trash_chore()?;
+        self.clean_chore()?;
         self.tell_spread()?;
         if std::mem::take(&mut self.deletes_wait) {
             self.send_deletes()?;
@@ -383,6 +384,11 @@ impl Engine {
         for key in slice.unsettled {
             if !self.changed_while_counting.contains(&key) {
                 self.watch(key);
+            }
+        }
+        for (key, sparse) in slice.sparse {
+            if !self.changed_while_counting.contains(&key) {
+                self.cleaning.found(key, sparse);
             }
         }
         if slice.last {

@@ -13,6 +13,7 @@ use us_proto::v1::BlockSummary;
 
 mod signatures;
 
+use super::cleaning::Sparse;
 use crate::keys;
 use crate::records::{BlockRecord, bit, decode};
 use crate::store::{KeyRange, StoreError, View};
@@ -99,6 +100,8 @@ pub struct CountedSlice {
     pub inline: i64,
     /// Blocks that are not settled.
     pub unsettled: Vec<(VolumeId, BlockId)>,
+    /// Blocks of which little lives.
+    pub sparse: Vec<((VolumeId, BlockId), Sparse)>,
     /// Fragments that wait for deletion.
     pub deletes: u64,
     /// This was the last slice.
@@ -240,6 +243,7 @@ pub fn count_slice(view: &dyn View, cursor: &mut CountCursor) -> Result<CountedS
         if !record.is_settled() {
             slice.unsettled.push((volume, block));
         }
+        slice.sparse.extend(Sparse::of(&record).map(|sparse| ((volume, block), sparse)));
         *slice.signatures.entry(Signature::of(&record, false)).or_default() += 1;
     }
     match pairs.last() {

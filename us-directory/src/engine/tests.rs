@@ -22,6 +22,7 @@ use crate::store::memory::MemoryStore;
 mod access;
 mod basics;
 mod checks;
+mod cleaning;
 mod crash;
 mod evenings;
 mod garbage;
@@ -62,6 +63,7 @@ pub(super) struct World {
     pub line: (u64, u64),
     /// What is free at each of them.
     pub free_bytes: u64,
+    pub capacity_bytes: u64,
     trash_age_ms: u64,
 }
 
@@ -95,6 +97,7 @@ impl World {
             providers: Vec::new(),
             line: (0, 0),
             free_bytes: report().free_bytes,
+            capacity_bytes: report().capacity_bytes,
             trash_age_ms,
         };
         world.make_durable();
@@ -151,9 +154,14 @@ impl World {
         self.now_ms += ms;
         for (conn, _) in self.providers.clone() {
             let (uplink_bytes_per_s, downlink_bytes_per_s) = self.line;
-            let free_bytes = self.free_bytes;
-            let line =
-                ProviderReport { uplink_bytes_per_s, downlink_bytes_per_s, free_bytes, ..report() };
+            let (free_bytes, capacity_bytes) = (self.free_bytes, self.capacity_bytes);
+            let line = ProviderReport {
+                uplink_bytes_per_s,
+                downlink_bytes_per_s,
+                free_bytes,
+                capacity_bytes,
+                ..report()
+            };
             self.provider_says(conn, PUp::Report(line));
         }
         self.event(Event::Tick);

@@ -4,7 +4,8 @@
 //! clock: while no directory runs nothing grows older. Space is short where fewer blocks fit than a
 //! mark well above the reserve, counting what providers can clear away; or where a mount found no place.
 //! Then what was removed longest ago goes, as much as is missing: what it frees is seen in providers'
-//! reports only after two lease times, so what is on its way is reckoned in.
+//! reports only after two lease times, so what is on its way is reckoned in. Where a mount still finds no place
+//! and nothing is on its way after all (blocks are shared with clones, bytes lay inline), more goes at once.
 //!
 //! Invariant: nothing leaves the trash before its time unless space is short or an administrator says so.
 
@@ -157,12 +158,16 @@ impl Engine {
     }
 
     /// Bytes of fragments that have to become free, of those that nothing is on its way to free.
-    fn missing_bytes(&mut self) -> u64 {
+    fn missing_bytes(&mut self) -> Result<u64, StoreError> {
         let now_ms = self.now_ms();
         while self.trash.coming.front().is_some_and(|(until_ms, _)| *until_ms <= now_ms) {
             self.trash.coming.pop_front();
         }
         let pressed = std::mem::take(&mut self.trash.pressed);
+        if pressed && self.pending_deletes == 0 && !self.is_reaping()? {
+            // What was purged shared its blocks with what is left: nothing comes of it.
+            self.trash.coming.clear();
+        }
         let mut codes: Vec<Code> =
             self.volumes_with_trash().iter().map(|(_, code)| *code).collect();
         codes.sort_unstable_by_key(|code| (code.s(), code.r()));
@@ -175,7 +180,17 @@ impl Engine {
         });
         let missing = missing.max().unwrap_or(0);
         let coming = self.trash.coming.iter().fold(0u64, |sum, (_, bytes)| sum + bytes);
-        missing.saturating_sub(coming)
+        Ok(missing.saturating_sub(coming))
+    }
+
+    /// Whether something that was removed for ever is still being taken apart.
+    fn is_reaping(&self) -> Result<bool, StoreError> {
+        for volume in self.volumes.keys() {
+            if !self.store.scan(&KeyRange::prefix(&keys::tag(volume, b'k')), 1)?.is_empty() {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// Where space is short, what was removed longest ago leaves the trash.
@@ -189,7 +204,7 @@ impl Engine {
             return Ok(());
         }
         self.trash.look_at_ms = self.now_ms() + LOOK_EVERY_MS;
-        let missing = self.missing_bytes();
+        let missing = self.missing_bytes()?;
         let was_short = std::mem::replace(&mut self.trash.is_short, missing > 0);
         if missing == 0 {
             return Ok(());

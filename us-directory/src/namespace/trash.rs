@@ -6,8 +6,8 @@
 //! [`TrashRule::age_ms`](super::TrashRule) old is not kept, nor are pipes, sockets and devices.
 //!
 //! A directory is kept under its own inode too, so what lay in it can go back to it, names and all.
-//! One in which something went to the trash is kept however young it is: what was removed first is the
-//! older in line, so a directory leaves the trash behind all that lay in it.
+//! One in which something went to the trash is kept however young it is, and stands behind it in line, also
+//! where all was removed in one millisecond: a directory leaves the trash behind all that lay in it.
 //!
 //! Invariants: an inode is marked as trashed exactly where there is its `t` key; the sums of both are in
 //! `u`; nothing in the trash has a name or an `o` key.
@@ -48,16 +48,20 @@ impl Tx<'_> {
         if !wanted || !rule.on {
             return Ok(());
         }
+        let behind_its_own = if record.keeps_trash { record.trashed_in_it_ms + 1 } else { 0 };
+        let at_ms = rule.clock_ms.max(behind_its_own);
         record.removed = Some(RemovedRecord {
             dir: removal.name.dir,
             name_hash: removal.name.hash.clone(),
             sealed_name: removal.name.sealed.clone(),
             time: removal.time,
             uid: removal.uid,
-            at_ms: rule.clock_ms,
+            at_ms,
             trashed: false,
         });
-        self.inode_mut(removal.name.dir)?.keeps_trash = true;
+        let dir = self.inode_mut(removal.name.dir)?;
+        dir.keeps_trash = true;
+        dir.trashed_in_it_ms = dir.trashed_in_it_ms.max(at_ms);
         Ok(())
     }
 

@@ -217,14 +217,14 @@ fn partly_covered(pieces: impl Iterator<Item = Range<u64>>) -> BTreeMap<u64, Vec
     parts
 }
 
-fn need_chunk(data: &FileData, ino: Ino, chunk: u64) -> Result<(), Stop> {
+pub(super) fn need_chunk(data: &FileData, ino: Ino, chunk: u64) -> Result<(), Stop> {
     if data.map().is_known(chunk) {
         return Ok(());
     }
     Err(super::files::want_map(ino, chunk..chunk + 1))
 }
 
-fn chunk_range(chunk: u64) -> Range<u64> {
+pub(super) fn chunk_range(chunk: u64) -> Range<u64> {
     chunk * CHUNK_BYTES..(chunk + 1) * CHUNK_BYTES
 }
 

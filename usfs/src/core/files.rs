@@ -114,7 +114,7 @@ impl Core {
     }
 
     /// A regular file under a lease; answers its size.
-    fn need_file(&mut self, ino: Ino, level: Level) -> Result<u64, Stop> {
+    pub(super) fn need_file(&mut self, ino: Ino, level: Level) -> Result<u64, Stop> {
         let node = self.need(ino, level)?;
         match node.attributes {
             Some(attributes) if attributes.kind == FileKind::Regular => Ok(attributes.size),

@@ -19,6 +19,7 @@ use us_core::limits::CHUNK_BYTES;
 use us_proto::v1;
 use us_proto::v1::mutation::Op;
 
+use super::cleaning::Cleaning;
 use super::inlined::Inlined;
 use super::node::{WriteError, WriteRetried};
 use super::{Core, Now};
@@ -99,6 +100,8 @@ pub(super) struct DirtyFiles {
     tickets_made: u64,
     in_flight_bytes: u64,
     pub(super) inlined: Inlined,
+    /// What the directory asks to be written anew.
+    pub(super) cleaning: Option<Cleaning>,
     block_bytes_max: u64,
     /// After a failure nothing is tried in the background before this.
     retry_at: Option<Duration>,
@@ -120,6 +123,7 @@ impl DirtyFiles {
             tickets_made: 0,
             in_flight_bytes: 0,
             inlined: Inlined::default(),
+            cleaning: None,
             block_bytes_max,
             retry_at: None,
             failing: None,

@@ -14,6 +14,7 @@ use us_proto::v1;
 use us_proto::v1::session_down::Event as Down;
 use us_proto::v1::session_up::Event as Up;
 
+use super::cleaning::Cleaning;
 use super::leases::{PIN, Recall};
 use super::node::{Dentry, DirNames, Level, Node, attributes_from_proto};
 use super::{Asked, Core, INODES_LEASED, Now, Want};
@@ -32,6 +33,8 @@ pub enum Effect {
     Contended(u64),
     /// A recall waits to be answered.
     Recalled,
+    /// Something is to be cleaned.
+    Cleaning,
     /// Everything up to here is durable.
     Durable(LogPosition),
     /// New inode numbers are there.
@@ -125,6 +128,11 @@ impl Core {
                 // What is left of the old range is given up: numbers are never short.
                 self.inodes = leased.first..leased.first + u64::from(leased.count);
                 Some(Effect::Inodes)
+            }
+            Down::Clean(order) => {
+                // The directory gives one at a time.
+                self.dirty.cleaning = Some(Cleaning::from_proto(&order));
+                Some(Effect::Cleaning)
             }
             Down::Ended(ended) => {
                 let reason = v1::EndReason::try_from(ended.reason).unwrap_or_default();

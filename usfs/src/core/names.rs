@@ -39,9 +39,15 @@ impl Core {
     /// Looks `name` up in `dir`, and counts a lookup of what it names.
     pub fn lookup(&mut self, now: Now, dir: Ino, name: &[u8]) -> Result<Lookup, Stop> {
         self.check_session(now)?;
+        if name == b"." {
+            // Asked of any inode, when the kernel has its handle and nothing else (open_by_handle_at, NFS).
+            self.need(dir, Level::Shared)?;
+            let entry = self.entry(now, dir, None).ok_or(FsError::Stale(dir))?;
+            self.count_lookup(dir);
+            return Ok(Lookup::Found(entry));
+        }
         let dir_node = self.need_dir(dir, Level::Shared)?;
         let ino = match name {
-            b"." => dir,
             b".." => dir_node.parent,
             _ => match self.need_name(dir, name, Level::Shared)? {
                 Dentry::Present { ino, .. } => ino,

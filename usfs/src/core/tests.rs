@@ -129,6 +129,23 @@ fn nothing_is_answered_without_a_lease() {
     assert_eq!(core.lookup(at(20_000), Ino::ROOT, b"a"), Err(Stop::Stall(Stall::Session)));
 }
 
+/// A handle (`name_to_handle_at`, NFS) of a file that the kernel had forgotten was refused: "." was only
+/// looked up in directories.
+#[test]
+fn an_inode_is_found_by_its_number_alone() {
+    let mut core = core();
+    give_root(&mut core);
+    let (ino, _) = file(&mut core, b"a");
+    let Ok(Lookup::Found(found)) = core.lookup(at(3), ino, b".") else { panic!("it is there") };
+    assert_eq!((found.attributes.ino, found.attributes.kind), (ino, FileKind::Regular));
+    assert!(core.lookup(at(3), Ino::ROOT, b".").is_ok());
+    let refused = core.lookup(at(3), ino, b"..").map(|_| ());
+    assert_eq!(refused, Err(Stop::Fail(FsError::NotADirectory)));
+    let want = Want::Inode { ino: Ino(77), level: Level::Shared };
+    let unknown = core.lookup(at(3), Ino(77), b".").map(|_| ());
+    assert_eq!(unknown, Err(Stop::Stall(Stall::Fetch(want))));
+}
+
 #[test]
 fn names_are_made_and_moved_in_memory_and_logged_in_order() {
     let mut core = core();

@@ -116,6 +116,7 @@ pub(super) fn providers(providers: &[v1::ProviderStatus], pids: &Pids) -> Value 
             "repair_sent_bytes": provider.repair_sent_bytes,
             "repair_worst_fragments": provider.repair_worst_fragments,
             "repair_worst_bytes": provider.repair_worst_bytes,
+            "reclaimable_bytes": provider.reclaimable_bytes,
         });
         if let Some(pid) = pids.get(&provider.name) {
             value["pid"] = json!(pid);

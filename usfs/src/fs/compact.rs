@@ -1,5 +1,6 @@
 //! Writing parts of a file anew: read them, make them dirty, and they are stored like new ones. So a
-//! crowded chunk becomes one run, and what an fsync put into the directory becomes fragments.
+//! crowded chunk becomes one run, what an fsync put into the directory becomes fragments, and what lives of a
+//! block of which most is dead goes to another.
 
 use std::sync::Arc;
 
@@ -8,7 +9,7 @@ use us_core::ids::Ino;
 use super::files::assemble;
 use super::shared::Shared;
 use super::{Fs, FsError};
-use crate::core::Packing;
+use crate::core::{Cleaning, Packing, Rewrite};
 
 /// Tries against a file that changes all the time.
 const TRIES_MAX: usize = 8;
@@ -37,20 +38,46 @@ pub(crate) async fn pack(shared: &Arc<Shared>, packings: Vec<Packing>) {
     for Packing { ino, parts } in packings {
         let mut whole = true;
         for part in parts {
-            match assemble(&fs, part.pieces.clone()).await {
-                Ok(content) => {
-                    let now = shared.now();
-                    whole &= shared.lock().core.rewrite(now, &part, &content);
-                }
-                Err(error) => {
-                    tracing::debug!(%ino, %error, "stays inline");
-                    whole = false;
-                }
-            }
+            whole &= make_dirty(&fs, &part).await;
         }
         if whole {
             shared.lock().core.packed(ino);
         }
     }
     shared.dirty.notify_one();
+}
+
+/// Cleans: what lives of some blocks becomes dirty, and is stored with what else is. What cannot be read, or
+/// changed meanwhile, stays where it is; so does the rest where memory becomes short.
+pub(crate) async fn clean(shared: &Arc<Shared>, cleaning: Cleaning, dirty_bytes_max: usize) {
+    let fs = Fs { shared: Arc::clone(shared) };
+    for chunk in cleaning.chunks {
+        if shared.lock().core.uncommitted_bytes() > dirty_bytes_max as u64 / 2 {
+            break;
+        }
+        let planned = fs.run(|state, now| state.core.plan_cleaning(now, chunk, &cleaning.blocks));
+        match planned.await {
+            Ok(parts) => {
+                for part in parts {
+                    make_dirty(&fs, &part).await;
+                }
+            }
+            Err(error) => tracing::debug!(ino = %chunk.0, %error, "is not cleaned"),
+        }
+    }
+    shared.dirty.notify_one();
+}
+
+/// Reads a part of a file and makes it dirty; whether it is.
+async fn make_dirty(fs: &Fs, part: &Rewrite) -> bool {
+    match assemble(fs, part.pieces.clone()).await {
+        Ok(content) => {
+            let now = fs.shared.now();
+            fs.shared.lock().core.rewrite(now, part, &content)
+        }
+        Err(error) => {
+            tracing::debug!(ino = %part.ino, %error, "stays where it is");
+            false
+        }
+    }
 }

@@ -8,7 +8,7 @@ use bytes::Bytes;
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use tokio::time::Instant;
-use us_core::disk::{Acknowledge, DiskConfig, FragmentTransport, VirtualDisk};
+use us_core::disk::{Acknowledge, DiskConfig, FragmentTransport, SealedPages, VirtualDisk};
 use us_core::geometry::{Code, GeometryError};
 use us_core::ids::{Ino, SessionId, VolumeId};
 use us_core::name::NameKey;
@@ -58,6 +58,8 @@ pub struct MountOptions {
     pub memory_bytes: usize,
     /// Answer writes only when every fragment is durable.
     pub acknowledge_full: bool,
+    /// Where pages that were read are kept, sealed, for the next time.
+    pub sealed_pages: Option<SealedPages>,
     /// The key of a private volume.
     pub key: Option<VolumeKey>,
     /// Where a rescue file would go.
@@ -82,6 +84,7 @@ impl Default for MountOptions {
             read_only: false,
             memory_bytes: 512 << 20,
             acknowledge_full: false,
+            sealed_pages: None,
             key: None,
             rescue_dir: std::env::temp_dir(),
             replaces: Vec::new(),
@@ -155,6 +158,10 @@ impl Fs {
         let names = NameKey::new(&key);
         let directory = Arc::clone(&blocks);
         let disk = VirtualDisk::new(volume, key, code, disk_config, directory, transport);
+        let disk = match options.sealed_pages {
+            Some(sealed) => disk.keeping(sealed),
+            None => disk,
+        };
         let dirty_bytes_max = options.memory_bytes / 2;
         let mut core = Core::new(CoreConfig {
             names,

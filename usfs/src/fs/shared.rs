@@ -187,6 +187,7 @@ impl Shared {
         match effect {
             None => self.outgoing.notify_one(),
             Some(Effect::Answered(..) | Effect::Contended(_)) => {}
+            Some(Effect::Cleaning) => self.dirty.notify_one(),
             Some(Effect::Recalled) => self.recalled.notify_one(),
             Some(Effect::Durable(position)) => {
                 self.durable.send_replace(position);

@@ -12,7 +12,7 @@ use us_core::disk::{LateFragments, PlacementError, StoreError, StoredBlock};
 use us_core::ids::{BlockId, Ino};
 
 use super::FsError;
-use super::compact::{compact, pack};
+use super::compact::{clean, compact, pack};
 use super::shared::{Shared, State};
 use crate::core::{FlushReason, SealPlan, StoreFailure, Stored};
 use crate::data::Ticket;
@@ -61,6 +61,15 @@ pub(crate) async fn run(shared: Arc<Shared>, dirty_bytes_max: usize) {
             let shared_too = Arc::clone(&shared);
             shared.tasks.spawn(async move {
                 pack(&shared_too, packed).await;
+                drop(slot);
+            });
+            continue;
+        }
+        let cleaning = shared.lock().core.take_cleaning();
+        if let Some(cleaning) = cleaning {
+            let shared_too = Arc::clone(&shared);
+            shared.tasks.spawn(async move {
+                clean(&shared_too, cleaning, dirty_bytes_max).await;
                 drop(slot);
             });
             continue;

@@ -31,6 +31,10 @@ pub struct Options {
     pub memory: Option<Size>,
     /// When a block counts as stored.
     pub ack: Ack,
+    /// The folder in which pages that were read are kept, sealed, for the next time.
+    pub cache: Option<PathBuf>,
+    /// The most that is kept there.
+    pub cache_size: Option<Size>,
 }
 
 /// Options that only the kernel gives.
@@ -52,7 +56,8 @@ pub enum OptionError {
     /// Nobody knows it.
     #[error(
         "unknown mount option {0:?}: there are ro, rw, remount, allow_other, suid, dev, noexec, \
-         noatime, sync, ack=margin, ack=full, identity=DIR, memory=SIZE"
+         noatime, sync, ack=margin, ack=full, identity=DIR, memory=SIZE, \
+         cache=DIR, cache_size=SIZE"
     )]
     Unknown(String),
     /// Its value is not what it takes.
@@ -146,13 +151,9 @@ impl Options {
                 });
             }
             Some(("identity", dir)) if !dir.is_empty() => self.identity = Some(dir.into()),
-            Some(("memory", size)) => {
-                let size: Size = size.parse().map_err(|error| OptionError::Value {
-                    option: word.to_owned(),
-                    reason: format!("{error}"),
-                })?;
-                self.memory = Some(size);
-            }
+            Some(("cache", dir)) if !dir.is_empty() => self.cache = Some(dir.into()),
+            Some(("memory", size)) => self.memory = Some(parse_size(word, size)?),
+            Some(("cache_size", size)) => self.cache_size = Some(parse_size(word, size)?),
             _ => return Err(OptionError::Unknown(word.to_owned())),
         }
         Ok(())
@@ -172,6 +173,11 @@ impl Options {
             sync: self.sync,
         }
     }
+}
+
+fn parse_size(word: &str, size: &str) -> Result<Size, OptionError> {
+    size.parse()
+        .map_err(|error| OptionError::Value { option: word.to_owned(), reason: format!("{error}") })
 }
 
 #[cfg(test)]
@@ -216,6 +222,10 @@ mod tests {
         assert!(parse("ro").unwrap().read_only);
         assert!(!parse("ro,rw").unwrap().read_only);
         assert_eq!(parse(""), Ok(Options::default()));
+        let cached = parse("cache=/var/cache/us,cache_size=1G").unwrap();
+        let wanted = (Some("/var/cache/us".into()), Some(Size(1 << 30)));
+        assert_eq!((cached.cache, cached.cache_size), wanted);
+        assert!(matches!(parse("cache_size=big"), Err(OptionError::Value { .. })));
         assert_eq!(parse("cache"), Err(OptionError::Unknown("cache".into())));
         assert!(matches!(parse("memory=lots"), Err(OptionError::Value { .. })));
         assert!(matches!(parse("identity="), Err(OptionError::Unknown(_))));

@@ -9,7 +9,8 @@ use bytes::Bytes;
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use tokio::runtime::Handle;
-use us_core::disk::{LinksConfig, ProviderLinks};
+use us_core::daemon::size::Size;
+use us_core::disk::{LinksConfig, ProviderLinks, SealedPages};
 use us_core::tls::{ExpectedPeer, Identity, Role};
 use us_proto::v1;
 
@@ -24,6 +25,9 @@ use crate::session::grpc::GrpcLink;
 const USERS_LEAVE: Duration = Duration::from_secs(3);
 /// How long the kernel may take to let go of a mount that is hidden.
 const KERNEL_LETS_GO: Duration = Duration::from_secs(10);
+
+/// How much is kept in the folder of `-o cache` unless `cache_size` says otherwise.
+const CACHE_BYTES: Size = Size(4 << 30);
 
 /// What to mount, and where.
 #[derive(Debug, Clone)]
@@ -178,6 +182,11 @@ async fn open_fs(
         replaces: dead.clone(),
         ..MountOptions::default()
     };
+    if let Some(dir) = spec.options.cache.clone() {
+        let bytes = spec.options.cache_size.unwrap_or(CACHE_BYTES).bytes();
+        let opened = tokio::task::spawn_blocking(move || SealedPages::open(&dir, bytes)).await?;
+        options.sealed_pages = Some(opened.context("mount option cache")?);
+    }
     if let Some(memory) = spec.options.memory {
         options.memory_bytes = usize::try_from(memory.bytes()).unwrap_or(usize::MAX);
     }

@@ -80,6 +80,7 @@ fn name_of(event: Option<&Down>) -> &'static str {
         Some(Down::Statfs(_)) => "StatfsReply",
         Some(Down::Providers(_)) => "ProviderTable",
         Some(Down::Renewed(_)) => "Renewed",
+        Some(Down::Clean(_)) => "CleanBlocks",
         Some(Down::Ended(_)) => "SessionEnded",
     }
 }

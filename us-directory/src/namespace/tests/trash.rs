@@ -169,6 +169,30 @@ fn a_tree_comes_back_into_its_own_directories() {
     assert_eq!(usage(&volume).trash_files, 0);
 }
 
+/// All of it in one millisecond, as `rm -r` may: the line was by inode then, folders before what lay in them,
+/// and trash that yielded to need lost the folder first.
+#[test]
+fn a_tree_removed_at_once_stands_in_line_behind_what_lay_in_it() {
+    let mut volume = Volume::new();
+    volume.apply(vec![create(1, 1, 2, S_IFDIR | 0o700)]).unwrap();
+    volume.apply(vec![create(2, 1, 3, S_IFDIR | 0o700)]).unwrap();
+    volume.apply(vec![create(3, 1, 4, S_IFREG | 0o600)]).unwrap();
+    volume.apply(vec![create(1, 2, 5, S_IFDIR | 0o700)]).unwrap();
+    volume.trash = LATE;
+    let all = [unlink(3, 1, 4, false), unlink(2, 1, 3, true), unlink(1, 1, 2, true)];
+    volume.apply(all.to_vec()).unwrap();
+    volume.apply(vec![unlink(1, 2, 5, true)]).unwrap();
+    assert_eq!(trashed(&volume), [4, 5, 3, 2], "an empty one has nothing to stand behind");
+    let inos = [4, 5, 3, 2];
+    let mut tx = volume.tx();
+    for ino in inos {
+        assert_eq!(tx.purge(ino).unwrap().files, 1);
+    }
+    let outcome = tx.finish().unwrap();
+    volume.finish(outcome);
+    assert_eq!((trashed(&volume).len(), usage(&volume).trash_files), (0, 0));
+}
+
 /// Nothing but the trash knows what is in it.
 #[test]
 fn what_is_in_the_trash_is_changed_by_nobody() {

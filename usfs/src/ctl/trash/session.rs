@@ -78,7 +78,8 @@ impl Session {
         Ok(())
     }
 
-    /// The next message that `pick` wants. Recalls are kept for later.
+    /// The next message that `pick` wants. What is recalled meanwhile is given back at once where no change
+    /// waits to be sent: two sessions may each ask for what the other has.
     async fn hear<T>(&mut self, pick: impl Fn(Down) -> Option<T>) -> anyhow::Result<T> {
         let until = Instant::now() + PATIENCE;
         loop {
@@ -90,6 +91,9 @@ impl Session {
             match message.transpose()?.and_then(|message| message.event) {
                 None => bail!("the directory hung up"),
                 Some(Down::Ended(ended)) => bail!("the directory says: {}", ended.detail),
+                Some(Down::Recall(recall)) if self.queued.is_empty() => {
+                    self.give_back(&recall).await?;
+                }
                 Some(Down::Recall(recall)) => self.recalls.push_back(recall),
                 Some(other) => {
                     if let Some(wanted) = pick(other) {
@@ -110,12 +114,18 @@ impl Session {
                 .await?;
         }
         while let Some(recall) = self.recalls.pop_front() {
-            let (ino, grant) = (recall.ino, recall.grant);
-            let level = v1::LeaseLevel::None.into();
-            let lease = v1::InodeLease { ino, level, open: false, grant };
-            self.send(Up::LeaseReturn(v1::LeaseReturn { leases: vec![lease] })).await?;
-            self.given_back.push(ino);
+            self.give_back(&recall).await?;
         }
+        Ok(())
+    }
+
+    /// Gives a lease back, behind every change that was sent.
+    async fn give_back(&mut self, recall: &v1::Recall) -> anyhow::Result<()> {
+        let (ino, grant) = (recall.ino, recall.grant);
+        let level = v1::LeaseLevel::None.into();
+        let lease = v1::InodeLease { ino, level, open: false, grant };
+        self.send(Up::LeaseReturn(v1::LeaseReturn { leases: vec![lease] })).await?;
+        self.given_back.push(ino);
         Ok(())
     }
 
