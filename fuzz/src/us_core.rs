@@ -26,7 +26,7 @@ use us_core::wire::{FRAME_BYTES_MAX, HEADER_BYTES as FRAME_HEADER_BYTES};
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets of this file.
-pub const TARGETS: [Target; 10] = [
+pub const TARGETS: [Target; 11] = [
     ("fragment_header", fragment_header),
     ("fragment_trailer", fragment_trailer),
     ("fragment_record", fragment_record),
