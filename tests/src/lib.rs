@@ -7,7 +7,6 @@ pub mod figures;
 pub mod handles;
 pub mod joining;
 pub mod liar;
-pub mod joining;
 pub mod manifest;
 pub mod netns;
 pub mod poll;

@@ -209,7 +209,14 @@ impl Setting {
             Up::Hello(hello) => Some(hello.clone()),
             _ => None,
         });
-        (child, hello.await)
+        let hello = hello.await;
+        // It judges grants when it has written down what the welcome says of them.
+        let deadline = Instant::now() + PATIENCE;
+        while !self.data().join("grants").exists() {
+            assert!(Instant::now() < deadline, "it is never told");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        (child, hello)
     }
 }
 

@@ -126,6 +126,8 @@ impl TestDirectory {
             repair_at: None,
             trash_hours: None,
             private: None,
+            maker: None,
+            access: Vec::new(),
         };
         directory.step(Event::Ask { ask: AskId(1), question });
         directory.settle();
@@ -155,7 +157,7 @@ impl TestDirectory {
     fn join(&self, number: u64) {
         let conn = self.provider_conn(number);
         let key_hash = vec![number as u8; 32];
-        let peer = Peer { key_hash, name: format!("provider-{number}") };
+        let peer = Peer { key_hash, name: format!("provider-{number}"), ..Peer::default() };
         self.step(Event::ProviderConnected { conn, peer });
         let hello = v1::ProviderHello {
             address: format!("test:{number}"),
@@ -291,7 +293,7 @@ impl TestDirectory {
             inner.outlets.insert(conn, outlet);
             (conn, inner.run)
         };
-        let peer = Peer { key_hash: vec![99; 32], name: "mount".to_owned() };
+        let peer = Peer { key_hash: vec![99; 32], name: "mount".to_owned(), ..Peer::default() };
         self.step(Event::SessionConnected { conn, peer });
         let directory = self.clone();
         tokio::spawn(async move {
