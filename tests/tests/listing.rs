@@ -6,17 +6,20 @@ use std::io::Read;
 use std::mem::MaybeUninit;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use rustix::fs::{RawDir, RenameFlags, SeekFrom, renameat_with, seek};
 use rustix::io::Errno;
-use us_tests::cluster::{Cluster, Shape, fuse_is_here};
+use us_tests::cluster::{Cluster, PATIENCE, Shape, fuse_is_here};
 use us_tests::handles::FileHandle;
+use us_tests::poll;
 use us_tests::tier::rounds;
 use us_tests::tree::noise;
 
 /// Names that another makes and removes meanwhile, and that are there at once.
 const COMING_AND_GOING: u64 = 50;
+/// So many names are listed between changes of the other mount, at most.
+const NAMES_A_CHANGE: usize = 1000;
 
 /// A name in a listing, and the cookie of the place behind it.
 type Listed = (String, u64);
@@ -37,8 +40,8 @@ fn name(number: u64) -> String {
     format!("{number:07}")
 }
 
-/// Makes and removes names until it is told to stop; how many changes it made.
-fn come_and_go(dir: &Path, stop: &AtomicBool) -> u64 {
+/// Makes and removes names until it is told to stop; counts the changes it made.
+fn come_and_go(dir: &Path, changes: &AtomicU64, stop: &AtomicBool) {
     let mut made = 0;
     while !stop.load(Ordering::Relaxed) {
         File::create(dir.join(format!("new{made}"))).expect("a file");
@@ -46,8 +49,8 @@ fn come_and_go(dir: &Path, stop: &AtomicBool) -> u64 {
             fs::remove_file(dir.join(format!("new{old}"))).expect("it is there");
         }
         made += 1;
+        changes.fetch_add(1, Ordering::Relaxed);
     }
-    made
 }
 
 /// Every name that is there all the time is listed once, in the order in which they were made; whatever another
@@ -66,20 +69,28 @@ fn a_large_directory_is_listed_in_order_while_it_changes() {
         File::create(large.join(name(number))).expect("a file");
     }
 
-    let stop = AtomicBool::new(false);
+    let (stop, changes) = (AtomicBool::new(false), AtomicU64::new(0));
     let mut listed: Vec<Listed> = Vec::new();
-    let changes = std::thread::scope(|scope| {
-        let other = scope.spawn(|| come_and_go(&right.path().join("large"), &stop));
+    std::thread::scope(|scope| {
+        let other = scope.spawn(|| come_and_go(&right.path().join("large"), &changes, &stop));
         let dir = File::open(&large).expect("open");
         list(&dir, |entry| {
             listed.push(entry);
+            if listed.len() % NAMES_A_CHANGE == 0 {
+                let before = changes.load(Ordering::Relaxed);
+                poll::until("the other mount's changes", PATIENCE, || {
+                    let made = changes.load(Ordering::Relaxed) - before;
+                    (made > 2).then_some(()).ok_or(format!("{made}"))
+                });
+            }
             true
         });
         stop.store(true, Ordering::Relaxed);
-        other.join().expect("no panic")
+        other.join().expect("no panic");
     });
+    let changes = changes.into_inner();
     eprintln!("{entries} names, {changes} changes meanwhile");
-    assert!(changes > 0);
+    assert!(changes as usize > listed.len() / NAMES_A_CHANGE);
     assert!(listed.is_sorted_by(|one, next| one.1 < next.1), "cookies go up");
     let stable = |entry: &&Listed| !entry.0.starts_with("new");
     let stable: Vec<Listed> = listed.iter().filter(stable).cloned().collect();

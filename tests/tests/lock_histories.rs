@@ -182,6 +182,9 @@ impl Sim {
             quota_bytes: 0,
             repair_at: None,
             trash_hours: None,
+            maker: None,
+            access: Vec::new(),
+            private: None,
         };
         sim.event(Event::Ask { ask: AskId(1), question });
         for key in 0..2 + sim.random.random_range(0..2) {
@@ -251,7 +254,8 @@ impl Sim {
             ..Default::default()
         };
         mount.up.push_back(Up::Open(open));
-        let peer = Peer { key_hash: vec![mount.key; 32], name: "mount".to_owned() };
+        let peer =
+            Peer { key_hash: vec![mount.key; 32], name: "mount".to_owned(), ..Peer::default() };
         self.event(Event::SessionConnected { conn: ConnId(conn), peer });
     }
 
@@ -458,7 +462,7 @@ impl Sim {
             if mount.opened && due && now_ms >= mount.stalled_until && !mount.dead {
                 mount.renewed_at = now_ms;
                 mount.renewals.push_back(now_ms);
-                mount.up.push_back(Up::Renew(Renew {}));
+                mount.up.push_back(Up::Renew(Renew::default()));
             }
         }
         self.event(Event::Tick);

@@ -33,6 +33,24 @@ impl Churned<'_> {
         self.model.insert(name.to_owned(), content);
     }
 
+    /// Overwrites most of every large file, a piece here and a piece there: all of its blocks live on, each
+    /// with a third of what it had.
+    fn thin_out(&mut self) {
+        for name in
+            self.model.keys().filter(|name| name.starts_with("large")).cloned().collect::<Vec<_>>()
+        {
+            let file = File::options().write(true).open(self.folder.join(&name)).expect("open");
+            file.sync_all().expect("a sync");
+            let content = self.model.get_mut(&name).expect("it is there");
+            for at in (0..content.len() - 200_000).step_by(300_000) {
+                let new = noise(self.random.random(), 200_000);
+                file.write_all_at(&new, at as u64).expect("a write");
+                content[at..at + 200_000].copy_from_slice(&new);
+            }
+            file.sync_all().expect("a sync");
+        }
+    }
+
     fn any(&mut self) -> String {
         let at = self.random.random_range(0..self.model.len());
         self.model.keys().nth(at).expect("there is one").clone()
@@ -114,6 +132,7 @@ fn churn_leaves_little_behind() {
     for number in 0..600 {
         churned.write(&format!("small{number}"), 10_000 + 37 * number);
     }
+    churned.thin_out();
     for _ in 0..rounds(1500, 20_000, 200_000) {
         churned.step();
     }

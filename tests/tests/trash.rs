@@ -2,6 +2,7 @@
 //! beside the mount that removed it, and frees space at the providers when it is purged.
 
 use std::fs::{self, File};
+use std::io::Write;
 use std::path::Path;
 use std::time::Duration;
 
@@ -66,7 +67,9 @@ fn restore_at_once(cluster: &Cluster, disk: &Path) {
         fs::create_dir(disk.join(folder)).expect("a folder");
     }
     for number in 0..2 * FILES {
-        fs::write(disk.join(name(number)), number.to_string()).expect("a write");
+        let mut file = File::create(disk.join(name(number))).expect("a file");
+        file.write_all(number.to_string().as_bytes()).expect("a write");
+        file.sync_all().expect("a sync");
     }
     for number in 0..2 * FILES {
         fs::remove_file(disk.join(name(number))).expect("rm");

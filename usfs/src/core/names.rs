@@ -41,7 +41,10 @@ impl Core {
         self.check_session(now)?;
         if name == b"." {
             // Asked of any inode, when the kernel has its handle and nothing else (open_by_handle_at, NFS).
-            self.need(dir, Level::Shared)?;
+            let node = self.need(dir, Level::Shared)?;
+            if node.attributes.is_none_or(|attributes| attributes.nlink == 0) {
+                return Err(FsError::Stale(dir).into());
+            }
             let entry = self.entry(now, dir, None).ok_or(FsError::Stale(dir))?;
             self.count_lookup(dir);
             return Ok(Lookup::Found(entry));

@@ -31,6 +31,7 @@ fn world() -> World {
         trash_hours: None,
         maker,
         access: Vec::new(),
+        private: None,
     };
     let Answer::Volume(info) = world.ask(made) else { panic!() };
     assert!(info.closed && info.access.is_empty());

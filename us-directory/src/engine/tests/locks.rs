@@ -148,7 +148,7 @@ fn locks_wait_for_mounts_that_have_not_come_back() {
     assert_eq!(reply(&mut world, &three), None, "the second mount may have more");
     world.pass(30_000);
     for mount in [&one, &three] {
-        world.says(mount.conn, Up::Renew(Renew {}));
+        world.says(mount.conn, Up::Renew(Renew::default()));
     }
     world.pass(20_000);
     let (first, second) = (reply(&mut world, &three).unwrap(), reply(&mut world, &three).unwrap());

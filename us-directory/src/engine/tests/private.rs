@@ -13,6 +13,8 @@ fn create(name: &str, volume: VolumeId, key_ring: &[u8]) -> Question {
         quota_bytes: 0,
         repair_at: None,
         trash_hours: None,
+        maker: None,
+        access: Vec::new(),
         private: Some(PrivateVolume { volume, key_ring }),
     }
 }

@@ -21,6 +21,7 @@ fn world(quota_bytes: u64) -> World {
         trash_hours: Some(0),
         maker: None,
         access: Vec::new(),
+        private: None,
     };
     assert!(matches!(world.ask(made), Answer::Volume(_)));
     world

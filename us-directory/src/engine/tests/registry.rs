@@ -162,7 +162,7 @@ fn a_revoked_provider_is_dead() {
     assert!(world.engine.members[&provider].record.dead);
     assert!(!world.engine.members[&provider].online);
     let conn = world.conn();
-    let peer = Peer { key_hash: vec![3; 32], name: "attic".to_owned() };
+    let peer = Peer { key_hash: vec![3; 32], name: "attic".to_owned(), ..Peer::default() };
     world.event(Event::ProviderConnected { conn: ConnId(conn), peer });
     let hello = ProviderHello {
         address: "10.0.0.3:1".into(),
