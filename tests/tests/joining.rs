@@ -87,6 +87,7 @@ fn all_three_roles_join_and_work() {
     if fuse_is_here() {
         let point = Path::new(&cluster.at("mnt")).to_path_buf();
         fs::create_dir(&point).unwrap();
+        cluster.usctl(&["volume", "allow", us_tests::cluster::VOLUME, "laptop"]);
         let mount = cluster.mount_as(&point, "laptop", &client, &[]);
         fs::write(point.join("file"), vec![7; 3 << 20]).unwrap();
         mount.unmount();

@@ -90,8 +90,12 @@ impl Service {
         }
     }
 
-    async fn ask_keys(&self, question: Question) -> Result<Response<VolumeKeysReply>, Status> {
-        match self.ask(question).await? {
+    async fn ask_keys(
+        &self,
+        who: &PeerIdentity,
+        question: Question,
+    ) -> Result<Response<VolumeKeysReply>, Status> {
+        match self.ask_by(who, question).await? {
             Answer::VolumeKeys(keys) => Ok(Response::new(keys)),
             other => Err(unexpected(&other)),
         }
@@ -294,18 +298,18 @@ impl Admin for Service {
         &self,
         request: Request<VolumeKeysRequest>,
     ) -> Result<Response<VolumeKeysReply>, Status> {
-        allowed(&request, &[Role::Client, Role::Admin])?;
-        let volume = request.into_inner().volume;
-        self.ask_keys(Question::VolumeKeys { volume }).await
+        let who = allowed(&request, &[Role::Client, Role::Admin])?;
+        let (volume, asker) = (request.into_inner().volume, peer(&who));
+        self.ask_keys(&who, Question::VolumeKeys { volume, asker }).await
     }
 
     async fn set_volume_keys(
         &self,
         request: Request<SetVolumeKeysRequest>,
     ) -> Result<Response<VolumeKeysReply>, Status> {
-        allowed(&request, &[Role::Admin])?;
+        let who = allowed(&request, &[Role::Admin])?;
         let SetVolumeKeysRequest { volume, version, key_ring } = request.into_inner();
-        self.ask_keys(Question::SetVolumeKeys { volume, version, key_ring }).await
+        self.ask_keys(&who, Question::SetVolumeKeys { volume, version, key_ring }).await
     }
 
     async fn list_volumes(

@@ -95,15 +95,25 @@ impl Engine {
         }
     }
 
-    /// The one key that a hash, or the beginning of one, names.
+    /// The one key that a name, a hash, or the beginning of one, names.
     fn client_named(&self, client: &str) -> Result<Bytes, Answer> {
         let invalid = |detail: String| refused(RefusalKind::Invalid, detail);
+        match &self.registry.clients_called(client)[..] {
+            [one] => return Ok(Bytes::copy_from_slice(one.as_bytes())),
+            [] => {}
+            many => {
+                return Err(invalid(format!(
+                    "{} clients are called {client:?}: give the beginning of a key (`usctl members`)",
+                    many.len()
+                )));
+            }
+        }
         let digits = client.to_ascii_lowercase();
         let is_hex = digits.bytes().all(|digit| digit.is_ascii_hexdigit());
         if !is_hex || !(PREFIX_DIGITS_MIN..=64).contains(&digits.len()) {
             return Err(invalid(format!(
-                "{client:?} names no client: give its key's hash, {PREFIX_DIGITS_MIN} to 64 \
-                 hexadecimal digits (a mount without access prints it)"
+                "{client:?} names no client (`usctl members`): give its name, or its key's hash, \
+                 {PREFIX_DIGITS_MIN} to 64 hexadecimal digits (a mount without access prints it)"
             )));
         }
         if digits.len() == 64 {

@@ -58,7 +58,7 @@ impl Engine {
                 };
                 return self.create_volume(ask, record, private);
             }
-            Question::VolumeKeys { volume } => self.volume_keys(&volume),
+            Question::VolumeKeys { volume, asker } => self.volume_keys(&volume, &asker),
             Question::SetVolumeKeys { volume, version, key_ring } => {
                 return self.set_volume_keys(ask, &volume, version, key_ring);
             }

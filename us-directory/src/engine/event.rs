@@ -151,6 +151,8 @@ pub enum Question {
     VolumeKeys {
         /// The volume's name or id.
         volume: String,
+        /// Who asks: the ring is for those who may open the volume.
+        asker: Peer,
     },
     /// Replaces the key ring of a private volume.
     SetVolumeKeys {

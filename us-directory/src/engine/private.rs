@@ -13,7 +13,7 @@ use us_proto::v1::VolumeKeysReply;
 use super::admin::refused;
 use super::event::{Answer, AskId, Effect, RefusalKind};
 use super::events::EventKind;
-use super::{Durability, Engine, Then, Volume};
+use super::{Durability, Engine, Peer, Then, Volume};
 use crate::keys;
 use crate::records::{VolumeRecord, encode};
 use crate::recovery::image_volume;
@@ -61,10 +61,13 @@ impl Engine {
     }
 
     /// The key ring of a volume.
-    pub(super) fn volume_keys(&self, named: &str) -> Answer {
-        let found = self.volume_named(named);
-        match found.and_then(|id| Some((id, self.volumes.get(&id)?))) {
-            Some((id, volume)) => Answer::VolumeKeys(reply(&id, volume)),
+    pub(super) fn volume_keys(&self, named: &str, asker: &Peer) -> Answer {
+        let id = match self.volume_for(named, asker) {
+            Ok(id) => id,
+            Err(answer) => return answer,
+        };
+        match self.volumes.get(&id) {
+            Some(volume) => Answer::VolumeKeys(reply(&id, volume)),
             None => refusal(not_there(named)),
         }
     }

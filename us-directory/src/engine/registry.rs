@@ -180,6 +180,14 @@ impl Registry {
         RefusedKeys { version: self.version, keys }
     }
 
+    /// The clients of this name that are members.
+    pub fn clients_called(&self, name: &str) -> Vec<KeyHash> {
+        let clients = self.members.iter().filter(|(_, known)| {
+            known.name == name && known.role == Role::Client.as_str() && !known.is_refused()
+        });
+        clients.map(|(key, _)| *key).collect()
+    }
+
     fn find(&self, member: &str) -> Result<KeyHash, (RefusalKind, String)> {
         let named = self.members.iter().filter(|(_, known)| known.name == member);
         let mut found: Vec<KeyHash> = named.map(|(key, _)| *key).collect();

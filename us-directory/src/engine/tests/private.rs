@@ -20,7 +20,8 @@ fn create(name: &str, volume: VolumeId, key_ring: &[u8]) -> Question {
 }
 
 fn keys(world: &mut World, volume: &str) -> VolumeKeysReply {
-    match world.ask(Question::VolumeKeys { volume: volume.to_owned() }) {
+    let asker = Peer { admin: true, ..Peer::default() };
+    match world.ask(Question::VolumeKeys { volume: volume.to_owned(), asker }) {
         Answer::VolumeKeys(keys) => keys,
         other => panic!("{other:?}"),
     }
@@ -79,4 +80,38 @@ fn a_private_volume_has_a_ring_and_no_key() {
     world.restart(0);
     let known = keys(&mut world, "vault");
     assert_eq!((known.version, known.key_ring.as_ref()), (2, &b"second"[..]));
+}
+
+/// The ring lets whoever has it try passphrases: it is for those who may open the volume.
+#[test]
+fn a_key_ring_is_for_those_the_volume_was_given_to() {
+    let mut world = World::new();
+    let maker = Some(Peer { admin: true, ..Peer::default() });
+    let closed = |question| match question {
+        Question::CreateVolume {
+            name, s, r, quota_bytes, repair_at, trash_hours, private, ..
+        } => {
+            let access = vec![VolumeAccess { key_hash: vec![7; 32].into(), read_only: true }];
+            Question::CreateVolume {
+                name,
+                s,
+                r,
+                quota_bytes,
+                repair_at,
+                trash_hours,
+                private,
+                maker: maker.clone(),
+                access,
+            }
+        }
+        other => other,
+    };
+    let made = world.ask(closed(create("p", VolumeId::from_bytes([5; 16]), b"ring")));
+    assert!(matches!(made, Answer::Volume(_)));
+    let mut ask = |key: u8| {
+        let asker = Peer { key_hash: vec![key; 32], ..Peer::default() };
+        world.ask(Question::VolumeKeys { volume: "p".to_owned(), asker })
+    };
+    assert!(matches!(ask(7), Answer::VolumeKeys(_)), "it may read");
+    assert!(matches!(ask(8), Answer::Refused { kind: RefusalKind::Denied, .. }));
 }
