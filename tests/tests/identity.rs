@@ -213,6 +213,7 @@ fn a_revoked_laptop_with_an_open_mount() {
     }
     let mut cluster = Cluster::start(Shape { providers: 3, code: "2+1", ..Shape::default() });
     let stolen = identity(&cluster, "client", "laptop");
+    cluster.usctl(&["volume", "allow", us_tests::cluster::VOLUME, &cluster.key_of("laptop")]);
     let good = cluster.mount();
     let folder = cluster.at("identity-laptop");
     let point = Path::new(&cluster.at("laptop")).to_path_buf();

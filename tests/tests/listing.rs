@@ -76,7 +76,7 @@ fn a_large_directory_is_listed_in_order_while_it_changes() {
         let dir = File::open(&large).expect("open");
         list(&dir, |entry| {
             listed.push(entry);
-            if listed.len() % NAMES_A_CHANGE == 0 {
+            if listed.len().is_multiple_of(NAMES_A_CHANGE) {
                 let before = changes.load(Ordering::Relaxed);
                 poll::until("the other mount's changes", PATIENCE, || {
                     let made = changes.load(Ordering::Relaxed) - before;

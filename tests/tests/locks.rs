@@ -4,6 +4,7 @@
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
@@ -211,14 +212,9 @@ fn what_is_counted_under_locks_of_two_mounts_is_never_lost() {
     right.unmount();
 }
 
-/// How many messages about locks the directory has had.
-fn lock_messages(cluster: &Cluster) -> u64 {
-    let log = cluster.log("directory");
-    let plain: String =
-        log.split('\u{1b}').map(|part| part.split_once('m').map_or(part, |p| p.1)).collect();
-    let address = plain.lines().find(|line| line.contains("metrics") && line.contains("bound="));
-    let address = address.and_then(|line| line.split("bound=").nth(1)).expect("it serves metrics");
-    let mut stream = std::net::TcpStream::connect(address.trim()).unwrap();
+/// How many messages about locks the directory has had, as its metrics on a Unix socket say.
+fn lock_messages(socket: &Path) -> u64 {
+    let mut stream = UnixStream::connect(socket).unwrap();
     stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").unwrap();
     let mut page = String::new();
     stream.read_to_string(&mut page).unwrap();
@@ -243,7 +239,10 @@ fn a_mount_that_alone_locks_a_file_hardly_asks_the_directory() {
     if !fuse_is_here() {
         return;
     }
-    let directory = &["--metrics", "127.0.0.1:0"];
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("metrics");
+    let metrics: &'static str = Box::leak(format!("unix:{}", socket.display()).into_boxed_str());
+    let directory: &'static [&'static str] = Box::leak(Box::new(["--metrics", metrics]));
     let mut cluster = Cluster::start(Shape { directory, ..Shape::default() });
     let (left, right) = (cluster.mount(), cluster.mount());
     let transact = |mount: &Path, count: u64| {
@@ -254,13 +253,13 @@ fn a_mount_that_alone_locks_a_file_hardly_asks_the_directory() {
         String::from_utf8(output.stdout).unwrap().trim().parse::<u64>().unwrap()
     };
     assert_eq!(transact(left.path(), 1_000), 1_000);
-    let alone = lock_messages(&cluster);
+    let alone = lock_messages(&socket);
     eprintln!("1,000 transactions: {alone} messages about locks");
     assert!((1..20).contains(&alone), "{alone} messages");
     // Nothing is left of it: another mount goes on at once, and is alone in its turn.
     assert_eq!(transact(right.path(), 500), 1_500);
     assert_eq!(transact(left.path(), 500), 2_000);
-    let both = lock_messages(&cluster) - alone;
+    let both = lock_messages(&socket) - alone;
     assert!(both < 40, "{both} messages");
     left.unmount();
     right.unmount();

@@ -35,7 +35,13 @@ fn secret_file(cluster: &Cluster, name: &str, secret: &str) -> String {
 
 fn create(cluster: &Cluster, arguments: &[&str]) -> Value {
     let all = [&["volume", "create", VAULT, "--private", "--json"], arguments].concat();
-    serde_json::from_str(&cluster.usctl(&all)).expect("JSON")
+    let made = serde_json::from_str(&cluster.usctl(&all)).expect("JSON");
+    allow(cluster, VAULT);
+    made
+}
+
+fn allow(cluster: &Cluster, volume: &str) {
+    cluster.usctl(&["volume", "allow", volume, &cluster.key_of("client")]);
 }
 
 fn keys(cluster: &Cluster, arguments: &[&str]) -> (i32, Value) {
@@ -194,6 +200,7 @@ fn a_passphrase_is_asked_for_at_a_terminal_and_taken_from_the_environment() {
     let made: Value = serde_json::from_slice(&made.expect("it starts").stdout).expect("JSON");
     let recovery = made["recovery_key"].as_str().expect("it is offered").to_owned();
     assert_eq!(recovery.len(), 47, "{recovery}");
+    allow(&cluster, VAULT);
 
     // In the background the one that has the terminal asks. What is typed is not shown.
     let at = cluster.at("asked");
@@ -254,6 +261,7 @@ fn a_lying_directory_gets_no_plaintext_and_wastes_no_machine() {
     let opened = ["--passphrase-file", &right, "--no-recovery-key", "--code", "2+1"];
     create(&cluster, &opened);
     cluster.usctl(&[&["volume", "create", "second", "--private"], &opened[..]].concat());
+    allow(&cluster, "second");
     let words = with("passphrase_file", &right);
     let mount = cluster.mount_volume(VAULT, &["-o", &words]);
     mount.unmount();

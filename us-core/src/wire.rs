@@ -14,9 +14,9 @@
 //! Invariants:
 //! - Nothing is read from or sent to a peer before its certificate was verified and, where the
 //!   caller said whom it means, compared.
-//! - The memory a peer can make this process hold is bounded by [`ShareLimits`] over all its
-//!   connections, and by [`BulkLimits`] on each, whatever it sends and however slowly it reads: whoever
-//!   is over a limit is not read from.
+//! - The memory a peer can make this process hold of bulk frames is bounded by [`ShareLimits`] over all
+//!   its connections, and by [`BulkLimits`] on each, whatever it sends and however slowly it reads: whoever
+//!   is over a limit is not read from. Of gRPC it is bounded for each connection: calls, and bytes a call.
 //! - No bytes of a peer make this process panic: a malformed frame closes its connection.
 //!
 //! Callers: `us-provider` and `us-directory` serve; the block pipeline and the programs dial.

@@ -79,6 +79,8 @@ pub use private::PrivateVolume;
 pub const PARKED_MAX: usize = 65_536;
 /// Sessions, fenced ones among them.
 pub const SESSIONS_MAX: usize = 16_384;
+/// Of them those of one certificate.
+const SESSIONS_OF_ONE_MAX: usize = 1024;
 /// Volumes.
 pub const VOLUMES_MAX: usize = 1024;
 /// Births reserved durably at a time.
@@ -627,8 +629,8 @@ impl Engine {
                     self.committed_late(key, after);
                 }
             }
-            let not_before_ms = self.now_ms() + self.config.clean_after_ms;
-            self.cleaning.note(key, change.after.as_ref(), not_before_ms);
+            let times = (self.now_ms(), self.config.clean_after_ms);
+            self.cleaning.note(key, change.after.as_ref(), times);
             self.consider(key, change.after.as_ref());
         }
     }

@@ -3,6 +3,8 @@
 //! Roles come from the peer's certificate: providers may join, clients may open sessions and ask,
 //! administrators may do all. Whatever a peer sends, it costs at most its own connection.
 
+mod looks;
+
 use std::pin::Pin;
 use std::sync::Arc;
 
@@ -27,6 +29,7 @@ use us_proto::v1::{
     VolumeKeysRequest, WhatIfReply, WhatIfRequest, WhereBlock, WhereRequest,
 };
 
+use self::looks::Looks;
 use crate::engine::registry::RegistryQuestion;
 use crate::engine::{Answer, Event, Peer, PrivateVolume, Question, RefusalKind};
 use crate::fsck::Fsck;
@@ -63,12 +66,18 @@ pub struct Service {
     pub(crate) directory: Directory,
     identity: Identity,
     checks: Arc<Semaphore>,
+    looks: Looks,
 }
 
 impl Service {
     /// The services of this directory, which shows `identity` to providers.
     pub fn new(directory: Directory, identity: Identity) -> Self {
-        Self { directory, identity, checks: Arc::new(Semaphore::new(CHECKS_MAX)) }
+        Self {
+            directory,
+            identity,
+            checks: Arc::new(Semaphore::new(CHECKS_MAX)),
+            looks: Looks::default(),
+        }
     }
 
     /// As routes for [`us_core::wire::Server::grpc`].
@@ -284,11 +293,11 @@ impl Admin for Service {
         &self,
         request: Request<SetAccessRequest>,
     ) -> Result<Response<VolumeInfo>, Status> {
-        allowed(&request, &[Role::Admin])?;
+        let who = allowed(&request, &[Role::Admin])?;
         let request = request.into_inner();
         let level = request.level();
         let SetAccessRequest { name, client, .. } = request;
-        match self.ask(Question::SetAccess { name, client, level }).await? {
+        match self.ask_by(&who, Question::SetAccess { name, client, level }).await? {
             Answer::Volume(info) => Ok(Response::new(info)),
             other => Err(unexpected(&other)),
         }
@@ -339,7 +348,8 @@ impl Admin for Service {
         &self,
         request: Request<WhereRequest>,
     ) -> Result<Response<Self::WhereStream>, Status> {
-        let asker = peer(&allowed(&request, &[Role::Client, Role::Admin])?);
+        let who = allowed(&request, &[Role::Client, Role::Admin])?;
+        let (look, asker) = (self.looks.begin(&who)?, peer(&who));
         let ask = request.into_inner();
         // Who may look into the trash may look where the bytes of a file lie.
         self.ask(Question::TrashBasis { volume: ask.volume.clone(), asker }).await?;
@@ -355,6 +365,7 @@ impl Admin for Service {
             if let Err(error) = sent {
                 let _gone = blocks.blocking_send(Err(error.into()));
             }
+            drop(look);
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
     }
@@ -383,7 +394,7 @@ impl Admin for Service {
     }
 
     async fn block(&self, request: Request<BlockRequest>) -> Result<Response<WhereBlock>, Status> {
-        allowed(&request, &[Role::Client, Role::Admin])?;
+        let look = self.looks.begin(&allowed(&request, &[Role::Client, Role::Admin])?)?;
         let block = request.into_inner().block;
         let snapshot = match self.ask(Question::Snapshot).await? {
             Answer::Snapshot(snapshot) => snapshot,
@@ -391,6 +402,7 @@ impl Admin for Service {
         };
         let found = tokio::task::spawn_blocking(move || find_block(&snapshot, &block));
         let found = found.await.map_err(|error| Status::internal(error.to_string()))??;
+        drop(look);
         Ok(Response::new(found))
     }
 
@@ -433,7 +445,7 @@ impl Admin for Service {
         &self,
         request: Request<WhatIfRequest>,
     ) -> Result<Response<WhatIfReply>, Status> {
-        allowed(&request, &[Role::Client, Role::Admin])?;
+        let look = self.looks.begin(&allowed(&request, &[Role::Client, Role::Admin])?)?;
         let WhatIfRequest { without, files_max } = request.into_inner();
         if without.len() > WHAT_IF_PROVIDERS_MAX {
             return Err(Status::invalid_argument("at most 4096 providers can be left out"));
@@ -461,6 +473,7 @@ impl Admin for Service {
             (reply.files, reply.more_files) =
                 found.await.map_err(|error| Status::internal(error.to_string()))??;
         }
+        drop(look);
         Ok(Response::new(reply))
     }
 
@@ -492,7 +505,8 @@ impl Admin for Service {
         request: Request<TrashRequest>,
     ) -> Result<Response<Self::TrashStream>, Status> {
         // Those who may open a session on the volume, which gives them its key too.
-        let asker = peer(&allowed(&request, &[Role::Client, Role::Admin])?);
+        let who = allowed(&request, &[Role::Client, Role::Admin])?;
+        let (look, asker) = (self.looks.begin(&who)?, peer(&who));
         let volume = request.into_inner().volume;
         let basis = match self.ask(Question::TrashBasis { volume, asker }).await? {
             Answer::TrashBasis(basis) => basis,
@@ -504,6 +518,7 @@ impl Admin for Service {
             if let Err(error) = told {
                 let _gone = replies.blocking_send(Err(Status::internal(error.to_string())));
             }
+            drop(look);
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
     }

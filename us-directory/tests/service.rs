@@ -235,7 +235,14 @@ async fn restored_from(restored: &Path, lost: &Path, backup: std::path::PathBuf)
     let found = restore(&options).await.unwrap();
     assert_eq!((found.rebuilt.volumes, found.rebuilt.providers, found.rebuilt.sessions), (1, 1, 0));
     let client = identity(restored, Role::Client, "client");
+    let admin = identity(restored, Role::Admin, "admin");
     let daemon = start(restored).await;
+    let access = SetAccessRequest {
+        name: "home".into(),
+        client: client.own().key_hash.to_string(),
+        level: AccessLevel::Write.into(),
+    };
+    AdminClient::new(daemon.dial(&admin).await).set_access(access).await.unwrap();
     let resume =
         OpenSession { volume: "home".into(), session: 1, incarnation: 1, ..Default::default() };
     let mut mount = Stream::open(daemon.dial(&client).await, resume).await;

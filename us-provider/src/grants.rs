@@ -266,10 +266,10 @@ impl Grants {
         let judge = judge.ok_or(Denied::NotTold)?;
         let grant = self.verified(shown, &judge)?;
         judge.judge(&grant, peer, wanted, now_ms)?;
-        if judge.is_news(&grant, now_ms) {
-            if let Some(judge) = &mut *self.shared.judge.write() {
-                judge.learn(&grant, now_ms);
-            }
+        if judge.is_news(&grant, now_ms)
+            && let Some(judge) = &mut *self.shared.judge.write()
+        {
+            judge.learn(&grant, now_ms);
         }
         Ok(Admitted::Grant(grant))
     }

@@ -160,7 +160,7 @@ async fn serve(spec: VolumeSpec, ready: String) -> anyhow::Result<ExitCode> {
 fn local_identity(directory: &str) -> anyhow::Result<PathBuf> {
     let of_up = UpRecord::find().filter(|up| up.directory == directory);
     let of_up = of_up.map(|up| up.client_identity);
-    let joined = || places::joined(Role::Client).or_else(|| places::joined(Role::Admin));
+    let joined = || places::joined(Role::Client);
     of_up.or_else(|| joined().map(|(_, dir)| dir)).with_context(|| {
         format!(
             "join with `usfs join`, or give --identity DIR (or -o identity=DIR) for {directory}"

@@ -131,7 +131,7 @@ pub async fn unlock(
 ) -> anyhow::Result<Option<PrivateKey>> {
     let keys = Keys::from_reply(&admin.volume_keys(volume).await?)?;
     if keys.ring.is_none() {
-        return match demanded || args.is_given() {
+        return match demanded || args.is_silent() {
             true => Err(NotPrivate { volume: keys.name }.into()),
             false => Ok(None),
         };

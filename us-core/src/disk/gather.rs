@@ -607,7 +607,8 @@ async fn open_run(
         shared.keep_sealed(its.opener.block(), *page, || {
             let (_, slot) = its.geometry.locate_page(*page);
             let start = (slot - first_slot) * its.geometry.slot_bytes();
-            bytes.slice(start..start + its.sealed_bytes(*page))
+            // A copy: what waits to be written must not keep all that came with it.
+            Bytes::copy_from_slice(&bytes[start..start + its.sealed_bytes(*page)])
         });
     }
     Opened { bytes, pages }

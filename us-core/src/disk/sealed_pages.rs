@@ -48,9 +48,14 @@ const INDEX_EVERY_BYTES: u32 = 16 << 20;
 /// How long nothing is written after an error of the disk.
 const PAUSE: Duration = Duration::from_secs(60);
 
+/// Numbers beyond make the folder begin anew.
+const SEGMENT_MAX: u32 = 99_999_999;
 const MAGIC: [u8; 8] = *b"USPAGES1";
 const HEAD_BYTES: usize = 12;
 const ENTRY_BYTES: usize = 16;
+
+/// The `.pages` files by their segments' numbers.
+type Files = HashMap<u32, Arc<File>>;
 
 /// Why there is no cache on disk.
 #[derive(Debug, thiserror::Error)]
@@ -89,7 +94,7 @@ struct Kept {
 
 struct State {
     index: Index,
-    files: HashMap<u32, Arc<File>>,
+    files: Files,
 }
 
 impl std::fmt::Debug for SealedPages {
@@ -207,25 +212,36 @@ fn create(dir: &Path, segment: u32) -> io::Result<File> {
 }
 
 /// What earlier runs left. A segment without a whole index is removed; other files are not ours.
-fn find(dir: &Path) -> io::Result<(Vec<Segment>, HashMap<u32, Arc<File>>)> {
+fn find(dir: &Path) -> io::Result<(Vec<Segment>, Files)> {
     let (mut segments, mut files) = (Vec::new(), HashMap::new());
     for entry in fs::read_dir(dir)? {
         let name = entry?.file_name();
         let Some((number, kind)) = name.to_str().and_then(|name| name.split_once('.')) else {
             continue;
         };
-        let (Ok(number), "pages") = (number.parse::<u32>(), kind) else { continue };
-        let index = fs::read(index_path(dir, number)).unwrap_or_default();
-        let file = File::open(pages_path(dir, number))?;
-        match decode(number, &index, file.metadata()?.len()) {
-            Some(segment) => {
+        let (Ok(number), "pages" | "index") = (number.parse::<u32>(), kind) else { continue };
+        let ours = [pages_path(dir, number), index_path(dir, number)];
+        if !ours.iter().any(|path| path.file_name() == Some(&*name)) || files.contains_key(&number)
+        {
+            continue;
+        }
+        match find_segment(dir, number) {
+            Some((segment, file)) if number < SEGMENT_MAX => {
                 files.insert(number, Arc::new(file));
                 segments.push(segment);
             }
-            None => remove(dir, number),
+            _ => remove(dir, number),
         }
     }
     Ok((segments, files))
+}
+
+/// A segment that is whole.
+fn find_segment(dir: &Path, number: u32) -> Option<(Segment, File)> {
+    let index = fs::read(index_path(dir, number)).ok()?;
+    let file = File::open(pages_path(dir, number)).ok()?;
+    let bytes = file.metadata().ok()?.len();
+    Some((decode(number, &index, bytes)?, file))
 }
 
 fn remove(dir: &Path, segment: u32) {

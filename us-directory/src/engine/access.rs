@@ -13,6 +13,7 @@ use us_proto::v1::{AccessLevel, EndReason, VolumeAccess};
 use super::admin::refused;
 use super::event::{Answer, AskId, Effect, Peer, RefusalKind};
 use super::events::EventKind;
+use super::private::Refusal;
 use super::sessions::Ending;
 use super::{Durability, Engine, Then, Volume};
 use crate::keys;
@@ -82,23 +83,31 @@ fn hex(bytes: &[u8]) -> String {
 
 impl Engine {
     /// The volume of this name or id that `peer` may see; why not.
-    pub(super) fn volume_for(&self, name: &str, peer: &Peer) -> Result<VolumeId, Answer> {
-        let none = || refused(RefusalKind::NotFound, format!("there is no volume {name:?}"));
+    pub(super) fn volume_for(&self, name: &str, peer: &Peer) -> Result<VolumeId, Refusal> {
+        let none = || (RefusalKind::NotFound, format!("there is no volume {name:?}"));
         let id = self.volume_named(name).ok_or_else(none)?;
         let volume = self.volumes.get(&id).ok_or_else(none)?;
         match rights(&volume.record, peer) {
             Some(_) => Ok(id),
             None => {
                 let detail = denied(&volume.record.name, peer, false);
-                Err(refused(RefusalKind::Denied, detail))
+                Err((RefusalKind::Denied, detail))
             }
         }
     }
 
     /// The one key that a name, a hash, or the beginning of one, names.
-    fn client_named(&self, client: &str) -> Result<Bytes, Answer> {
-        let invalid = |detail: String| refused(RefusalKind::Invalid, detail);
-        match &self.registry.clients_called(client)[..] {
+    fn client_named(&self, client: &str) -> Result<Bytes, Refusal> {
+        let invalid = |detail: String| (RefusalKind::Invalid, detail);
+        let digits = client.to_ascii_lowercase();
+        let is_hex = digits.bytes().all(|digit| digit.is_ascii_hexdigit());
+        // What may be a key is one: names are their bearers' choice.
+        let called = if is_hex && digits.len() >= PREFIX_DIGITS_MIN {
+            Vec::new()
+        } else {
+            self.registry.clients_called(client)
+        };
+        match &called[..] {
             [one] => return Ok(Bytes::copy_from_slice(one.as_bytes())),
             [] => {}
             many => {
@@ -108,8 +117,6 @@ impl Engine {
                 )));
             }
         }
-        let digits = client.to_ascii_lowercase();
-        let is_hex = digits.bytes().all(|digit| digit.is_ascii_hexdigit());
         if !is_hex || !(PREFIX_DIGITS_MIN..=64).contains(&digits.len()) {
             return Err(invalid(format!(
                 "{client:?} names no client (`usctl members`): give its name, or its key's hash, \
@@ -134,7 +141,7 @@ impl Engine {
         found.dedup();
         match &found[..] {
             [one] => Ok(one.clone()),
-            [] => Err(refused(
+            [] => Err((
                 RefusalKind::NotFound,
                 format!("no client whose key begins with {client} was seen: give all 64 digits"),
             )),
@@ -153,7 +160,7 @@ impl Engine {
         client: &str,
         level: AccessLevel,
     ) -> Result<(), StoreError> {
-        let none = || refused(RefusalKind::NotFound, format!("there is no volume {name:?}"));
+        let none = || (RefusalKind::NotFound, format!("there is no volume {name:?}"));
         let found = self.volume_named(name).ok_or_else(none);
         let found = found.and_then(|id| Ok((id, self.client_named(client)?)));
         let found = found.and_then(|(id, key)| {
@@ -163,8 +170,8 @@ impl Engine {
         });
         let (id, key) = match found {
             Ok(found) => found,
-            Err(answer) => {
-                self.effects.push(Effect::Answer { ask, answer });
+            Err((kind, detail)) => {
+                self.effects.push(Effect::Answer { ask, answer: refused(kind, detail) });
                 return Ok(());
             }
         };
@@ -182,21 +189,20 @@ impl Engine {
         self.note_event(EventKind::VolumeChanged, 0, detail)?;
         // Durable before anybody hears that it is so; the sessions end in the same order.
         let seq = self.commit(batch, Durability::Durable)?;
-        self.end_denied(id, &key)?;
+        self.end_denied(id)?;
         self.then(seq, Then::Answer(ask, Answer::Volume(info)))
     }
 
-    /// Ends the sessions of a key that it may not have any more.
-    fn end_denied(&mut self, id: VolumeId, key: &Bytes) -> Result<(), StoreError> {
+    /// Ends the sessions of a volume whose clients may not have them any more.
+    fn end_denied(&mut self, id: VolumeId) -> Result<(), StoreError> {
         let Some(volume) = self.volumes.get(&id) else { return Ok(()) };
         let name = volume.record.name.clone();
         let mut ended = Vec::new();
         for (session, known) in &self.sessions {
-            let its = known.volume == id && known.record.key_hash == *key && known.is_alive();
-            if !its || known.record.by_admin {
+            if known.volume != id || !known.is_alive() || known.record.by_admin {
                 continue;
             }
-            let peer = Peer { key_hash: key.to_vec(), ..Peer::default() };
+            let peer = Peer { key_hash: known.record.key_hash.to_vec(), ..Peer::default() };
             match rights(&volume.record, &peer) {
                 Some(Rights::ReadWrite) => {}
                 Some(Rights::Read) if known.record.read_only => {}
@@ -213,7 +219,7 @@ impl Engine {
     }
 }
 
-fn change(volume: &mut Volume, key: &Bytes, level: AccessLevel) -> Result<(), Answer> {
+fn change(volume: &mut Volume, key: &Bytes, level: AccessLevel) -> Result<(), Refusal> {
     let record = &mut volume.record;
     let at = record.access.iter().position(|entry| entry.key_hash == *key);
     let read_only = level == AccessLevel::Read;
@@ -221,19 +227,19 @@ fn change(volume: &mut Volume, key: &Bytes, level: AccessLevel) -> Result<(), An
         (AccessLevel::None, Some(at)) => drop(record.access.remove(at)),
         (AccessLevel::None, None) if record.closed => {
             let detail = format!("client {} has no access to volume {:?}", hex(key), record.name);
-            return Err(refused(RefusalKind::NotFound, detail));
+            return Err((RefusalKind::NotFound, detail));
         }
         (AccessLevel::None, None) => {
             let detail = format!(
                 "volume {:?} is open to every client: allow those who are to keep it first",
                 record.name
             );
-            return Err(refused(RefusalKind::Busy, detail));
+            return Err((RefusalKind::Busy, detail));
         }
         (_, Some(at)) => record.access[at].read_only = read_only,
         (_, None) if record.access.len() >= ACCESS_MAX => {
             let detail = format!("a volume is for at most {ACCESS_MAX} clients");
-            return Err(refused(RefusalKind::Busy, detail));
+            return Err((RefusalKind::Busy, detail));
         }
         (_, None) => record.access.push(AccessRecord { key_hash: key.clone(), read_only }),
     }

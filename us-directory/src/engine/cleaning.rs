@@ -36,6 +36,10 @@ const ORDER_BYTES: u64 = 32 << 20;
 const ORDER_CHUNKS_MAX: usize = 2048;
 /// A block to which more parts of files refer is left as it is.
 const REFERENCES_MAX: usize = 1024;
+/// Blocks looked at for one order, of which some may be left out.
+const LOOKED_AT_MAX: usize = 256;
+/// How often a volume is looked at.
+const LOOK_EVERY_MS: u64 = 2_000;
 /// How long an order may take.
 const ORDER_MS: u64 = 60_000;
 /// What an order left as it was is not tried again before.
@@ -47,6 +51,8 @@ pub struct Sparse {
     live_bytes: u64,
     plaintext_bytes: u64,
     not_before_ms: u64,
+    /// When it was noted first.
+    first_ms: u64,
 }
 
 impl Sparse {
@@ -56,7 +62,7 @@ impl Sparse {
         let sparse = !block.is_inline()
             && live_bytes > 0
             && live_bytes * DEAD_SHARE < plaintext_bytes * (DEAD_SHARE - 1);
-        sparse.then_some(Self { live_bytes, plaintext_bytes, not_before_ms: 0 })
+        sparse.then_some(Self { live_bytes, plaintext_bytes, not_before_ms: 0, first_ms: 0 })
     }
 }
 
@@ -74,20 +80,28 @@ pub(super) struct Cleaning {
     sparse: HashMap<VolumeId, BTreeMap<BlockId, Sparse>>,
     orders: HashMap<VolumeId, Order>,
     last_order: u64,
+    look_at_ms: u64,
 }
 
 impl Cleaning {
-    /// A block is now like this, or gone; it is let alone until `not_before_ms`.
+    /// A block is now like this, or gone. It is let alone for `after_ms`, but one that changes again and
+    /// again not for more than four times that.
     pub fn note(
         &mut self,
         (volume, block): (VolumeId, BlockId),
         after: Option<&BlockRecord>,
-        not_before_ms: u64,
+        (now_ms, after_ms): (u64, u64),
     ) {
         let known = self.sparse.entry(volume).or_default();
+        let before = known.get(&block).copied();
         match after.and_then(Sparse::of) {
-            Some(sparse) if known.len() < SPARSE_MAX || known.contains_key(&block) => {
-                known.insert(block, Sparse { not_before_ms, ..sparse });
+            Some(sparse) if before.is_some() || known.len() < SPARSE_MAX => {
+                let first_ms = before.map_or(now_ms, |before| before.first_ms);
+                let quiet_ms = (now_ms + after_ms).min(first_ms + 4 * after_ms);
+                // What was put off stays so.
+                let put_off_ms = before.map_or(0, |before| before.not_before_ms);
+                let not_before_ms = quiet_ms.max(put_off_ms);
+                known.insert(block, Sparse { not_before_ms, first_ms, ..sparse });
             }
             Some(_) => {}
             None => {
@@ -136,8 +150,15 @@ impl Cleaning {
     fn due(&self, volume: &VolumeId, now_ms: u64) -> Vec<(BlockId, Sparse)> {
         let known = self.sparse.get(volume).into_iter().flatten();
         let due = known.filter(|(_, sparse)| sparse.not_before_ms <= now_ms);
+        let emptiness = |(id, sparse): &(BlockId, Sparse)| {
+            (sparse.live_bytes * 1000 / sparse.plaintext_bytes, *id)
+        };
         let mut due: Vec<(BlockId, Sparse)> = due.map(|(id, sparse)| (*id, *sparse)).collect();
-        due.sort_by_key(|(id, sparse)| (sparse.live_bytes * 1000 / sparse.plaintext_bytes, *id));
+        if due.len() > LOOKED_AT_MAX {
+            due.select_nth_unstable_by_key(LOOKED_AT_MAX, emptiness);
+            due.truncate(LOOKED_AT_MAX);
+        }
+        due.sort_by_key(emptiness);
         due
     }
 }
@@ -148,6 +169,11 @@ type Chunks = Vec<(u64, u64)>;
 impl Engine {
     /// Asks mounts to clean what has much dead in it.
     pub(super) fn clean_chore(&mut self) -> Result<(), StoreError> {
+        let now_ms = self.now_ms();
+        if now_ms < self.cleaning.look_at_ms {
+            return Ok(());
+        }
+        self.cleaning.look_at_ms = now_ms + LOOK_EVERY_MS;
         let volumes: Vec<VolumeId> = self.cleaning.sparse.keys().copied().collect();
         for volume in volumes {
             match self.volumes.get(&volume).filter(|known| !known.record.deleting) {
@@ -173,10 +199,13 @@ impl Engine {
         if dead_bytes < DEAD_BYTES_MIN || dead_bytes * DEAD_SHARE <= usage.stored_bytes {
             return Ok(());
         }
+        if !self.sessions.keys().any(|session| self.may_clean(*session, volume)) {
+            return Ok(());
+        }
         let mut order = CleanBlocks::default();
         let (mut session, mut bytes) = (None, 0);
         let mut named = HashSet::new();
-        let mut skipped = Vec::new();
+        let (mut skipped, mut changing) = (Vec::new(), Vec::new());
         for (block, sparse) in self.cleaning.due(&volume, now_ms) {
             if bytes >= ORDER_BYTES || named.len() >= ORDER_CHUNKS_MAX {
                 break;
@@ -186,8 +215,9 @@ impl Engine {
                 continue;
             };
             session = session.or_else(|| self.cleaner_for(volume, &chunks));
-            let Some(session) = session else { return Ok(()) };
+            let Some(session) = session else { break };
             if chunks.iter().any(|(ino, _)| self.is_changed_by_another(session, (volume, *ino))) {
+                changing.push(block);
                 continue;
             }
             bytes += sparse.live_bytes;
@@ -199,6 +229,7 @@ impl Engine {
             }
         }
         self.cleaning.put_off(&volume, skipped, now_ms + AGAIN_MS);
+        self.cleaning.put_off(&volume, changing, now_ms + self.config.clean_after_ms);
         if let Some(session) = session.filter(|_| !order.blocks.is_empty()) {
             self.give_order(volume, session, order);
         }
@@ -257,13 +288,17 @@ impl Engine {
     fn may_clean(&self, session: u64, volume: VolumeId) -> bool {
         self.sessions.get(&session).is_some_and(|known| {
             let there = known.conn.is_some() && known.greeted && known.is_alive();
-            there && known.volume == volume && !known.record.read_only && !known.ending
+            let writes = !known.record.read_only && !known.record.by_admin;
+            there && known.volume == volume && writes && !known.ending
         })
     }
 
     /// Whether another mount changes a file: it is not disturbed.
     fn is_changed_by_another(&self, session: u64, key: (VolumeId, u64)) -> bool {
-        let others = self.sessions.keys().filter(|other| **other != session);
-        others.into_iter().any(|other| self.leases.level(*other, &key) == Level::Exclusive)
+        let mut others = self
+            .sessions
+            .iter()
+            .filter(|(other, known)| **other != session && known.volume == key.0);
+        others.any(|(other, _)| self.leases.level(*other, &key) == Level::Exclusive)
     }
 }

@@ -83,7 +83,6 @@ impl Engine {
         if count == 0 && !why_none.is_empty() {
             reply.no_space = true;
             reply.error = why_none;
-            self.trash.pressed = true;
         }
         let down = Box::new(SessionDown { event: Some(Down::Placements(reply)) });
         self.then(self.births_promised, Then::Send(conn, down))

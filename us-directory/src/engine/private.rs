@@ -64,7 +64,7 @@ impl Engine {
     pub(super) fn volume_keys(&self, named: &str, asker: &Peer) -> Answer {
         let id = match self.volume_for(named, asker) {
             Ok(id) => id,
-            Err(answer) => return answer,
+            Err((kind, detail)) => return refused(kind, detail),
         };
         match self.volumes.get(&id) {
             Some(volume) => Answer::VolumeKeys(reply(&id, volume)),

@@ -54,16 +54,28 @@ impl Bounds {
     /// Full blocks that may be leased beside `outstanding` bytes.
     fn leases_left(&self, usage: &UsageRecord, outstanding: u64, block_bytes: u64) -> u64 {
         let live = usage.live_bytes.saturating_sub(usage.trash_bytes);
-        let live_left = (self.quota + self.slack).saturating_sub(live + outstanding);
-        let stored_max = self.quota.saturating_mul(STORED_LEASES) + self.slack;
+        let live_left = self.live_max().saturating_sub(live + outstanding);
+        let stored_max = self.stored_max(STORED_LEASES);
         let stored_left = stored_max.saturating_sub(usage.stored_bytes + outstanding);
         live_left.min(stored_left) / block_bytes
     }
 
-    fn hold(&self, usage: &UsageRecord) -> bool {
-        let live = usage.live_bytes.saturating_sub(usage.trash_bytes);
-        live <= self.quota + self.slack
-            && usage.stored_bytes <= self.quota.saturating_mul(STORED_COMMITS) + self.slack
+    fn live_max(&self) -> u64 {
+        self.quota.saturating_add(self.slack)
+    }
+
+    fn stored_max(&self, times: u64) -> u64 {
+        self.quota.saturating_mul(times).saturating_add(self.slack)
+    }
+
+    /// Whether what a transaction made grow is within its bound: what is beyond one already, because the
+    /// quota was lowered, may be written anew.
+    fn hold(&self, before: &UsageRecord, after: &UsageRecord) -> bool {
+        let live = |usage: &UsageRecord| usage.live_bytes.saturating_sub(usage.trash_bytes);
+        let live_holds = live(after) <= self.live_max() || live(after) <= live(before);
+        let stored = after.stored_bytes;
+        // Each block is counted whole: rewriting grows it until the old ones are dead.
+        live_holds && (stored <= self.stored_max(STORED_COMMITS) || stored <= before.stored_bytes)
     }
 }
 
@@ -127,7 +139,7 @@ impl Engine {
     /// grew it.
     pub(super) fn check_quota(&self, volume: &VolumeId, tx: &Tx<'_>) -> Result<(), ApplyError> {
         let Some((bounds, _)) = self.bounds(volume) else { return Ok(()) };
-        if !tx.grows() || bounds.hold(&tx.usage_after()?) {
+        if !tx.grows() || bounds.hold(&self.usage(volume)?, &tx.usage_after()?) {
             return Ok(());
         }
         Err(Rule::Quota { quota_bytes: bounds.quota }.into())

@@ -289,7 +289,7 @@ impl Engine {
         if role == Role::Directory {
             return invalid("an invitation is for a provider, a client or an admin");
         }
-        if !name.is_empty() && !is_name(&name) {
+        if !name.is_empty() && (!is_name(&name) || looks_like_a_key(&name)) {
             return invalid("a member's name has 1 to 64 bytes and no control characters");
         }
         if site.len() > SITE_BYTES_MAX {
@@ -467,8 +467,10 @@ impl Engine {
             return Ok(refused(RefusalKind::Busy, "the cluster has too many members"));
         }
         let name = if invite.name.is_empty() { name } else { invite.name.clone() };
-        if !is_name(&name) {
-            return invalid("a name has 1 to 64 bytes and no control characters".to_owned());
+        if !is_name(&name) || looks_like_a_key(&name) {
+            let detail =
+                "a name has 1 to 64 bytes, no control characters, and is no hexadecimal number";
+            return invalid(detail.to_owned());
         }
         let mut invite = invite.clone();
         invite.uses_left -= 1;
@@ -669,6 +671,11 @@ fn program_of(role: &str) -> &'static str {
         "admin" => "usctl join",
         _ => "usfs join",
     }
+}
+
+/// Whether a name could be taken for the beginning of a key.
+fn looks_like_a_key(name: &str) -> bool {
+    name.len() >= KEY_DIGITS_MIN && name.bytes().all(|byte| byte.is_ascii_hexdigit())
 }
 
 fn hex(bytes: &[u8]) -> String {

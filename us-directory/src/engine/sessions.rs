@@ -16,7 +16,7 @@ use us_proto::v1::{
 use super::leases::{InodeKey, Level, Returned};
 use super::locks::LockEvent;
 use super::quota::Leased;
-use super::{ConnId, Effect, Engine, Peer, SESSIONS_MAX, Then, access};
+use super::{ConnId, Effect, Engine, Peer, SESSIONS_MAX, SESSIONS_OF_ONE_MAX, Then, access};
 use crate::keys;
 use crate::records::{SessionRecord, encode, volume_id};
 use crate::store::{Durability, KeyRange, Seq, StoreError};
@@ -181,6 +181,11 @@ impl Engine {
         }
         if self.sessions.len() >= SESSIONS_MAX {
             return self.end_connection(conn, EndReason::Refused, "too many sessions");
+        }
+        let its = |known: &&Session| known.is_alive() && known.record.key_hash[..] == key_hash[..];
+        if self.sessions.values().filter(its).count() >= SESSIONS_OF_ONE_MAX {
+            let detail = "this certificate has as many sessions as it may";
+            return self.end_connection(conn, EndReason::Refused, detail);
         }
         for replaced in open.replaces.iter().take(REPLACES_MAX) {
             let known = self.sessions.get(replaced);

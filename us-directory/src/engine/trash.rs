@@ -50,6 +50,8 @@ pub(super) struct Trash {
     pub bytes: u64,
     /// A mount found no place for a block.
     pub pressed: bool,
+    /// When something was last on its way to be deleted; reports tell of its space a little later.
+    busy_ms: u64,
     /// Space is short.
     is_short: bool,
     /// When it is looked for that next.
@@ -164,7 +166,10 @@ impl Engine {
             self.trash.coming.pop_front();
         }
         let pressed = std::mem::take(&mut self.trash.pressed);
-        if pressed && self.pending_deletes == 0 && !self.is_reaping()? {
+        if self.pending_deletes > 0 || self.is_reaping()? {
+            self.trash.busy_ms = now_ms;
+        }
+        if pressed && now_ms > self.trash.busy_ms + 3 * self.config.report_every_ms {
             // What was purged shared its blocks with what is left: nothing comes of it.
             self.trash.coming.clear();
         }
@@ -274,7 +279,7 @@ impl Engine {
     pub(super) fn trash_basis(&self, name: &str, asker: &Peer) -> Answer {
         let id = match self.volume_for(name, asker) {
             Ok(id) => id,
-            Err(answer) => return answer,
+            Err((kind, detail)) => return refused(kind, detail),
         };
         let Some(volume) = self.volumes.get(&id) else {
             return refused(RefusalKind::NotFound, format!("there is no volume {name:?}"));

@@ -3,6 +3,7 @@
 //! block of which most is dead goes to another.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use us_core::ids::Ino;
 
@@ -52,7 +53,12 @@ pub(crate) async fn pack(shared: &Arc<Shared>, packings: Vec<Packing>) {
 pub(crate) async fn clean(shared: &Arc<Shared>, cleaning: Cleaning, dirty_bytes_max: usize) {
     let fs = Fs { shared: Arc::clone(shared) };
     for chunk in cleaning.chunks {
-        if shared.lock().core.uncommitted_bytes() > dirty_bytes_max as u64 / 2 {
+        let busy = {
+            let core = &shared.lock().core;
+            let full = core.uncommitted_bytes() > dirty_bytes_max as u64 / 2;
+            full || core.waits_for_space() || core.is_storing_troubled()
+        };
+        if busy || shared.closing.load(Ordering::Relaxed) {
             break;
         }
         let planned = fs.run(|state, now| state.core.plan_cleaning(now, chunk, &cleaning.blocks));

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -216,6 +217,7 @@ impl Fs {
     /// What could not be made durable; it lies in the rescue file then.
     pub async fn shutdown(&self) -> Result<(), FsError> {
         let shared = &self.shared;
+        shared.closing.store(true, Ordering::Relaxed);
         if shared.lock().core.ended().is_some() {
             self.stop().await;
             return Err(self.ended());

@@ -7,6 +7,7 @@
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use parking_lot::{Mutex, MutexGuard};
@@ -73,6 +74,8 @@ pub(crate) struct Shared {
     /// Tasks that report late fragments.
     pub settling: TaskTracker,
     pub stop: CancellationToken,
+    /// It is being unmounted: nothing is begun that need not be.
+    pub closing: AtomicBool,
     pub rescue_dir: PathBuf,
     pub volume_name: String,
     pub session: SessionId,
@@ -121,6 +124,7 @@ impl Shared {
             tasks: TaskTracker::new(),
             settling: TaskTracker::new(),
             stop: CancellationToken::new(),
+            closing: AtomicBool::new(false),
             rescue_dir: parts.rescue_dir,
             volume_name: parts.volume_name,
             session: parts.session,

@@ -31,12 +31,15 @@ const REWRITE_POLL: Duration = Duration::from_millis(5);
 const SPACE_PATIENCE: u32 = 8;
 /// The pause before a file that somebody waits for is tried again.
 const FLUSH_AGAIN: Duration = Duration::from_millis(500);
+/// How long one order to clean is followed.
+const CLEAN_MAX: Duration = Duration::from_secs(60);
 /// The longest sleep of the background: new dirty data wakes it anyway.
 const IDLE_MAX: Duration = Duration::from_secs(60);
 
 /// The background: stores what is due until the mount stops.
 pub(crate) async fn run(shared: Arc<Shared>, dirty_bytes_max: usize) {
     let slots = Arc::new(Semaphore::new(BLOCKS_IN_FLIGHT_MAX));
+    let mut cleaning = shared.stop.child_token();
     loop {
         // Cancel-safe: acquiring a permit takes nothing before it is ready.
         let slot = tokio::select! {
@@ -65,14 +68,17 @@ pub(crate) async fn run(shared: Arc<Shared>, dirty_bytes_max: usize) {
             });
             continue;
         }
-        let cleaning = shared.lock().core.take_cleaning();
-        if let Some(cleaning) = cleaning {
-            let shared_too = Arc::clone(&shared);
+        let order = shared.lock().core.take_cleaning();
+        if let Some(order) = order {
+            // A newer order takes the place of the rest of the older one.
+            cleaning.cancel();
+            cleaning = shared.stop.child_token();
+            let (shared_too, ended) = (Arc::clone(&shared), cleaning.clone());
             shared.tasks.spawn(async move {
-                clean(&shared_too, cleaning, dirty_bytes_max).await;
-                drop(slot);
+                let work = clean(&shared_too, order, dirty_bytes_max);
+                // Cancel-safe: what was made dirty is whole, the rest stays where it is.
+                let _ = tokio::time::timeout(CLEAN_MAX, ended.run_until_cancelled(work)).await;
             });
-            continue;
         }
         let (plan, due) = {
             let mut state = shared.lock();

@@ -11,7 +11,7 @@ use futures::future::BoxFuture;
 use tokio::runtime::Handle;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use us_core::daemon::size::Size;
-use us_core::disk::{LinksConfig, ProviderLinks, SealedPages};
+use us_core::disk::{LinksConfig, ProviderLinks, SealedPages, SealedPagesError};
 use us_core::tls::{ExpectedPeer, Identity, Role};
 use us_core::wire::join::keep_renewed;
 use us_proto::v1;
@@ -203,7 +203,15 @@ async fn open_fs(
     if let Some(dir) = spec.options.cache.clone() {
         let bytes = spec.options.cache_size.unwrap_or(CACHE_BYTES).bytes();
         let opened = tokio::task::spawn_blocking(move || SealedPages::open(&dir, bytes)).await?;
-        options.sealed_pages = Some(opened.context("mount option cache")?);
+        options.sealed_pages = match opened {
+            Ok(sealed) => Some(sealed),
+            // A disk that fails costs speed, nothing else.
+            Err(error @ SealedPagesError::Io { .. }) => {
+                tracing::warn!(%error, "mounted without the cache on disk");
+                None
+            }
+            Err(error) => return Err(anyhow::Error::new(error).context("mount option cache")),
+        };
     }
     if let Some(memory) = spec.options.memory {
         options.memory_bytes = usize::try_from(memory.bytes()).unwrap_or(usize::MAX);

@@ -138,6 +138,10 @@ impl Session {
         level: v1::LeaseLevel,
     ) -> anyhow::Result<Option<Found>> {
         self.flush().await?;
+        if self.inodes.is_empty() {
+            // Before the directory is held: what is recalled while it is waited for is given back.
+            self.lease_inodes().await?;
+        }
         let want = Want::Entry(v1::FetchEntry {
             dir,
             name_hash: self.names.name_hash(Ino(dir), name).to_vec().into(),
@@ -177,18 +181,6 @@ impl Session {
         name: &[u8],
         (uid, gid): (u32, u32),
     ) -> anyhow::Result<u64> {
-        if self.inodes.is_empty() {
-            self.request += 1;
-            let request = self.request;
-            self.send(Up::LeaseInodes(v1::LeaseInodes { request, count: INODES })).await?;
-            let leased = self
-                .hear(|down| match down {
-                    Down::Inodes(leased) if leased.request == request => Some(leased),
-                    _ => None,
-                })
-                .await?;
-            self.inodes = leased.first..leased.first + u64::from(leased.count);
-        }
         let Some(ino) = self.inodes.next() else { bail!("the directory leases no inodes") };
         let (name_hash, sealed_name) = self.seal(dir, name)?;
         let create = v1::Create {
@@ -204,6 +196,20 @@ impl Session {
         };
         self.append(Op::Create(create)).await?;
         Ok(ino)
+    }
+
+    async fn lease_inodes(&mut self) -> anyhow::Result<()> {
+        self.request += 1;
+        let request = self.request;
+        self.send(Up::LeaseInodes(v1::LeaseInodes { request, count: INODES })).await?;
+        let leased = self
+            .hear(|down| match down {
+                Down::Inodes(leased) if leased.request == request => Some(leased),
+                _ => None,
+            })
+            .await?;
+        self.inodes = leased.first..leased.first + u64::from(leased.count);
+        Ok(())
     }
 
     async fn append(&mut self, op: Op) -> anyhow::Result<()> {
