@@ -90,7 +90,7 @@ fn nobody_is_disturbed_for_it() {
     let mut swarm = quarter_full(8);
     let first = swarm.mount.next_ino - 8;
     let mut mount = swarm.mount.clone();
-    let other = swarm.world.open(2, "v");
+    let mut other = swarm.world.open(2, "v");
     // Another mount has a file for itself.
     let key = (*swarm.world.engine.volumes.keys().next().unwrap(), first);
     swarm.world.engine.leases.forget(mount.session, &key);
@@ -100,8 +100,14 @@ fn nobody_is_disturbed_for_it() {
     swarm.run(15_000);
     mount.change(&mut swarm.world, vec![unlink(1, "f2", first + 1, false)]);
     swarm.run(30_000);
+    // Each cleans what it has itself.
+    let told = order(&mut swarm.world, &other).unwrap();
+    assert_eq!(inos(&told), [first]);
+    assert!(order(&mut swarm.world, &mount).is_none());
+    rewrite(&mut swarm.world, &mut other, &[first]);
+    swarm.run(MINUTE_MS);
     let told = order(&mut swarm.world, &mount).unwrap();
-    assert_eq!(inos(&told), (first + 2..first + 8).collect::<Vec<_>>());
+    assert_eq!(inos(&told), (first + 2..first + 8).collect::<Vec<_>>(), "not what the trash has");
 }
 
 #[test]
