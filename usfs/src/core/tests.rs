@@ -10,6 +10,7 @@ use super::*;
 use crate::attributes::SetAttributes;
 use crate::fs::{Caller, Handle, Lookup, OpenFlags, RenameMode};
 
+mod cleaning;
 mod inlined;
 mod kernel;
 mod limits;

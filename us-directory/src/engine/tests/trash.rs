@@ -205,6 +205,38 @@ fn trash_that_frees_nothing_is_gone_through_at_once() {
     assert_eq!(swarm.records().len(), 1);
 }
 
+/// A volume at its quota finds no place however much is free. That pressed on the trash of every volume.
+#[test]
+fn a_quota_that_is_used_up_empties_nobodys_trash() {
+    let (mut swarm, inos) = removed(16);
+    let made = Question::CreateVolume {
+        name: "q".to_owned(),
+        s: 4,
+        r: 2,
+        quota_bytes: 1,
+        repair_at: None,
+        trash_hours: None,
+        maker: None,
+        access: Vec::new(),
+        private: None,
+    };
+    assert!(matches!(swarm.world.ask(made), Answer::Volume(_)));
+    let greedy = swarm.world.open(99, "q");
+    let mut refused = 0;
+    for _ in 0..100 {
+        let ask = LeasePlacements { request: 9, count: 32 };
+        swarm.world.says(greedy.conn, Up::LeasePlacements(ask));
+        let leased = swarm.world.hear_some(greedy.conn, |down| match down {
+            Down::Placements(leased) => Some(leased.no_space),
+            _ => None,
+        });
+        refused += u32::from(leased.unwrap());
+        swarm.run(1000);
+    }
+    assert!(refused > 50, "{refused}");
+    assert_eq!(listed(&mut swarm.world).0, inos);
+}
+
 /// A mount that finds no place hears that space comes, and the trash goes at once.
 #[test]
 fn a_full_swarm_waits_for_the_trash_before_it_says_so() {
