@@ -6,20 +6,20 @@ use std::io::Read;
 use std::mem::MaybeUninit;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
 
 use rustix::fs::{RawDir, RenameFlags, SeekFrom, renameat_with, seek};
 use rustix::io::Errno;
-use us_tests::cluster::{Cluster, PATIENCE, Shape, fuse_is_here};
+use us_tests::cluster::{Cluster, Shape, fuse_is_here};
 use us_tests::handles::FileHandle;
-use us_tests::poll;
 use us_tests::tier::rounds;
 use us_tests::tree::noise;
 
 /// Names that another makes and removes meanwhile, and that are there at once.
-const COMING_AND_GOING: u64 = 50;
-/// So many names are listed between changes of the other mount, at most.
-const NAMES_A_CHANGE: usize = 1000;
+const COMING_AND_GOING: u64 = 20;
+/// The other mount has its turn after so many names, and makes so many changes in it.
+const NAMES_A_TURN: usize = 500;
+const CHANGES: usize = 10;
 
 /// A name in a listing, and the cookie of the place behind it.
 type Listed = (String, u64);
@@ -40,17 +40,20 @@ fn name(number: u64) -> String {
     format!("{number:07}")
 }
 
-/// Makes and removes names until it is told to stop; counts the changes it made.
-fn come_and_go(dir: &Path, changes: &AtomicU64, stop: &AtomicBool) {
+/// Makes and removes names, a few each time it is asked, and says when they are done; how many changes.
+fn come_and_go(dir: &Path, asked: &Receiver<()>, done: &Sender<()>) -> u64 {
     let mut made = 0;
-    while !stop.load(Ordering::Relaxed) {
-        File::create(dir.join(format!("new{made}"))).expect("a file");
-        if let Some(old) = u64::checked_sub(made, COMING_AND_GOING) {
-            fs::remove_file(dir.join(format!("new{old}"))).expect("it is there");
+    while asked.recv().is_ok() {
+        for _ in 0..CHANGES {
+            File::create(dir.join(format!("new{made}"))).expect("a file");
+            if let Some(old) = u64::checked_sub(made, COMING_AND_GOING) {
+                fs::remove_file(dir.join(format!("new{old}"))).expect("it is there");
+            }
+            made += 1;
         }
-        made += 1;
-        changes.fetch_add(1, Ordering::Relaxed);
+        done.send(()).expect("it is waited for");
     }
+    made
 }
 
 /// Every name that is there all the time is listed once, in the order in which they were made; whatever another
@@ -60,7 +63,7 @@ fn a_large_directory_is_listed_in_order_while_it_changes() {
     if !fuse_is_here() {
         return;
     }
-    let entries = u64::from(rounds(20_000, 1_000_000, 1_000_000));
+    let entries = u64::from(rounds(10_000, 1_000_000, 1_000_000));
     let mut cluster = Cluster::start(Shape::default());
     let (left, right) = (cluster.mount(), cluster.mount());
     let large = left.path().join("large");
@@ -69,28 +72,26 @@ fn a_large_directory_is_listed_in_order_while_it_changes() {
         File::create(large.join(name(number))).expect("a file");
     }
 
-    let (stop, changes) = (AtomicBool::new(false), AtomicU64::new(0));
     let mut listed: Vec<Listed> = Vec::new();
-    std::thread::scope(|scope| {
-        let other = scope.spawn(|| come_and_go(&right.path().join("large"), &changes, &stop));
+    let ((ask, asked), (done, is_done)) = (channel(), channel());
+    let changes = std::thread::scope(|scope| {
+        let theirs = right.path().join("large");
+        let other = scope.spawn(move || come_and_go(&theirs, &asked, &done));
         let dir = File::open(&large).expect("open");
         list(&dir, |entry| {
             listed.push(entry);
-            if listed.len().is_multiple_of(NAMES_A_CHANGE) {
-                let before = changes.load(Ordering::Relaxed);
-                poll::until("the other mount's changes", PATIENCE, || {
-                    let made = changes.load(Ordering::Relaxed) - before;
-                    (made > 2).then_some(()).ok_or(format!("{made}"))
-                });
+            if listed.len().is_multiple_of(NAMES_A_TURN) {
+                ask.send(()).expect("it is there");
+                is_done.recv().expect("the other mount's changes");
             }
             true
         });
-        stop.store(true, Ordering::Relaxed);
-        other.join().expect("no panic");
+        drop(ask);
+        other.join().expect("no panic")
     });
-    let changes = changes.into_inner();
     eprintln!("{entries} names, {changes} changes meanwhile");
-    assert!(changes as usize > listed.len() / NAMES_A_CHANGE);
+    assert_eq!(changes as usize, CHANGES * (listed.len() / NAMES_A_TURN));
+    assert!(changes as usize > 2 * COMING_AND_GOING as usize, "names were removed too");
     assert!(listed.is_sorted_by(|one, next| one.1 < next.1), "cookies go up");
     let stable = |entry: &&Listed| !entry.0.starts_with("new");
     let stable: Vec<Listed> = listed.iter().filter(stable).cloned().collect();
@@ -114,7 +115,7 @@ fn a_large_directory_is_listed_in_order_while_it_changes() {
     cluster.start_directory();
     let mount = cluster.mount();
     let dir = File::open(mount.path().join("large")).expect("open");
-    let last = entries - 2;
+    let last = entries - 3;
     for number in (0..last).step_by((entries / 50) as usize).chain([last]) {
         let (_, cookie) = stable[number as usize];
         seek(&dir, SeekFrom::Start(cookie)).expect("a place");
