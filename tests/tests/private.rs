@@ -222,6 +222,18 @@ fn a_passphrase_is_asked_for_at_a_terminal_and_taken_from_the_environment() {
             assert_ne!(got, 0, "it ended: {}", String::from_utf8_lossy(&seen));
             seen.push(byte[0]);
         }
+        // The question comes a moment before the terminal is told to show nothing.
+        let script = child.id();
+        let children = fs::read_to_string(format!("/proc/{script}/task/{script}/children"));
+        let children = children.expect("it has a child");
+        let asking = children.split_whitespace().next().expect("it has a child").to_owned();
+        let terminal = fs::read_link(format!("/proc/{asking}/fd/0")).expect("a terminal");
+        poll::until("the terminal to show nothing", PATIENCE, || {
+            let said = Command::new("stty").arg("-F").arg(&terminal).arg("-a").output();
+            let said = said.map_err(|error| error.to_string())?;
+            let said = String::from_utf8_lossy(&said.stdout).into_owned();
+            said.contains(" -echo ").then_some(()).ok_or(said)
+        });
         let mut stdin = child.stdin.take().expect("piped");
         writeln!(stdin, "{text}").expect("typed");
         std::io::Read::read_to_end(&mut shown, &mut seen).expect("its words");
