@@ -48,13 +48,11 @@ fn lease_all(world: &mut World, mount: &Mount) -> Vec<PlacementLease> {
     }
 }
 
-/// Commits a whole block as the file's `at`th.
-fn store(mount: &mut Mount, world: &mut World, ino: u64, at: u64, lease: &PlacementLease) {
-    let mut id = [0; 16];
-    id[..8].copy_from_slice(&(at + 1).to_le_bytes());
-    let id = Bytes::copy_from_slice(&id);
-    let block = BlockCommit {
-        block: id.clone(),
+/// The commit of a full block whose id begins with `number` and one.
+fn whole_block(mut id: [u8; 16], number: u64, lease: &PlacementLease) -> BlockCommit {
+    id[..8].copy_from_slice(&(number + 1).to_le_bytes());
+    BlockCommit {
+        block: Bytes::copy_from_slice(&id),
         s: 4,
         r: 2,
         page_bytes: 16384,
@@ -64,7 +62,13 @@ fn store(mount: &mut Mount, world: &mut World, ino: u64, at: u64, lease: &Placem
         durable: vec![0b11_1111].into(),
         fingerprint_hash: vec![1; 32].into(),
         ..Default::default()
-    };
+    }
+}
+
+/// Commits a whole block as the file's `at`th.
+fn store(mount: &mut Mount, world: &mut World, ino: u64, at: u64, lease: &PlacementLease) {
+    let block = whole_block([0; 16], at, lease);
+    let id = block.block.clone();
     let (offset, length) = (at * u64::from(BLOCK_BYTES), u64::from(BLOCK_BYTES));
     let extents = vec![ExtentWrite { ino, offset, length, block: id, ..Default::default() }];
     let size = offset + length;
@@ -161,21 +165,8 @@ fn blocks_for_nothing_are_counted_too() {
     let lease = lease(&mut world, &one, 1).leases.remove(0);
     let mut stored = 0;
     while stored < 1000 {
-        let mut id = [1; 16];
-        id[..8].copy_from_slice(&(stored + 1u64).to_le_bytes());
-        let id = Bytes::copy_from_slice(&id);
-        let block = BlockCommit {
-            block: id.clone(),
-            s: 4,
-            r: 2,
-            page_bytes: 16384,
-            plaintext_bytes: BLOCK_BYTES,
-            birth: lease.birth,
-            providers: lease.providers.clone(),
-            durable: vec![0b11_1111].into(),
-            fingerprint_hash: vec![1; 32].into(),
-            ..Default::default()
-        };
+        let block = whole_block([1; 16], stored, &lease);
+        let id = block.block.clone();
         let extent =
             ExtentWrite { ino, offset: stored, length: 1, block: id, ..Default::default() };
         let commit = CommitData { blocks: vec![block], extents: vec![extent], files: Vec::new() };
