@@ -89,16 +89,17 @@ pub fn fragment_trailer(bytes: &[u8]) {
     let Ok(geometry) = BlockGeometry::with_page(code, block_bytes, page_bytes) else { return };
     let id = FragmentId { block: BlockId::from_bytes([1; 16]), index: *index };
     let volume = VolumeId::from_bytes([2; 16]);
-    let kind = FingerprintKind::Crc32c;
-    let Ok(header) = FragmentHeader::new(volume, id, Birth(3), geometry, kind) else { return };
-    trailer_of(&header, rest);
-    if let Some((content, _)) = rest.split_last_chunk::<4>() {
-        trailer_of(&header, &[content, &crc32c(content).to_le_bytes()].concat());
-    }
-    if let Ok(list) = FingerprintList::decode(kind, code, rest) {
-        assert_eq!((list.count(), list.as_bytes()), (code.fragments(), rest));
-        assert_eq!(list.get(*index).is_some(), usize::from(*index) < list.count());
-        let _ = list.hash();
+    for kind in [FingerprintKind::Crc32c, FingerprintKind::Blake3] {
+        let Ok(header) = FragmentHeader::new(volume, id, Birth(3), geometry, kind) else { return };
+        trailer_of(&header, rest);
+        if let Some((content, _)) = rest.split_last_chunk::<4>() {
+            trailer_of(&header, &[content, &crc32c(content).to_le_bytes()].concat());
+        }
+        if let Ok(list) = FingerprintList::decode(kind, code, rest) {
+            assert_eq!((list.count(), list.as_bytes()), (code.fragments(), rest));
+            assert_eq!(list.get(*index).is_some(), usize::from(*index) < list.count());
+            let _ = (list.hash(), list.check(*index, rest));
+        }
     }
 }
 

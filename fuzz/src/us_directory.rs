@@ -8,8 +8,13 @@
 use std::path::Path;
 
 use bytes::Bytes;
+use prost::Message;
+use us_core::fragment::crc32c;
+use us_core::seal::Secret;
+use us_directory::image::ImageReader;
 use us_directory::keys;
 use us_directory::records::{self, *};
+use us_directory::recovery::{Manifest, RecoveryKit, open_root, seal_root};
 use us_directory::store::journal::{
     FILE_HEADER_BYTES, FileTag, decode_body, decode_header, encode_body, encode_header,
     encode_record, replay,
@@ -20,12 +25,15 @@ use us_directory::store::{KEY_BYTES_MAX, VALUE_BYTES_MAX, WriteBatch};
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets of this file.
-pub const TARGETS: [Target; 5] = [
+pub const TARGETS: [Target; 8] = [
     ("journal_header", journal_header),
     ("journal_body", journal_body),
     ("journal_file", journal_file),
     ("directory_record", directory_record),
     ("directory_key", directory_key),
+    ("image_stream", image_stream),
+    ("recovery_key", recovery_key),
+    ("root", root),
 ];
 
 /// A journal file's header.
@@ -133,5 +141,49 @@ pub fn directory_key(bytes: &[u8]) {
     let _ = keys::last_number(bytes);
     if let Some(block) = keys::last_block(bytes) {
         assert!(bytes.ends_with(block.as_bytes()));
+    }
+}
+
+/// An image of the state, or a backup's content: all at once and byte by byte say the same.
+pub fn image_stream(bytes: &[u8]) {
+    let mut whole = ImageReader::new();
+    let Ok(batches) = whole.push(bytes) else { return };
+    let mut slow = ImageReader::new();
+    let again = bytes.chunks(7).map(|piece| slow.push(piece).expect("as the whole"));
+    assert_eq!(again.map(|some| some.len()).sum::<usize>(), batches.len());
+    assert_eq!(whole.end().ok(), slow.end().ok());
+}
+
+/// A recovery key's file: as it comes, and with its sum put right.
+pub fn recovery_key(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else { return };
+    recovery_key_of(text);
+    if let Some((head, rest)) = text.split_once("\nsum ")
+        && let Some((_, content)) = rest.split_once('\n')
+    {
+        let sum = crc32c(content.as_bytes());
+        recovery_key_of(&format!("{head}\nsum {sum:08x}\n{content}"));
+    }
+}
+
+fn recovery_key_of(text: &str) {
+    if let Ok(kit) = RecoveryKit::from_text(text) {
+        let again = RecoveryKit::from_text(&kit.to_text()).expect("its own text");
+        assert_eq!(again.cluster(), kit.cluster());
+    }
+}
+
+/// What a provider says was the root that it keeps for the directory: sealed, and the content once it
+/// is open.
+pub fn root(bytes: &[u8]) {
+    let secret = Secret::from_bytes([7; 32].into());
+    assert!(open_root(&secret, bytes).is_none(), "nobody has this secret");
+    let sealed = seal_root(&secret, [3; 16], bytes);
+    assert_eq!(open_root(&secret, &sealed).as_deref(), Some(bytes));
+    let Ok(manifest) = Manifest::decode(bytes) else { return };
+    for run in &manifest.runs {
+        for block in &run.blocks {
+            let _ = block.info();
+        }
     }
 }

@@ -5,7 +5,12 @@
 //! `us-provider/tests/decoders.rs` runs each over its seeds and random bytes; the targets in
 //! `fuzz_targets/` run them under libFuzzer.
 
+use bytes::Bytes;
 use us_core::fragment::crc32c;
+use us_proto::v1::RecordPart;
+use us_provider::copies::format::{
+    FRAME_HEADER_BYTES, HEADER_BYTES, decode_frame, decode_header, encode_frame, encode_header,
+};
 use us_provider::grants::{decode_told, encode_told};
 use us_provider::guest::parse_pressure;
 use us_provider::membership::refused::{decode_refused, encode_refused};
@@ -21,13 +26,14 @@ use us_provider::store::index::{Entry, Mark};
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets of this file.
-pub const TARGETS: [Target; 6] = [
+pub const TARGETS: [Target; 7] = [
     ("segment_header", segment_header),
     ("envelope", envelope),
     ("control_record", control_record),
     ("index_value", index_value),
     ("membership_file", membership_file),
     ("pressure", pressure),
+    ("journal_copy", journal_copy),
 ];
 
 /// Bytes of the fields of a segment's header, its sum the last four.
@@ -118,7 +124,7 @@ pub fn membership_file(bytes: &[u8]) {
     }
     sign(&mut grants);
     let _ = decode_told(&grants);
-    for magic in [b"UsRoot\x01\x00", b"UsJoin\x01\x00", b"UsRefu\x01\x00"] {
+    for magic in [b"UsRoot\x01\x00", b"UsJoin\x01\x00", b"UsRefu\x02\x00"] {
         let mut mended = bytes.to_vec();
         if let Some(first) = mended.first_chunk_mut() {
             *first = *magic;
@@ -146,5 +152,46 @@ pub fn pressure(bytes: &[u8]) {
         && let Some(pressure) = parse_pressure(text)
     {
         assert!(pressure.some_percent.is_finite(), "{pressure:?}");
+    }
+}
+
+/// A file of the directory's records: its header and its frames, as they come and with their sums put
+/// right; and a frame whose content the bytes are.
+pub fn journal_copy(bytes: &[u8]) {
+    journal_copy_of(bytes);
+    let mut mended = bytes.to_vec();
+    if mended.len() >= HEADER_BYTES {
+        let sum = crc32c(&mended[..HEADER_BYTES - 4]);
+        mended[HEADER_BYTES - 4..HEADER_BYTES].copy_from_slice(&sum.to_le_bytes());
+        let frame = &mut mended[HEADER_BYTES..];
+        if frame.len() >= FRAME_HEADER_BYTES {
+            let sealed_bytes = (frame.len() - FRAME_HEADER_BYTES) as u32;
+            frame[4..8].copy_from_slice(&sealed_bytes.to_le_bytes());
+            frame[8..12].fill(0);
+            let sum = crc32c(frame);
+            frame[8..12].copy_from_slice(&sum.to_le_bytes());
+        }
+    }
+    journal_copy_of(&mended);
+    let sealed = Bytes::copy_from_slice(bytes);
+    let last = bytes.len().is_multiple_of(2);
+    let part = RecordPart { seq: bytes.len() as u64, part: 3, last, sealed };
+    let mut frame = Vec::new();
+    encode_frame(&mut frame, &part);
+    let end = frame.len();
+    assert_eq!(decode_frame(&frame.into(), 0), Some((part, end)));
+}
+
+fn journal_copy_of(bytes: &[u8]) {
+    if let Some((number, label)) = decode_header(bytes) {
+        assert_eq!(encode_header(number, &label), bytes[..HEADER_BYTES]);
+    }
+    let bytes = Bytes::copy_from_slice(bytes);
+    let mut at = HEADER_BYTES.min(bytes.len());
+    while let Some((part, end)) = decode_frame(&bytes, at) {
+        let mut encoded = Vec::new();
+        encode_frame(&mut encoded, &part);
+        assert_eq!(encoded, bytes[at..end]);
+        at = end;
     }
 }

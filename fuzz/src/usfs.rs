@@ -8,6 +8,7 @@
 use bytes::Bytes;
 use us_core::disk::BlockInfo;
 use us_core::ids::BlockId;
+use usfs::core::acl::Acl;
 use usfs::fuse::kernel::parse_mount;
 use usfs::mount::Options;
 use usfs::places::{UpRecord, parse_pids};
@@ -16,11 +17,12 @@ use usfs::places::{UpRecord, parse_pids};
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets of this file.
-pub const TARGETS: [Target; 4] = [
+pub const TARGETS: [Target; 5] = [
     ("mount_options", mount_options),
     ("mount_table", mount_table),
     ("up_files", up_files),
     ("block_info", block_info),
+    ("acl", acl),
 ];
 
 /// What `-o` gives.
@@ -69,4 +71,15 @@ fn block_of(message: &us_proto::v1::BlockInfo) {
     let Some(info) = BlockInfo::from_proto(message) else { return };
     assert_eq!(info.plaintext_bytes(), message.plaintext_bytes as usize);
     assert!(info.inline.is_some() || info.providers.len() == info.geometry.code().fragments());
+}
+
+/// The value of an attribute that is to be a POSIX ACL.
+pub fn acl(bytes: &[u8]) {
+    let Some(acl) = Acl::parse(bytes) else { return };
+    let encoded = acl.to_bytes();
+    // Bits of permissions that do not exist are dropped.
+    assert_eq!(encoded.len(), bytes.len());
+    assert_eq!(Acl::parse(&encoded).as_ref(), Some(&acl));
+    assert!(acl.mode() <= 0o777);
+    let _ = acl.is_mode_only();
 }

@@ -7,10 +7,8 @@
 //! `cargo bench -p us-tests --bench wire` (about 90 s). The result is in
 //! `docs/adr/0001-bulk-transport.md`.
 
-use std::io::{BufRead, BufReader, Write};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -34,6 +32,7 @@ use us_proto::v1::{
     CombineReply, CombineRequest, FragmentId, FragmentStatus, GetItem, GetReply, GetRequest,
     InventoryPage, InventoryRequest, PutReply, PutRequest, VerifyReply, VerifyRequest,
 };
+use us_tests::worker::{Worker, answer, median, own_cpu};
 
 const PROVIDERS: usize = 6;
 const ROUNDS: usize = 3;
@@ -133,15 +132,7 @@ async fn provider(home: &Path) -> Result<()> {
     let listener = TcpListener::bind("127.0.0.1:0").await?;
     ports.push(listener.local_addr()?.port().to_string());
     tokio::spawn(plain(listener, memory, identity.own().clone(), stop.clone()));
-    println!("{}", ports.join(" "));
-    tokio::task::spawn_blocking(|| -> Result<()> {
-        for line in std::io::stdin().lock().lines() {
-            line?;
-            println!("{}", own_cpu().as_micros());
-        }
-        Ok(())
-    })
-    .await?
+    tokio::task::spawn_blocking(move || answer(&ports.join(" "))).await?
 }
 
 async fn plain(
@@ -160,64 +151,19 @@ async fn plain(
     }
 }
 
-/// User and system time of this process.
-fn own_cpu() -> Duration {
-    let mut usage = std::mem::MaybeUninit::<libc::rusage>::zeroed();
-    // SAFETY: getrusage fills the whole structure it is given; zeroed is a valid rusage anyway.
-    let usage = unsafe {
-        libc::getrusage(libc::RUSAGE_SELF, usage.as_mut_ptr());
-        usage.assume_init()
-    };
-    let time = |t: libc::timeval| {
-        Duration::from_secs(t.tv_sec as u64) + Duration::from_micros(t.tv_usec as u64)
-    };
-    time(usage.ru_utime) + time(usage.ru_stime)
-}
-
 // ---------------------------------------------------------------- the client
 
 struct Provider {
-    child: Child,
-    requests: ChildStdin,
-    answers: BufReader<ChildStdout>,
+    worker: Worker,
     ports: Vec<u16>,
 }
 
 impl Provider {
     fn start(home: &Path) -> Result<Self> {
-        let mut child = Command::new(std::env::current_exe()?)
-            .arg(PROVIDER_FLAG)
-            .arg(home)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .context("start a provider process")?;
-        let requests = child.stdin.take().context("no standard input")?;
-        let answers = BufReader::new(child.stdout.take().context("no standard output")?);
-        let mut provider = Self { child, requests, answers, ports: Vec::new() };
-        let ports = provider.line()?;
-        provider.ports = ports.split(' ').map(str::parse).collect::<Result<_, _>>()?;
-        ensure!(provider.ports.len() == 3, "the provider printed {ports:?}");
-        Ok(provider)
-    }
-
-    fn line(&mut self) -> Result<String> {
-        let mut line = String::new();
-        self.answers.read_line(&mut line)?;
-        Ok(line.trim().to_owned())
-    }
-
-    fn cpu(&mut self) -> Result<Duration> {
-        self.requests.write_all(b"\n")?;
-        Ok(Duration::from_micros(self.line()?.parse()?))
-    }
-}
-
-impl Drop for Provider {
-    fn drop(&mut self) {
-        // It may have ended already; nothing can be done here if not.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        let (worker, said) = Worker::start(PROVIDER_FLAG, home)?;
+        let ports: Vec<u16> = said.split(' ').map(str::parse).collect::<Result<_, _>>()?;
+        ensure!(ports.len() == 3, "the provider printed {said:?}");
+        Ok(Self { worker, ports })
     }
 }
 
@@ -388,7 +334,8 @@ struct Bench {
 
 impl Bench {
     fn cpu(&mut self) -> Result<Duration> {
-        self.providers.iter_mut().try_fold(own_cpu(), |sum, provider| Ok(sum + provider.cpu()?))
+        let workers = self.providers.iter_mut().map(|provider| &mut provider.worker);
+        workers.map(Worker::cpu).try_fold(own_cpu(), |sum, cpu| Ok(sum + cpu?))
     }
 
     async fn run(&mut self, transport: Transport, case: Case) -> Result<Sample> {
@@ -436,15 +383,9 @@ async fn measure() -> Result<()> {
     Ok(())
 }
 
-/// Of an odd number of values.
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
-}
-
 fn print_table(samples: &[Vec<Vec<Sample>>]) {
     let figure = |row: usize, case: usize, of: &dyn Fn(&Sample) -> f64| {
-        median(samples[row][case].iter().map(of).collect())
+        median(samples[row][case].iter().map(of))
     };
     println!("CPU seconds a GB over both ends (x the limit), GB/s; {PROVIDERS} providers");
     println!("| 1 MiB fragments | put, 1 each | put, 8 each | get, 1 each | get, 8 each |");

@@ -448,6 +448,8 @@ impl Cluster {
             // The machine that runs all of this is busy; its owner does not mind.
             command.env("US_PROVIDER_GUEST__REPAIR_CPU_PRESSURE_PERCENT_MAX", "1000.0");
             command.env("US_PROVIDER_GUEST__REPAIR_IO_PRESSURE_PERCENT_MAX", "1000.0");
+            command.env("US_PROVIDER_GUEST__CPU_PRESSURE_PERCENT_MAX", "1000.0");
+            command.env("US_PROVIDER_GUEST__IO_PRESSURE_PERCENT_MAX", "1000.0");
         }
         let log = self.at(&format!("provider{number}.log"));
         let running = Running::start("us-provider", command, Path::new(&log));

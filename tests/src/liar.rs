@@ -6,9 +6,7 @@ use std::fs::{self, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use us_core::fragment::{
-    FingerprintList, FragmentRecord, FragmentSums, FragmentTrailer, HEADER_BYTES,
-};
+use us_core::fragment::{FragmentRecord, FragmentSums, FragmentTrailer, HEADER_BYTES};
 use us_provider::store::format::{
     ALIGN, ENVELOPE_BYTES, Envelope, RecordKind, SEGMENT_HEADER_BYTES, SegmentHeader,
 };
@@ -19,7 +17,8 @@ pub enum Lie {
     /// Other bytes, with the slots' sums and the own fingerprint made to fit: the record holds, but its
     /// list of fingerprints is no more the one that the block's commit speaks of.
     OwnSums,
-    /// Other bytes that have the same sums: by its record and by the block's fingerprints all is well.
+    /// Other bytes that have the same CRC-32C sums: by its record all is well, and by the block's
+    /// fingerprints too where they are CRC-32C.
     SameSums,
 }
 
@@ -81,12 +80,7 @@ fn forged(record: &FragmentRecord, lie: Lie) -> FragmentRecord {
     }
     let sums = FragmentSums::of(&geometry, &body);
     let list = match lie {
-        Lie::OwnSums => {
-            let (old, _) = record.trailer.fingerprints.as_bytes().as_chunks();
-            let mut crcs: Vec<u32> = old.iter().copied().map(u32::from_le_bytes).collect();
-            crcs[usize::from(header.id().index)] = sums.body;
-            FingerprintList::of_crcs(crcs)
-        }
+        Lie::OwnSums => record.trailer.fingerprints.with(header.id().index, &body, &sums),
         Lie::SameSums => record.trailer.fingerprints.clone(),
     };
     let trailer = FragmentTrailer { slot_sums: sums.slots, fingerprints: list };

@@ -15,3 +15,4 @@ pub mod simulate;
 pub mod tier;
 pub mod tools;
 pub mod tree;
+pub mod worker;

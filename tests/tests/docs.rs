@@ -1,5 +1,6 @@
 //! The documentation and `deploy/` hold to the code: keys, defaults, metrics, tests that are named,
-//! sample configurations, alerts, the dashboard. Nothing is started here.
+//! sample configurations, alerts, the dashboard; and the sources to what docs/security.md says of them.
+//! Nothing is started here.
 
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
@@ -297,4 +298,30 @@ fn invariants_name_files_and_tests_that_exist() {
         }
     }
     assert!(ids.len() > 30);
+}
+
+/// What leads to connections without TLS is there for tests and benchmarks: it is made in two files, and
+/// nothing a program is built from names it.
+#[test]
+fn no_program_speaks_without_tls() {
+    let made_in =
+        ["us-core/src/disk/links.rs", "us-core/src/wire.rs"].map(|path| root().join(path));
+    let helpers = ["client.rs", "served.rs"].map(|name| root().join("us-core/src/wire").join(name));
+    let folders = ["us-core/src", "us-directory/src", "us-provider/src", "usfs/src"];
+    let sources = folders.iter().flat_map(|folder| files(folder, "rs"));
+    let sources: Vec<_> = sources
+        .filter(|path| {
+            let is_test = path.ends_with("tests.rs")
+                || path.parent().is_some_and(|folder| folder.ends_with("tests"));
+            !is_test && !made_in.contains(path)
+        })
+        .collect();
+    assert!(sources.len() > 100);
+    for path in sources {
+        let source = fs::read_to_string(&path).unwrap();
+        assert!(!source.contains("unsecured"), "{}", path.display());
+        let plain = ["connect_plain", "dial_plain", "serve_plain"];
+        let plain = plain.iter().any(|name| source.contains(name));
+        assert!(!plain || helpers.contains(&path), "{}", path.display());
+    }
 }

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
+use us_tests::admin::is_whole;
 use us_tests::cluster::{Cluster, PATIENCE, Shape, fuse_is_here};
 use us_tests::manifest::Manifest;
 use us_tests::poll;
@@ -258,6 +259,57 @@ fn a_provider_leaves_through_a_crash_and_is_one_no_more() {
     fs::remove_dir_all(&data).unwrap();
     cluster.kill_provider(0);
     cluster.kill_provider(1);
+    check(mount.path());
+    mount.unmount();
+}
+
+/// A provider whose whole data folder is that of yesterday: a snapshot brought back, a disk cloned. It has
+/// the cookie of a connect that was not its last, so that nothing it should have is believed before it was
+/// asked after each; what it lacks is made again.
+#[test]
+fn an_old_copy_of_a_disk_is_recognised() {
+    if !fuse_is_here() {
+        return;
+    }
+    let mut cluster = Cluster::start(shape());
+    let mount = cluster.mount();
+    cluster.stop_provider(3);
+    let (data, old) = (cluster.provider_data(3), cluster.at("old"));
+    copy_folder(&data, Path::new(&old));
+    cluster.start_provider(3);
+    cluster.wait_online(6);
+    let suspects = |cluster: &Cluster| {
+        let said = cluster.usctl(&["events", "--last", "1000"]);
+        said.lines().filter(|line| line.contains("provider-suspect")).count()
+    };
+    assert_eq!(suspects(&cluster), 0, "a start is no suspicion");
+    fill(mount.path());
+    cluster.wait_settled();
+    wait_clean(&cluster);
+    // Its first report says that it keeps the cookie of this connect.
+    poll::until("the provider to report what it stored", PATIENCE, || {
+        let status = cluster.status()?;
+        let providers = status["providers"].as_array().ok_or("no providers")?;
+        let own = providers.iter().find(|one| one["name"] == "provider3").ok_or("no provider3")?;
+        let used = own["used_bytes"].as_u64();
+        used.filter(|used| *used > 8 << 19).map(drop).ok_or(own.to_string())
+    });
+    cluster.stop_provider(3);
+    let address = fs::read(data.join("address")).unwrap();
+    fs::remove_dir_all(&data).unwrap();
+    copy_folder(Path::new(&old), &data);
+    fs::write(data.join("address"), address).unwrap();
+    cluster.start_provider(3);
+    cluster.wait_online(6);
+    assert_eq!(suspects(&cluster), 1);
+    wait_clean(&cluster);
+    let mut admin = cluster.admin();
+    poll::until("what it lacks is made again", HEALED, || is_whole(&admin.status()?, 2));
+    // Its fragments are needed when two others go.
+    cluster.kill_provider(0);
+    cluster.kill_provider(1);
+    mount.unmount();
+    let mount = cluster.mount();
     check(mount.path());
     mount.unmount();
 }

@@ -10,7 +10,7 @@ use bytes::Bytes;
 use tokio::time::Instant;
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
-use us_core::fragment::{FragmentRecord, records_of_block};
+use us_core::fragment::{FingerprintKind, FragmentRecord, records_of_block};
 use us_core::geometry::{BlockGeometry, Code};
 use us_core::grant::{Grant, GrantKey, Rights};
 use us_core::ids::{Birth, BlockId, ClusterId, VolumeId};
@@ -55,7 +55,15 @@ fn record(volume: &[u8]) -> FragmentRecord {
     let geometry = BlockGeometry::new(Code::new(1, 1).unwrap(), 50_000).unwrap();
     let body = |byte: u8| Bytes::from(vec![byte; geometry.fragment_bytes()]);
     let (volume, block) = (VolumeId::from_slice(volume).unwrap(), BlockId::generate());
-    records_of_block(volume, block, Birth(1), geometry, vec![body(1), body(2)]).remove(0)
+    records_of_block(
+        FingerprintKind::Crc32c,
+        volume,
+        block,
+        Birth(1),
+        geometry,
+        vec![body(1), body(2)],
+    )
+    .remove(0)
 }
 
 /// One who talks to a provider as a mount does.
@@ -93,7 +101,11 @@ impl Caller {
 /// Every way to come to fragments without a right to them.
 #[test]
 fn fragments_move_only_for_the_holder_of_a_good_grant() {
-    let cluster = Cluster::start(Shape::default());
+    let mut cluster = Cluster::start(Shape::default());
+    // A second run, so that there is a period that has ended.
+    cluster.kill_directory();
+    cluster.start_directory();
+    cluster.wait_online(Shape::default().providers);
     cluster.issue("client", "stranger");
     cluster.usctl(&["volume", "create", "other", "--code", "1+1"]);
     cluster.usctl(&["volume", "allow", "other", &cluster.key_of("client")]);
@@ -109,17 +121,23 @@ fn fragments_move_only_for_the_holder_of_a_good_grant() {
         assert_eq!(caller.put(&kept, &good).await, FragmentStatus::Ok);
         assert_eq!(caller.get(&kept, &good).await, FragmentStatus::Ok);
 
-        // None, an altered one, another volume's, another's, one whose time is over.
+        // None, an altered one, another volume's, another cluster's, one whose time is over, one from
+        // before a restore.
         let mut altered = good.to_vec();
         altered[120] ^= 2;
         let kit = RecoveryKit::load(Path::new(&cluster.at("recovery.key"))).unwrap();
         let signer = GrantKey::of(kit.secret(), kit.cluster());
         let sound = Grant::open(&good, &signer.public()).unwrap();
         assert_eq!((sound.rights, sound.block), (Rights::ReadWrite, None));
-        let ended = signer.sign(&Grant { incarnation: 0, ..sound.clone() });
+        let period = sound.from.checked_sub(1).expect("the period before is over");
+        let ended = signer.sign(&Grant { from: 0, until: period, ..sound.clone() });
+        let before = signer.sign(&Grant { incarnation: 0, ..sound.clone() });
+        // Nothing else of it is wrong: with the same beginning and a later end it is good.
+        let old = signer.sign(&Grant { from: 0, ..sound.clone() });
+        assert_eq!(caller.get(&kept, &old).await, FragmentStatus::Ok);
         let reading = signer.sign(&Grant { rights: Rights::Read, ..sound.clone() });
         let abroad = GrantKey::of(kit.secret(), ClusterId::from_bytes([1; 16])).sign(&sound);
-        let bad = [Bytes::new(), altered.into(), elsewhere, ended, abroad];
+        let bad = [Bytes::new(), altered.into(), elsewhere, ended, before, abroad];
         let fresh = record(&disk.volume);
         for grant in &bad {
             assert_eq!(caller.put(&fresh, grant).await, FragmentStatus::NoGrant);

@@ -158,6 +158,7 @@ fn everyone_keeps_to_its_role() {
                 let drain = DrainRequest { provider: 1, undo: false };
                 denied(who, calls.drain(drain).await);
                 denied(who, calls.give_up(GiveUpRequest { provider: 1 }).await);
+                denied(who, calls.trust(TrustRequest { provider: 1 }).await);
                 let name = VOLUME.to_owned();
                 denied(who, calls.delete_volume(DeleteVolumeRequest { name: name.clone() }).await);
                 denied(
@@ -280,39 +281,49 @@ fn a_revoked_laptop_with_an_open_mount() {
     good.unmount();
 }
 
+/// The directory lets it in as far as TLS and says why no further.
 fn refused_by_directory(cluster: &Cluster, runtime: &Runtime, who: &Identity) {
     let address = cluster.directory_address();
-    let asked = runtime.block_on(async {
-        let channel = connect_grpc(&address, who, ExpectedPeer::role(Role::Directory)).await;
-        let Ok(channel) = channel else { return None };
-        let mut admin = AdminClient::new(channel);
-        let asked = admin.list_volumes(ListVolumesRequest {});
-        Some(tokio::time::timeout(ANSWER, asked).await.unwrap())
+    // A connection that was made before it was refused may still be cut under the question.
+    let refusal = poll::until("a word of the directory", PATIENCE, || {
+        runtime.block_on(async {
+            let channel = connect_grpc(&address, who, ExpectedPeer::role(Role::Directory)).await;
+            let mut admin = AdminClient::new(channel.map_err(|error| error.to_string())?);
+            let asked = admin.list_volumes(ListVolumesRequest {});
+            match tokio::time::timeout(ANSWER, asked).await.map_err(|error| error.to_string())? {
+                Err(status) if status.code() == Code::Unavailable => Err(status.to_string()),
+                answer => Ok(answer),
+            }
+        })
     });
-    if let Some(asked) = asked {
-        let refusal = asked.unwrap_err();
-        assert!(refusal.message().contains("revoked"), "{refusal}");
-        assert_eq!(refusal.code(), Code::Unauthenticated);
-    }
+    let refusal = refusal.unwrap_err();
+    assert!(refusal.message().contains("revoked"), "{refusal}");
+    assert_eq!(refusal.code(), Code::Unauthenticated);
 }
 
-/// Whoever is let in as far as TLS is cut off before its first request is read.
+/// Whoever is let in as far as TLS is cut off before its first request is read, by a provider that answers
+/// others.
 fn refused_by_provider(cluster: &Cluster, runtime: &Runtime, who: &Identity, number: usize) {
     let address = cluster.provider_address(number);
-    let expected = ExpectedPeer::role(Role::Provider);
-    let connecting = BulkClient::connect(&address, who, expected, BulkLimits::default());
-    let Ok(client) = runtime.block_on(connecting) else { return };
-    let fragment = FragmentId { block: vec![1; 16].into(), index: 0 };
-    let item = GetItem { fragment: Some(fragment), slots: 1, ..Default::default() };
-    let get = GetRequest { items: vec![item], ..Default::default() };
-    let answer = runtime.block_on(async {
-        let deadline = tokio::time::Instant::now() + ANSWER;
-        match client.get(get, deadline).await {
-            Ok(mut replies) => replies.next().await.map(|reply| reply.is_ok()),
-            Err(_) => None,
-        }
-    });
-    assert_ne!(answer, Some(true), "provider {number} answers {}", who.own());
+    let answers = |who: &Identity| -> Result<(), String> {
+        let expected = ExpectedPeer::role(Role::Provider);
+        let fragment = FragmentId { block: vec![1; 16].into(), index: 0 };
+        let item = GetItem { fragment: Some(fragment), slots: 1, ..Default::default() };
+        let get = GetRequest { items: vec![item], ..Default::default() };
+        runtime.block_on(async {
+            let connecting = BulkClient::connect(&address, who, expected, BulkLimits::default());
+            let client = connecting.await.map_err(|error| error.to_string())?;
+            let deadline = tokio::time::Instant::now() + ANSWER;
+            let mut replies = client.get(get, deadline).await.map_err(|error| error.to_string())?;
+            let reply = replies.next().await.ok_or("it gave no reply")?;
+            reply.map(drop).map_err(|error| error.to_string())
+        })
+    };
+    let good = identity(cluster, "client", "client");
+    poll::until("the provider to answer another", PATIENCE, || answers(&good));
+    let refused = answers(who);
+    assert!(refused.is_err(), "provider {number} answers {}", who.own());
+    assert_eq!(answers(&good), Ok(()), "it was there all the time");
 }
 
 /// A provider that is revoked ends, stays out, and what it held is made again elsewhere.

@@ -58,8 +58,18 @@ fn kinds(slots: &Value) -> Vec<(u64, String)> {
 
 /// Tries to mount with these options: the exit code, and what was said.
 fn refused(cluster: &Cluster, volume: &str, options: &str) -> (Option<i32>, String) {
+    refused_at(cluster, &cluster.directory_address(), volume, options)
+}
+
+/// As [`refused`], with this spelling of the directory's address.
+fn refused_at(
+    cluster: &Cluster,
+    directory: &str,
+    volume: &str,
+    options: &str,
+) -> (Option<i32>, String) {
     let at = cluster.at("refused");
-    let source = format!("{}/{volume}", cluster.directory_address());
+    let source = format!("{directory}/{volume}");
     let mut arguments = vec!["mount", &source, &at];
     if !options.is_empty() {
         arguments.extend(["-o", options]);
@@ -289,6 +299,11 @@ fn a_lying_directory_gets_no_plaintext_and_wastes_no_machine() {
     let text = pin.to_str().expect("text").to_owned();
     fs::copy(&pin, text.replace(VAULT, "disk")).expect("a copy");
     let (code, said) = refused(&cluster, "disk", "");
+    assert!(code == Some(1) && said.contains("the directory is lying"), "{said}");
+    // By another spelling of the directory's address too.
+    let address = cluster.directory_address();
+    let port = address.rsplit(':').next().expect("a port");
+    let (code, said) = refused_at(&cluster, &format!("localhost:{port}"), "disk", "");
     assert!(code == Some(1) && said.contains("the directory is lying"), "{said}");
     // Another private volume by the name of this one.
     fs::copy(&pin, text.replace(VAULT, "second")).expect("a copy");

@@ -165,3 +165,28 @@ fn churn_leaves_little_behind() {
     other.unmount();
     mount.unmount();
 }
+
+/// An unmount right after many small files stored each in a block of its own: six pages for one.
+#[test]
+fn an_unmount_leaves_small_files_packed() {
+    if !fuse_is_here() {
+        return;
+    }
+    let mut cluster = Cluster::start(Shape::default());
+    let mount = cluster.mount();
+    let (files, bytes) = (500_u64, 4096_u64);
+    let content = |number: u64| noise(number, bytes as usize);
+    for number in 0..files {
+        fs::write(mount.path().join(number.to_string()), content(number)).expect("a write");
+    }
+    mount.unmount();
+    let (held, live) = held_and_live(&cluster).expect("a status");
+    assert_eq!(live, files * bytes);
+    assert!(held <= 2 * live, "{held} bytes held of {live}");
+    let mount = cluster.mount();
+    for number in 0..files {
+        let read = fs::read(mount.path().join(number.to_string())).expect("a read");
+        assert!(read == content(number), "{number}");
+    }
+    mount.unmount();
+}

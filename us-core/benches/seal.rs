@@ -7,7 +7,7 @@ use std::hint::black_box;
 use std::time::Instant;
 
 use aws_lc_rs::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
-use us_core::fragment::{FragmentSums, crc32c};
+use us_core::fragment::{FingerprintKind, FingerprintList, FragmentSums, crc32c};
 use us_core::geometry::{BlockGeometry, Code, TAG_BYTES};
 use us_core::ids::VolumeId;
 use us_core::seal::{BlockOpener, BlockSealer, FreshBlockId, VolumeKey};
@@ -81,6 +81,12 @@ fn main() {
             black_box(FragmentSums::of(&geometry, black_box(body)));
         });
         row("  FragmentSums::of", ours, limit);
+        let sums = FragmentSums::of(&geometry, body);
+        let ours = rate(body.len(), || {
+            let bodies = [(black_box(body), &sums)];
+            black_box(FingerprintList::of_bodies(FingerprintKind::Blake3, bodies));
+        });
+        row("  its fingerprint (BLAKE3)", ours, limit);
     }
 
     let id = FreshBlockId::generate();

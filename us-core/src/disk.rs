@@ -89,7 +89,7 @@ pub struct DiskConfig {
     pub store_bytes_max: usize,
     /// Bytes that reads under way may hold.
     pub read_bytes_max: usize,
-    /// Bytes of opened pages kept of which a part was read.
+    /// Bytes of opened pages kept of which a part was read, at least ([`VirtualDisk::set_cache_bytes`]).
     pub cache_bytes: usize,
     /// Bytes of opened pages kept that were read ahead.
     pub ahead_bytes: usize,
@@ -273,7 +273,32 @@ impl VirtualDisk {
         block: &BlockInfo,
         range: Range<usize>,
     ) -> Result<Vec<Bytes>, ReadError> {
-        self.shared.read(block, range).await
+        self.shared.read(block, range, 0).await
+    }
+
+    /// As [`VirtualDisk::read`]; what must be fetched brings along the pages around it, up to
+    /// `around_bytes` with it, which the cache keeps.
+    ///
+    /// # Errors
+    /// [`ReadError`]; never wrong bytes.
+    pub async fn read_around(
+        &self,
+        block: &BlockInfo,
+        range: Range<usize>,
+        around_bytes: usize,
+    ) -> Result<Vec<Bytes>, ReadError> {
+        self.shared.read(block, range, around_bytes).await
+    }
+
+    /// How many bytes of opened pages are kept.
+    pub fn cache_bytes(&self) -> u64 {
+        self.shared.cache.capacity()
+    }
+
+    /// Keeps so many bytes of opened pages from now on, never fewer than [`DiskConfig::cache_bytes`];
+    /// what is too much leaves at once.
+    pub fn set_cache_bytes(&self, bytes: u64) {
+        self.shared.cache.set_capacity(bytes.max(self.shared.config.cache_bytes as u64));
     }
 
     /// Reads many ranges at once; the answers come in the order of the ranges.

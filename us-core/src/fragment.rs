@@ -8,10 +8,11 @@
 //!
 //! Who trusts what: a provider checks the header, the trailer and the slot sums before it stores a
 //! record, and on every scrub. A reader that holds the volume's key needs none of it, because each
-//! page carries its own seal. Repair, which holds no key, checks a rebuilt fragment against the
+//! page carries its own seal. Repair and audits, which hold no key, check a fragment against the
 //! fingerprint list, and the list against the hash that the block's commit holds.
 //!
-//! The sums guard against accidents, not against malice: anyone can make a CRC match.
+//! The sums guard against accidents, not against malice: anyone can make a CRC match. Fingerprints
+//! of the kind that new blocks have guard against malice too.
 //!
 //! Decoding believes nothing: whatever the bytes, it returns a record whose every length agrees
 //! with its geometry, or an error. It copies no body bytes.
@@ -126,6 +127,12 @@ pub enum FragmentError {
         end_slot: usize,
         /// Slots the fragment has.
         slots: usize,
+    },
+    /// A fingerprint list that is not the one the block's commit speaks of.
+    #[error("the fingerprints of fragment {id} are not the block's")]
+    OtherList {
+        /// The fragment.
+        id: FragmentId,
     },
     /// A fragment's bytes are not those its fingerprint was taken of.
     #[error("fragment {index} does not match its fingerprint")]

@@ -8,6 +8,9 @@ use us_proto::v1::LockKind;
 
 /// The most locks one file can have.
 pub const FILE_LOCKS_MAX: usize = 16_384;
+/// The most locks one session can have on all files together; a file whose locks a mount keeps itself
+/// counts as one more.
+pub const SESSION_LOCKS_MAX: usize = 65_536;
 
 /// A lock on bytes `start..=end`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -48,7 +51,7 @@ impl<O: PartialEq> RangeLock<O> {
 pub enum NotSet<O> {
     /// This one is in the way.
     InTheWay(RangeLock<O>),
-    /// The file would have more than [`FILE_LOCKS_MAX`].
+    /// The file would have more than [`FILE_LOCKS_MAX`], or its owners more than they have room for.
     TooMany,
 }
 
@@ -81,6 +84,14 @@ impl<O: Copy + Ord> RangeLocks<O> {
     /// # Errors
     /// [`NotSet`]; then nothing has changed.
     pub fn set(&mut self, wanted: RangeLock<O>) -> Result<(), NotSet<O>> {
+        self.set_within(wanted, usize::MAX)
+    }
+
+    /// As [`RangeLocks::set`], where there is room for so many more locks.
+    ///
+    /// # Errors
+    /// [`NotSet`]; then nothing has changed.
+    pub fn set_within(&mut self, wanted: RangeLock<O>, room: usize) -> Result<(), NotSet<O>> {
         if let Some(held) = self.in_the_way(&wanted) {
             return Err(NotSet::InTheWay(held));
         }
@@ -103,7 +114,8 @@ impl<O: Copy + Ord> RangeLocks<O> {
         if new.kind != LockKind::Unlock {
             kept.push(new);
         }
-        if kept.len() > FILE_LOCKS_MAX && kept.len() > self.held.len() {
+        let more = kept.len().saturating_sub(self.held.len());
+        if more > room || (more > 0 && kept.len() > FILE_LOCKS_MAX) {
             return Err(NotSet::TooMany);
         }
         self.held = kept;

@@ -149,14 +149,17 @@ impl Identity {
         Ok(Self { ca_pem, certificate: Arc::new(Renewable { pem, renewals }), key_pem, own })
     }
 
-    /// Takes a new certificate of the same authority for the same key.
+    /// Takes a new certificate of the same authority for the same key and role. Its name may be another: a
+    /// member is its key, and what it is called is the directory's word; [`Identity::own`] says the old one
+    /// until the next start.
     ///
     /// # Errors
     /// [`TlsError::Certificate`] when it is another's; the old one stays.
     pub fn renew(&self, cert_pem: String) -> Result<(), TlsError> {
         let renewed = Self::from_pem(self.ca_pem.clone(), cert_pem.clone(), self.key_pem.clone())?;
-        if renewed.own != self.own {
-            return Err(TlsError::Certificate { detail: "it is not for this key, name and role" });
+        let name = self.own.name.clone();
+        if (PeerIdentity { name, ..renewed.own.clone() }) != self.own {
+            return Err(TlsError::Certificate { detail: "it is not for this key and role" });
         }
         // It must also be one that peers will accept.
         let roots = renewed.roots()?;

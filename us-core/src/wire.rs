@@ -52,13 +52,13 @@ pub use grpc::{
     CallerAddress, Http2Windows, connect_grpc, connect_grpc_with, grpc_get, grpc_put, peer_of,
 };
 pub use server::{Server, ServerLimits};
-pub use shares::ShareLimits;
+pub use shares::{ShareLimits, network_of};
 
 #[doc(hidden)]
 pub mod unsecured {
-    //! The framed protocol without TLS: the limit that the benchmark `wire` compares with. No
-    //! daemon uses it.
-    pub use super::client::connect_plain;
+    //! The framed protocol without TLS: the limit that the benchmarks `wire` and `tls` compare with.
+    //! It is reached from code alone; a test sees to it that the code of no program does.
+    pub use super::client::{connect_plain, dial_plain};
     pub use super::served::serve_plain;
 }
 

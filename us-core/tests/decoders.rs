@@ -32,9 +32,9 @@ fn targets_are_built() {
 /// Trailers of the right length for their geometry, which random bytes hardly ever have.
 #[test]
 fn trailers_of_the_right_length_pass() {
-    let sizes = (1u8..20, 0u8..10, 0u8..4, any::<u8>());
-    let bytes = sizes.prop_flat_map(|(s, r, slots, index)| {
-        let trailer_bytes = 4 * (1 + usize::from(slots)) + 4 * usize::from(s + r) + 4;
+    let sizes = (1u8..20, 0u8..10, 0u8..4, any::<u8>(), prop_oneof![Just(4usize), Just(16)]);
+    let bytes = sizes.prop_flat_map(|(s, r, slots, index, fingerprint)| {
+        let trailer_bytes = 4 * (1 + usize::from(slots)) + fingerprint * usize::from(s + r) + 4;
         prop::collection::vec(any::<u8>(), trailer_bytes)
             .prop_map(move |trailer| [&[s, r, slots, index][..], &trailer].concat())
     });

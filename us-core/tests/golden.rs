@@ -16,7 +16,7 @@ use std::path::PathBuf;
 
 use bytes::Bytes;
 use us_core::code::ErasureCode;
-use us_core::fragment::{FragmentHeader, FragmentRecord, records_of_block};
+use us_core::fragment::{FingerprintKind, FragmentHeader, FragmentRecord, records_of_block};
 use us_core::geometry::{BlockGeometry, Code};
 use us_core::ids::{Birth, BlockId, Ino, VolumeId};
 use us_core::keyring::{Cost, KeyRing, NewSlot, RecoveryKey, SlotSecret};
@@ -56,9 +56,18 @@ fn load(sample: &str) -> Vec<u8> {
     std::fs::read(path(sample)).unwrap_or_else(|error| panic!("golden sample {sample}: {error}"))
 }
 
-/// The records of `fragments-1.bin`, split by what their headers say.
+/// The samples of fragment records, with the kind of their fingerprints.
+const RECORDS: [(&str, FingerprintKind); 2] =
+    [("fragments-1.bin", FingerprintKind::Crc32c), ("fragments-2.bin", FingerprintKind::Blake3)];
+
+/// The records of `fragments-1.bin`.
 fn records() -> Vec<FragmentRecord> {
-    let mut bytes = Bytes::from(load("fragments-1.bin"));
+    records_in("fragments-1.bin")
+}
+
+/// The records of a sample, split by what their headers say.
+fn records_in(sample: &str) -> Vec<FragmentRecord> {
+    let mut bytes = Bytes::from(load(sample));
     let mut records = Vec::new();
     while !bytes.is_empty() {
         let record_bytes = FragmentHeader::decode(&bytes).unwrap().record_bytes();
@@ -85,23 +94,29 @@ fn hash(bytes: &[u8]) -> NameHash {
 
 #[test]
 fn fragment_records_load_and_are_made_the_same() {
-    let records = records();
-    assert_eq!(records.len(), 3);
-    let block = records[0].header.id().block;
-    for (index, record) in records.iter().enumerate() {
-        record.verify_body().unwrap();
-        assert_eq!(record.header.volume(), volume());
-        assert_eq!(record.header.birth(), BIRTH);
-        assert_eq!(record.header.geometry(), geometry());
-        assert_eq!((record.header.id().block, record.header.id().index), (block, index as u8));
+    for (sample, kind) in RECORDS {
+        let records = records_in(sample);
+        assert_eq!(records.len(), 3);
+        let block = records[0].header.id().block;
+        for (index, record) in records.iter().enumerate() {
+            record.verify_body().unwrap();
+            record.trailer.fingerprints.check(index as u8, &record.body).unwrap();
+            assert_eq!(record.header.fingerprint_kind(), kind);
+            assert_eq!(record.header.volume(), volume());
+            assert_eq!(record.header.birth(), BIRTH);
+            assert_eq!(record.header.geometry(), geometry());
+            assert_eq!((record.header.id().block, record.header.id().index), (block, index as u8));
+        }
+        let bodies = records.iter().map(|record| record.body.clone()).collect();
+        let again = records_of_block(kind, volume(), block, BIRTH, geometry(), bodies);
+        assert!(bytes_of(&again) == load(sample), "{sample}: the record format changed");
     }
-    let bodies = records.iter().map(|record| record.body.clone()).collect();
-    let again = records_of_block(volume(), block, BIRTH, geometry(), bodies);
-    let again: Vec<u8> =
-        again.iter().flat_map(|record| record.to_parts().slices().concat()).collect();
-    assert!(again == load("fragments-1.bin"), "the record format changed");
-    let hash = records[0].trailer.fingerprints.hash();
+    let hash = records()[0].trailer.fingerprints.hash();
     assert_eq!(hash[..], seals()["fingerprint-list-hash"]);
+}
+
+fn bytes_of(records: &[FragmentRecord]) -> Vec<u8> {
+    records.iter().flat_map(|record| record.to_parts().slices().concat()).collect()
 }
 
 #[test]
@@ -198,10 +213,11 @@ fn write_missing_samples() {
     ErasureCode::new(geometry.code()).encode(&data, &mut [&mut parity]).unwrap();
     let mut bodies: Vec<Bytes> = data.into_iter().map(Bytes::copy_from_slice).collect();
     bodies.push(parity.into());
-    let records = records_of_block(volume(), block, BIRTH, geometry, bodies);
-    let bytes: Vec<u8> =
-        records.iter().flat_map(|record| record.to_parts().slices().concat()).collect();
-    write_missing("fragments-1.bin", &bytes);
+    for (sample, kind) in RECORDS {
+        let bodies = bodies.clone();
+        let records = records_of_block(kind, volume(), block, BIRTH, geometry, bodies);
+        write_missing(sample, &bytes_of(&records));
+    }
 
     let sealer = BlockSealer::new(&key, volume(), FreshBlockId::generate());
     let inline_block = sealer.block();

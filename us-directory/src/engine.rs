@@ -34,11 +34,14 @@ use crate::store::{Durability, KeyRange, MetaStore, Seq, StoreError, WriteBatch}
 
 mod access;
 mod admin;
+pub mod audit;
 mod batches;
 mod chores;
 mod cleaning;
 mod copies;
+mod damage;
 mod deaths;
+mod distrust;
 mod event;
 mod events;
 mod fetch;
@@ -55,6 +58,7 @@ mod placement;
 pub mod presence;
 mod private;
 mod quota;
+mod refusals;
 pub mod registry;
 pub mod repair;
 mod retain;
@@ -64,6 +68,7 @@ mod spread;
 mod tests;
 pub mod trash;
 
+pub use audit::{AuditOutcome, AuditPlace, AuditPlan};
 pub use event::{
     Answer, AskId, ConnId, Effect, Event, Moment, Peer, Question, RefusalKind, StateSnapshot,
 };
@@ -83,6 +88,8 @@ pub const SESSIONS_MAX: usize = 16_384;
 const SESSIONS_OF_ONE_MAX: usize = 1024;
 /// Volumes.
 pub const VOLUMES_MAX: usize = 1024;
+/// Of them those that one client made; administrators may make all.
+pub const VOLUMES_OF_ONE_MAX: usize = 64;
 /// Births reserved durably at a time.
 const BIRTHS_AHEAD: u64 = 1 << 16;
 
@@ -118,6 +125,10 @@ pub struct EngineConfig {
     pub garbage_age_ms: u64,
     /// How often a provider gets its retain list; 0: never.
     pub retain_every_ms: u64,
+    /// How often each provider is asked for a fragment at random, on average; 0: never.
+    pub audit_every_ms: u64,
+    /// KiB a second read so from all of them together; 0: no limit.
+    pub audit_kib_per_s: u64,
     /// How often providers report.
     pub report_every_ms: u64,
     /// Files that are removed younger than this do not go to the trash.
@@ -151,6 +162,8 @@ impl Default for EngineConfig {
             settle_ms: 60_000,
             garbage_age_ms: 3_600_000,
             retain_every_ms: 7 * 24 * 3_600_000,
+            audit_every_ms: 600_000,
+            audit_kib_per_s: 4096,
             report_every_ms: 2_000,
             trash_age_ms: 10_000,
             clean_after_ms: 30_000,
@@ -189,6 +202,7 @@ enum Then {
     Deletes,
     Member { conn: ConnId, provider: u32 },
     Left { conn: ConnId },
+    Period(u64),
     Root,
 }
 
@@ -214,6 +228,7 @@ pub struct Engine {
     awake: BTreeSet<u64>,
     recall_again: Vec<(u64, InodeKey, leases::Level, u64)>,
     locks: Locks,
+    left: quota::Left,
     recent: HashMap<InodeKey, (u64, Seq)>,
     recent_order: VecDeque<(Seq, Vec<InodeKey>)>,
     /// On the own disk up to here; durable where the copies say so too.
@@ -237,6 +252,7 @@ pub struct Engine {
     deletes_wait: bool,
     last_slow_tick_ms: u64,
     repairs: repair::Repairs,
+    audits: audit::Audits,
     births: garbage::Births,
     spread: spread::Spread,
     cleaning: cleaning::Cleaning,
@@ -247,9 +263,9 @@ pub struct Engine {
     hour_ticks: u64,
     next_event: u64,
     registry: registry::Registry,
-    /// Whose question is being answered, for the log, and its key.
+    /// Whose question is being answered, for the log, and who that is.
     asker: Option<String>,
-    asker_key: Option<us_core::tls::KeyHash>,
+    asker_is: Option<us_core::tls::PeerIdentity>,
     effects: Vec<Effect>,
 }
 
@@ -303,6 +319,8 @@ impl Engine {
             },
         };
         cluster.run += 1;
+        let (mut entropy, mut seed) = (entropy, [0; 8]);
+        entropy.fill(&mut seed);
         let mut engine = Self {
             leases: Leases::new(cluster.run << 40 | 1),
             next_birth: cluster.births_end,
@@ -324,6 +342,7 @@ impl Engine {
             awake: BTreeSet::new(),
             recall_again: Vec::new(),
             locks: Locks::default(),
+            left: quota::Left::default(),
             recent: HashMap::new(),
             recent_order: VecDeque::new(),
             synced: 0,
@@ -345,6 +364,7 @@ impl Engine {
             deletes_wait: false,
             last_slow_tick_ms: 0,
             repairs: repair::Repairs::new(config.repair),
+            audits: audit::Audits::new(u64::from_le_bytes(seed)),
             births: garbage::Births::default(),
             spread: spread::Spread::default(),
             cleaning: cleaning::Cleaning::default(),
@@ -355,7 +375,7 @@ impl Engine {
             next_event: 1,
             registry: registry::Registry::default(),
             asker: None,
-            asker_key: None,
+            asker_is: None,
             effects: Vec::new(),
         };
         engine.load()?;
@@ -388,7 +408,7 @@ impl Engine {
             if record.silent_since_ms == 0 {
                 record.silent_since_ms = self.clock_base_ms.max(1);
             }
-            if record.dead || record.draining {
+            if record.dead || record.draining || record.distrusted {
                 self.repairs.unwell.insert(number);
             }
             if record.draining && self.holds_something(number)? {
@@ -421,7 +441,8 @@ impl Engine {
     /// The snapshot and the volumes over which the shell is to count blocks in the background.
     pub fn to_count(&self) -> (Arc<dyn crate::store::View>, health::CountCursor) {
         let volumes: Vec<VolumeId> = self.volumes.keys().copied().collect();
-        (self.store.snapshot(), health::CountCursor::new(&volumes))
+        let sampling = self.audits.pivots.sampling;
+        (self.store.snapshot(), health::CountCursor::new(&volumes, sampling))
     }
 
     /// The cluster's id.
@@ -468,7 +489,7 @@ impl Engine {
             Event::AskedBy { ask, by, question } => {
                 let role = by.role.as_str();
                 self.asker = Some(registry::spoken(role, &by.name, &by.key_hash));
-                self.asker_key = Some(by.key_hash);
+                self.asker_is = Some(by.clone());
                 let is_refused = self.is_refused(by.key_hash.as_bytes());
                 self.met(by)?;
                 if is_refused {
@@ -478,7 +499,7 @@ impl Engine {
                 } else {
                     self.ask(ask, question)?;
                 }
-                (self.asker, self.asker_key) = (None, None);
+                (self.asker, self.asker_is) = (None, None);
             }
             Event::Counted(slice) => self.counted(slice),
             Event::Tick => self.tick()?,
@@ -550,6 +571,7 @@ impl Engine {
             Then::Deletes => self.send_deletes()?,
             Then::Member { conn, provider } => self.welcome(conn, provider)?,
             Then::Left { conn } => self.say_left(conn),
+            Then::Period(period) => self.begin_period(period),
             Then::Root => self.send_root()?,
         }
         Ok(())
@@ -609,6 +631,7 @@ impl Engine {
             let key = (volume, change.block);
             let late = self.unsettled.get(&key).is_some_and(|unsettled| unsettled.late);
             self.note_placement(change.before.as_ref(), change.after.as_ref());
+            self.note_pivot(key, change.after.as_ref());
             if let Some(before) = &change.before {
                 self.counts.remove(before, late);
             }

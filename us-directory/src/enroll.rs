@@ -5,7 +5,7 @@
 //! can make it do is bounded: [`Tries`] before anything is parsed, one small message, one question.
 
 use std::collections::HashMap;
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -15,7 +15,7 @@ use tonic::service::Routes;
 use tonic::{Request, Response, Status};
 use us_core::tls::invite::{SECRET_BYTES, secret_hash};
 use us_core::tls::{CertificateAuthority, CertificateRequest, REQUEST_BYTES_MAX, Role};
-use us_core::wire::{CallerAddress, peer_of};
+use us_core::wire::{CallerAddress, network_of, peer_of};
 use us_proto::v1::enrollment_server::{Enrollment, EnrollmentServer};
 use us_proto::v1::registry_server::{Registry, RegistryServer};
 use us_proto::v1::renewal_server::{Renewal, RenewalServer};
@@ -94,14 +94,6 @@ impl Tries {
         own.tries -= 1.0;
         self.all.tries -= 1.0;
         true
-    }
-}
-
-/// One household has a /64 of IPv6.
-fn network_of(address: IpAddr) -> IpAddr {
-    match address.to_canonical() {
-        IpAddr::V6(v6) => IpAddr::V6(Ipv6Addr::from_bits(v6.to_bits() >> 64 << 64)),
-        v4 => v4,
     }
 }
 

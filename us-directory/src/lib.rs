@@ -3,6 +3,7 @@
 //! One thread owns the [`engine`], which is a state machine over a [`store`]; the service adapts
 //! gRPC streams to its events. ARCHITECTURE.md says who owns what.
 
+pub mod audit;
 pub mod backup;
 pub mod engine;
 pub mod enroll;

@@ -135,6 +135,14 @@ struct Flags {
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     retain_every_ms: Option<u64>,
+    /// How often each provider is asked for a fragment at random, on average; 0: never
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    audit_every_ms: Option<u64>,
+    /// KiB a second that audits read from all providers together; 0: no limit
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    audit_kib_per_s: Option<u64>,
     /// How often providers report
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]

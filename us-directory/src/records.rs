@@ -416,6 +416,9 @@ pub struct VolumeRecord {
     /// How often the key ring was replaced, and one: 0 of a managed volume.
     #[prost(uint64, tag = "23")]
     pub key_ring_version: u64,
+    /// The client that made it, by the SHA-256 of its public key; empty: an administrator, or not noted.
+    #[prost(bytes = "bytes", tag = "24")]
+    pub maker: Bytes,
 }
 
 /// A client that may use a volume.
@@ -496,6 +499,15 @@ pub struct ProviderRecord {
     /// Nothing was known of its week when it fell silent.
     #[prost(bool, tag = "18")]
     pub stranger: bool,
+    /// Fragments of different blocks that it claimed and the directory found wrong or not there.
+    #[prost(uint32, tag = "19")]
+    pub found_wrong: u32,
+    /// The last of those blocks.
+    #[prost(bytes = "bytes", repeated, tag = "20")]
+    pub found_blocks: Vec<Bytes>,
+    /// What it holds does not count.
+    #[prost(bool, tag = "21")]
+    pub distrusted: bool,
 }
 
 /// `e`: something that happened.
@@ -516,6 +528,9 @@ pub struct EventRecord {
     /// Whose order it was; empty: nobody's.
     #[prost(string, tag = "5")]
     pub by: String,
+    /// The id of the volume it names; empty: none, or not noted.
+    #[prost(bytes = "bytes", tag = "6")]
+    pub volume: Bytes,
 }
 
 /// `a`: a member, by the hash of its key.
@@ -554,6 +569,9 @@ pub struct JoinedRecord {
     /// The hash of the secret it joined with; empty: none.
     #[prost(bytes = "bytes", tag = "11")]
     pub invite: Bytes,
+    /// The directory's incarnation when it joined by an invitation; 0: by none, or before it was noted.
+    #[prost(uint64, tag = "12")]
+    pub incarnation: u64,
 }
 
 impl JoinedRecord {

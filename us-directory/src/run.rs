@@ -24,6 +24,7 @@ use us_core::geometry::Code;
 use us_core::tls::{CertificateAuthority, Identity, Role};
 use us_core::wire::{Server, ServerLimits};
 
+use crate::audit::AuditJob;
 use crate::engine::presence::Clocks;
 use crate::engine::repair::RepairLimits;
 use crate::engine::{EngineConfig, Event};
@@ -66,6 +67,10 @@ pub struct Config {
     pub garbage_age_ms: u64,
     /// How often each provider is told what to keep, so that what nothing names is found; 0: never.
     pub retain_every_ms: u64,
+    /// How often each provider is asked for a fragment at random, on average; 0: never.
+    pub audit_every_ms: u64,
+    /// KiB a second read so from all providers together; 0: no limit.
+    pub audit_kib_per_s: u64,
     /// How often providers report.
     pub report_every_ms: u64,
     /// Files that are removed younger than this do not go to the trash: programs make many for
@@ -127,6 +132,8 @@ impl Default for Config {
             settle_ms: engine.settle_ms,
             garbage_age_ms: engine.garbage_age_ms,
             retain_every_ms: engine.retain_every_ms,
+            audit_every_ms: engine.audit_every_ms,
+            audit_kib_per_s: engine.audit_kib_per_s,
             report_every_ms: engine.report_every_ms,
             trash_age_ms: engine.trash_age_ms,
             clean_after_ms: engine.clean_after_ms,
@@ -161,6 +168,8 @@ impl Config {
             settle_ms: self.settle_ms,
             garbage_age_ms: self.garbage_age_ms,
             retain_every_ms: self.retain_every_ms,
+            audit_every_ms: self.audit_every_ms,
+            audit_kib_per_s: self.audit_kib_per_s,
             report_every_ms: self.report_every_ms,
             trash_age_ms: self.trash_age_ms,
             clean_after_ms: self.clean_after_ms,
@@ -344,6 +353,8 @@ pub async fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
         code: config.code()?,
     };
     let imaging = tokio::spawn(images.run(shutdown.token().child_token()));
+    let audits = AuditJob { directory: directory.clone(), identity: identity.clone() };
+    let auditing = tokio::spawn(audits.run(shutdown.token().child_token()));
     let mut failed = directory.failed();
     let service = Service::new(directory.clone(), identity.clone());
     let authority = std::sync::Arc::new(CertificateAuthority::load(&authority_dir(&data))?);
@@ -374,6 +385,7 @@ pub async fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
     };
     shutdown.request();
     let _late = tokio::time::timeout(DRAIN, imaging).await;
+    let _late = tokio::time::timeout(DRAIN, auditing).await;
     directory.end_streams();
     let served = tokio::time::timeout(DRAIN, serving).await;
     directory.stop().await;

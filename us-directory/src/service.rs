@@ -25,13 +25,13 @@ use us_proto::v1::{
     FsckRequest, GiveUpReply, GiveUpRequest, ListVolumesReply, ListVolumesRequest, ProviderDown,
     ProviderUp, PurgeTrashReply, PurgeTrashRequest, RepairRequest, RepairStatus, ScrubReply,
     ScrubRequest, SessionDown, SessionUp, SetAccessRequest, SetVolumeKeysRequest, SetVolumeRequest,
-    StatusReply, StatusRequest, TrashReply, TrashRequest, VolumeInfo, VolumeKeysReply,
-    VolumeKeysRequest, WhatIfReply, WhatIfRequest, WhereBlock, WhereRequest,
+    StatusReply, StatusRequest, TrashReply, TrashRequest, TrustReply, TrustRequest, VolumeInfo,
+    VolumeKeysReply, VolumeKeysRequest, WhatIfReply, WhatIfRequest, WhereBlock, WhereRequest,
 };
 
 use self::looks::Looks;
 use crate::engine::registry::RegistryQuestion;
-use crate::engine::{Answer, Event, Peer, PrivateVolume, Question, RefusalKind};
+use crate::engine::{Answer, Event, Peer, PrivateVolume, Question, RefusalKind, StateSnapshot};
 use crate::fsck::Fsck;
 use crate::image::ImageWriter;
 use crate::inspect::trash::list_trash;
@@ -95,6 +95,14 @@ impl Service {
     async fn ask_count(&self, who: &PeerIdentity, question: Question) -> Result<u64, Status> {
         match self.ask_by(who, question).await? {
             Answer::Count(count) => Ok(count),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// The stored state, with the volumes of which `who` may know.
+    async fn ask_snapshot(&self, who: &PeerIdentity) -> Result<StateSnapshot, Status> {
+        match self.ask_by(who, Question::Snapshot).await? {
+            Answer::Snapshot(snapshot) => Ok(snapshot),
             other => Err(unexpected(&other)),
         }
     }
@@ -243,8 +251,8 @@ impl Admin for Service {
         &self,
         request: Request<StatusRequest>,
     ) -> Result<Response<StatusReply>, Status> {
-        allowed(&request, &[Role::Client, Role::Admin])?;
-        match self.ask(Question::Status).await? {
+        let who = allowed(&request, &[Role::Client, Role::Admin])?;
+        match self.ask_by(&who, Question::Status).await? {
             Answer::Status(status) => Ok(Response::new(*status)),
             other => Err(unexpected(&other)),
         }
@@ -325,8 +333,8 @@ impl Admin for Service {
         &self,
         request: Request<ListVolumesRequest>,
     ) -> Result<Response<ListVolumesReply>, Status> {
-        allowed(&request, &[Role::Client, Role::Admin])?;
-        match self.ask(Question::ListVolumes).await? {
+        let who = allowed(&request, &[Role::Client, Role::Admin])?;
+        match self.ask_by(&who, Question::ListVolumes).await? {
             Answer::Volumes(volumes) => Ok(Response::new(ListVolumesReply { volumes })),
             other => Err(unexpected(&other)),
         }
@@ -353,10 +361,7 @@ impl Admin for Service {
         let ask = request.into_inner();
         // Who may look into the trash may look where the bytes of a file lie.
         self.ask(Question::TrashBasis { volume: ask.volume.clone(), asker }).await?;
-        let snapshot = match self.ask(Question::Snapshot).await? {
-            Answer::Snapshot(snapshot) => snapshot,
-            other => return Err(unexpected(&other)),
-        };
+        let snapshot = self.ask_snapshot(&who).await?;
         let (blocks, stream) = tokio::sync::mpsc::channel(WHERE_QUEUE_MAX);
         tokio::task::spawn_blocking(move || {
             let sent = where_file(&snapshot, &ask.volume, ask.ino, |block| {
@@ -394,12 +399,10 @@ impl Admin for Service {
     }
 
     async fn block(&self, request: Request<BlockRequest>) -> Result<Response<WhereBlock>, Status> {
-        let look = self.looks.begin(&allowed(&request, &[Role::Client, Role::Admin])?)?;
+        let who = allowed(&request, &[Role::Client, Role::Admin])?;
+        let look = self.looks.begin(&who)?;
         let block = request.into_inner().block;
-        let snapshot = match self.ask(Question::Snapshot).await? {
-            Answer::Snapshot(snapshot) => snapshot,
-            other => return Err(unexpected(&other)),
-        };
+        let snapshot = self.ask_snapshot(&who).await?;
         let found = tokio::task::spawn_blocking(move || find_block(&snapshot, &block));
         let found = found.await.map_err(|error| Status::internal(error.to_string()))??;
         drop(look);
@@ -421,6 +424,13 @@ impl Admin for Service {
         let provider = request.into_inner().provider;
         let fragments = self.ask_count(&who, Question::GiveUp { provider }).await?;
         Ok(Response::new(GiveUpReply { fragments }))
+    }
+
+    async fn trust(&self, request: Request<TrustRequest>) -> Result<Response<TrustReply>, Status> {
+        let who = allowed(&request, &[Role::Admin])?;
+        let provider = request.into_inner().provider;
+        let fragments = self.ask_count(&who, Question::Trust { provider }).await?;
+        Ok(Response::new(TrustReply { fragments }))
     }
 
     async fn repair(
@@ -445,7 +455,8 @@ impl Admin for Service {
         &self,
         request: Request<WhatIfRequest>,
     ) -> Result<Response<WhatIfReply>, Status> {
-        let look = self.looks.begin(&allowed(&request, &[Role::Client, Role::Admin])?)?;
+        let who = allowed(&request, &[Role::Client, Role::Admin])?;
+        let look = self.looks.begin(&who)?;
         let WhatIfRequest { without, files_max } = request.into_inner();
         if without.len() > WHAT_IF_PROVIDERS_MAX {
             return Err(Status::invalid_argument("at most 4096 providers can be left out"));
@@ -463,10 +474,7 @@ impl Admin for Service {
             ..Default::default()
         };
         if unreadable > 0 && files_max > 0 {
-            let snapshot = match self.ask(Question::Snapshot).await? {
-                Answer::Snapshot(snapshot) => snapshot,
-                other => return Err(unexpected(&other)),
-            };
+            let snapshot = self.ask_snapshot(&who).await?;
             let files_max = files_max.min(WHAT_IF_FILES_MAX) as usize;
             let found =
                 tokio::task::spawn_blocking(move || files_lost(&snapshot, &without, files_max));
@@ -541,9 +549,9 @@ impl Admin for Service {
         &self,
         request: Request<EventsRequest>,
     ) -> Result<Response<EventsReply>, Status> {
-        allowed(&request, &[Role::Client, Role::Admin])?;
+        let who = allowed(&request, &[Role::Client, Role::Admin])?;
         let EventsRequest { after, last } = request.into_inner();
-        match self.ask(Question::Events { after, last }).await? {
+        match self.ask_by(&who, Question::Events { after, last }).await? {
             Answer::Events(events) => Ok(Response::new(EventsReply { events })),
             other => Err(unexpected(&other)),
         }

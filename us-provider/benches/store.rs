@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use us_core::fragment::records_of_block;
+use us_core::fragment::{FingerprintKind, records_of_block};
 use us_core::geometry::{BlockGeometry, Code};
 use us_core::ids::{Birth, BlockId, FragmentId, VolumeId};
 use us_provider::store::{ReadRequest, Store, StoreOptions};
@@ -104,6 +104,13 @@ fn id(number: u64) -> FragmentId {
 fn record(number: u64, geometry: BlockGeometry) -> Bytes {
     let body = vec![number as u8; geometry.fragment_bytes()];
     let (volume, block) = (VolumeId::from_bytes([1; 16]), id(number).block);
-    let records = records_of_block(volume, block, Birth(number), geometry, vec![body.into()]);
+    let records = records_of_block(
+        FingerprintKind::Crc32c,
+        volume,
+        block,
+        Birth(number),
+        geometry,
+        vec![body.into()],
+    );
     records[0].to_parts().slices().concat().into()
 }

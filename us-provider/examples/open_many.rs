@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use bytes::Bytes;
-use us_core::fragment::{FragmentRecord, records_of_block};
+use us_core::fragment::{FingerprintKind, FragmentRecord, records_of_block};
 use us_core::geometry::{BlockGeometry, Code};
 use us_core::ids::{Birth, BlockId, VolumeId};
 use us_provider::store::{Store, StoreOptions};
@@ -58,8 +58,14 @@ fn small(number: u64) -> Bytes {
     block[..8].copy_from_slice(&number.to_be_bytes());
     let volume = VolumeId::from_bytes([1; 16]);
     let block = BlockId::from_bytes(block);
-    let records: Vec<FragmentRecord> =
-        records_of_block(volume, block, Birth(number), geometry, vec![body]);
+    let records: Vec<FragmentRecord> = records_of_block(
+        FingerprintKind::Crc32c,
+        volume,
+        block,
+        Birth(number),
+        geometry,
+        vec![body],
+    );
     records[0].to_parts().slices().concat().into()
 }
 

@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use rand::rngs::StdRng;
 use rand::{RngCore, SeedableRng};
-use us_core::fragment::records_of_block;
+use us_core::fragment::{FingerprintKind, records_of_block};
 use us_core::geometry::{BlockGeometry, Code};
 use us_core::ids::{Birth, BlockId, FragmentId, VolumeId};
 
@@ -34,6 +34,13 @@ fn record(number: u64, geometry: BlockGeometry, seed: u64) -> Bytes {
         Bytes::from(body)
     });
     let (volume, id) = (sample_volume(), sample_id(number));
-    let records = records_of_block(volume, id.block, Birth(number), geometry, bodies.collect());
+    let records = records_of_block(
+        FingerprintKind::Crc32c,
+        volume,
+        id.block,
+        Birth(number),
+        geometry,
+        bodies.collect(),
+    );
     records[0].to_parts().slices().concat().into()
 }

@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 use tonic::{Request, Response, Status, Streaming};
 use us_core::code::ErasureCode;
-use us_core::fragment::{FragmentRecord, records_of_block};
+use us_core::fragment::{FingerprintKind, FragmentRecord, records_of_block};
 use us_core::geometry::{BlockGeometry, Code};
 use us_core::grant::{Grant, GrantKey, Rights};
 use us_core::ids::{Birth, BlockId, ClusterId, ProviderId, VolumeId};
@@ -63,7 +63,8 @@ impl SampleBlock {
         ErasureCode::new(code).encode(&data, &mut parity).expect("bodies of one length");
         let bodies = bodies.into_iter().map(Bytes::from).collect();
         let (volume, block) = (VolumeId::from_bytes([4; 16]), BlockId::generate());
-        let records = records_of_block(volume, block, Birth(seed), geometry, bodies);
+        let records =
+            records_of_block(FingerprintKind::Crc32c, volume, block, Birth(seed), geometry, bodies);
         Self { geometry, records }
     }
 }

@@ -201,6 +201,7 @@ impl Daemon {
         let (serving_stop, background_stop) = (CancellationToken::new(), CancellationToken::new());
         let peers: Arc<dyn Peers> = Arc::new(PeerLinks::new(self.identity.clone()));
         let grants = Grants::load(&self.config.data);
+        tokio::spawn(grants.clone().keep_counted(background_stop.clone()));
         let (store, peered) = (self.store.clone(), Arc::clone(&peers));
         let service = FragmentService::new(store, grants.clone(), pause.clone(), peered);
         let recovery = RecoveryService::new(&self.config.data);
@@ -251,6 +252,7 @@ impl Daemon {
             store: self.store.clone(),
             grants,
             pause,
+            guest: self.config.guest,
             leave: self.leave.clone(),
             rebuilder: rebuilder.clone(),
             endings,

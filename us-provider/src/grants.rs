@@ -2,9 +2,11 @@
 //!
 //! A provider knows the directory's grant key and its present *period* from the directory itself: at
 //! the welcome and whenever a period begins. Between, and while the directory is away, it counts on by
-//! its own boot clock (which goes on while the machine sleeps; the wall clock says nothing). After a
-//! start it counts on from the last period it wrote down, so that a grant that had ended before stays
-//! ended, and others are honoured again until they end. Before it was ever told a key it moves nothing.
+//! its own boot clock (which goes on while the machine sleeps; the wall clock says nothing). It writes
+//! down each period it has counted to, and after a start goes on from there: a grant that had ended
+//! stays ended, and others are honoured until they end. A kill loses less than one period; time in which
+//! the provider does not run is not counted, because a boot clock says nothing of an earlier boot. Before
+//! it was ever told a key it moves nothing.
 //!
 //! The directory's word always counts: it may be behind the own counting, because its time stands still
 //! while it does not run. A grant that it signed later than the last word shows that time went on.
@@ -16,10 +18,12 @@ mod file;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 use quick_cache::sync::Cache;
+use tokio_util::sync::CancellationToken;
 use us_core::daemon::files::{Access, write_atomic};
 use us_core::grant::{GRANT_KEY_BYTES, Grant, GrantError, Rights};
 use us_core::ids::{BlockId, ClusterId, VolumeId};
@@ -29,6 +33,9 @@ pub use file::{decode_told, encode_told};
 
 /// Verified grants that are kept.
 const VERIFIED_MAX: usize = 4096;
+/// The shortest time between two looks whether a period has begun, and the one before a directory was
+/// heard.
+const LOOK_MS: (u64, u64) = (50, 1000);
 
 /// What the directory said of grants.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -121,6 +128,17 @@ impl Judge {
         self.told.period.saturating_add(passed)
     }
 
+    /// How long the present period lasts on.
+    fn left_ms(&self, now_ms: u64) -> u64 {
+        let period_ms = self.told.period_ms.max(1);
+        period_ms - now_ms.saturating_sub(self.at_ms) % period_ms
+    }
+
+    /// What it would have to be told at the next start, to go on from here.
+    fn counted(&self, now_ms: u64) -> Told {
+        Told { period: self.present(now_ms), ..self.told }
+    }
+
     /// Whether a grant that the directory signed shows that more time has passed than is known here.
     pub fn is_news(&self, grant: &Grant, now_ms: u64) -> bool {
         let said = (grant.incarnation, grant.from);
@@ -205,6 +223,8 @@ pub struct Grants {
 struct Shared {
     path: PathBuf,
     judge: RwLock<Option<Judge>>,
+    /// What the file says; held while it is written.
+    written: Mutex<Option<Told>>,
     verified: Cache<Bytes, Arc<Grant>>,
 }
 
@@ -215,7 +235,7 @@ impl std::fmt::Debug for Grants {
 }
 
 impl Grants {
-    /// Those of the provider in `data`: it goes on from what it was told last. Blocks.
+    /// Those of the provider in `data`: it goes on from where it had counted to. Blocks.
     pub fn load(data: &Path) -> Self {
         let path = data.join("grants");
         let told = match std::fs::read(&path) {
@@ -229,8 +249,8 @@ impl Grants {
             }
         };
         let judge = RwLock::new(told.map(|told| Judge::new(told, boottime_ms())));
-        let verified = Cache::new(VERIFIED_MAX);
-        Self { shared: Arc::new(Shared { path, judge, verified }) }
+        let (written, verified) = (Mutex::new(told), Cache::new(VERIFIED_MAX));
+        Self { shared: Arc::new(Shared { path, judge, written, verified }) }
     }
 
     /// The directory's word: it counts from now on, and is written down. Blocks.
@@ -238,11 +258,43 @@ impl Grants {
     /// # Errors
     /// The disk's: it counts all the same, until the next start.
     pub fn told(&self, told: Told) -> std::io::Result<()> {
-        let before = self.shared.judge.write().replace(Judge::new(told, boottime_ms()));
+        let now_ms = boottime_ms();
+        let before = self.shared.judge.write().replace(Judge::new(told, now_ms));
         if before.is_none_or(|before| before.told.key != told.key) {
             self.shared.verified.clear();
         }
-        write_atomic(&self.shared.path, &encode_told(&told), Access::Secret)
+        self.keep(now_ms)
+    }
+
+    /// Writes down the present period, where the file says another. Blocks.
+    fn keep(&self, now_ms: u64) -> std::io::Result<()> {
+        let mut written = self.shared.written.lock();
+        let Some(counted) = self.shared.judge.read().map(|judge| judge.counted(now_ms)) else {
+            return Ok(());
+        };
+        if *written == Some(counted) {
+            return Ok(());
+        }
+        write_atomic(&self.shared.path, &encode_told(&counted), Access::Secret)?;
+        *written = Some(counted);
+        Ok(())
+    }
+
+    /// Writes down each period as it begins, told or counted, until `stop`: one write a period.
+    pub async fn keep_counted(self, stop: CancellationToken) {
+        loop {
+            let left_ms = self.shared.judge.read().map(|judge| judge.left_ms(boottime_ms()));
+            let pause = Duration::from_millis(left_ms.unwrap_or(LOOK_MS.1).max(LOOK_MS.0));
+            // Cancel-safe: a dropped sleep loses nothing.
+            if stop.run_until_cancelled(tokio::time::sleep(pause)).await.is_none() {
+                return;
+            }
+            let grants = self.clone();
+            let kept = tokio::task::spawn_blocking(move || grants.keep(boottime_ms())).await;
+            if let Ok(Err(error)) = kept {
+                tracing::warn!(%error, "how far grants' time has gone is not written down");
+            }
+        }
     }
 
     /// Whether `peer` may move fragments of what the answer covers, by what it shows.

@@ -90,6 +90,8 @@ pub enum Effect {
         ids: Vec<Option<FragmentId>>,
         /// Take those that lie in the trash out of it first.
         bring_back: bool,
+        /// Say that the machine is busy where it is too busy for background work.
+        when_idle: bool,
     },
     /// Make this root durable, then say so.
     KeepRoot(StoreRoot),
@@ -239,7 +241,8 @@ impl Member {
             }
             Down::Check(check) => {
                 let ids = check.fragments.iter().map(id_of).take(IDS_MAX).collect();
-                vec![Effect::Check { query: check.query, ids, bring_back: check.bring_back }]
+                let (bring_back, when_idle) = (check.bring_back, check.when_idle);
+                vec![Effect::Check { query: check.query, ids, bring_back, when_idle }]
             }
             Down::StoreRoot(root) => vec![Effect::KeepRoot(root)],
             Down::StoreRecords(records) => vec![Effect::KeepRecords(records)],

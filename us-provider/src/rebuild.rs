@@ -393,6 +393,7 @@ fn present(store: &Store, order: &Order, index: u8) -> Result<Present, StoreErro
             let is_right = record.is_ok_and(|record| {
                 record.header == order.header(index)
                     && record.trailer.fingerprints.hash() == order.list_hash
+                    && record.trailer.fingerprints.check(index, &record.body).is_ok()
             });
             Ok(if is_right { Present::Right(bytes) } else { Present::Other })
         }

@@ -34,6 +34,7 @@ use us_proto::v1::{
     StoreRoot, VerifyRequest,
 };
 use us_provider::grants::Told;
+use us_provider::guest::Pressure;
 
 #[path = "../samples/record.rs"]
 mod record;
@@ -202,9 +203,24 @@ impl Setting {
         rebuilt
     }
 
+    /// What the provider says of fragments.
+    async fn checked(&self, check: CheckFragments) -> Vec<FragmentStatus> {
+        let query = check.query;
+        self.played.say(Down::Check(check)).await;
+        let checked = self.played.hear("a check's answer", |up| match up {
+            Up::Checked(reply) if reply.query == query => Some(reply.clone()),
+            _ => None,
+        });
+        checked.await.statuses().collect()
+    }
+
     /// Starts the program and waits for its hello.
     async fn start(&self) -> (Child, us_proto::v1::ProviderHello) {
-        let child = self.provider().spawn().unwrap();
+        self.start_as(self.provider()).await
+    }
+
+    async fn start_as(&self, mut command: Command) -> (Child, us_proto::v1::ProviderHello) {
+        let child = command.spawn().unwrap();
         let hello = self.played.hear("a hello", |up| match up {
             Up::Hello(hello) => Some(hello.clone()),
             _ => None,
@@ -251,6 +267,27 @@ async fn get(client: &BulkClient, grant: &Bytes, number: u64) -> us_proto::v1::G
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_can_wait_waits_while_the_machine_is_busy() {
+    if Pressure::of("cpu").is_none() {
+        eprintln!("not run: this kernel does not tell how busy the machine is");
+        return;
+    }
+    let setting = Setting::new().await;
+    let mut command = setting.provider();
+    // Every machine is busier than that.
+    command.env("US_PROVIDER_GUEST__CPU_PRESSURE_PERCENT_MAX", "-1.0");
+    let (child, _) = setting.start_as(command).await;
+    let fragments = vec![wire(1)];
+    let check = CheckFragments { query: 1, fragments, when_idle: true, ..Default::default() };
+    assert_eq!(setting.checked(check.clone()).await, [FragmentStatus::Busy]);
+    let check = CheckFragments { query: 2, when_idle: false, ..check };
+    assert_eq!(setting.checked(check).await, [FragmentStatus::NotFound]);
+    terminate(&child);
+    assert!(end(child).await.success());
+    setting.stop.cancel();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_provider_joins_serves_and_deletes() {
     let setting = Setting::new().await;
     let (child, hello) = setting.start().await;
@@ -276,13 +313,8 @@ async fn a_provider_joins_serves_and_deletes() {
     // The directory checks, deletes, keeps a root.
     let check =
         CheckFragments { query: 5, fragments: vec![wire(1), wire(2)], ..Default::default() };
-    setting.played.say(Down::Check(check)).await;
-    let checked = setting.played.hear("the check", |up| match up {
-        Up::Checked(reply) => Some(reply.clone()),
-        _ => None,
-    });
-    let statuses: Vec<_> = checked.await.statuses().collect();
-    assert_eq!(statuses, [FragmentStatus::Ok, FragmentStatus::NotFound]);
+    let found = [FragmentStatus::Ok, FragmentStatus::NotFound];
+    assert_eq!(setting.checked(check).await, found);
     let root = StoreRoot { sequence: 3, root: Bytes::from_static(b"root"), ..StoreRoot::default() };
     setting.played.say(Down::StoreRoot(root)).await;
     setting.played.hear("the root", |up| matches!(up, Up::RootStored(_)).then_some(())).await;
@@ -298,14 +330,13 @@ async fn a_provider_joins_serves_and_deletes() {
     });
     assert!(report.await.used_bytes > 100_000, "the trash still takes space");
     // What a restored directory still knows comes back.
-    let check = CheckFragments { query: 6, fragments: vec![wire(1), wire(2)], bring_back: true };
-    setting.played.say(Down::Check(check)).await;
-    let checked = setting.played.hear("the other check", |up| match up {
-        Up::Checked(reply) => Some(reply.clone()),
-        _ => None,
-    });
-    let statuses: Vec<_> = checked.await.statuses().collect();
-    assert_eq!(statuses, [FragmentStatus::Ok, FragmentStatus::NotFound]);
+    let check = CheckFragments {
+        query: 6,
+        fragments: vec![wire(1), wire(2)],
+        bring_back: true,
+        ..Default::default()
+    };
+    assert_eq!(setting.checked(check).await, found);
     assert_eq!(get(&client, &setting.grant(), 1).await.status(), FragmentStatus::Ok);
     terminate(&child);
     setting.played.hear("a goodbye", |up| matches!(up, Up::Goodbye(_)).then_some(())).await;
@@ -538,7 +569,7 @@ async fn a_daemon_rebuilds_is_cancelled_is_killed_and_rebuilds_again() {
     setting.played.say(order(&swarm, 3, 4)).await;
     // The loop still answers while the order hangs.
     let id = us_provider::service::wire_id(block.records[5].header.id());
-    let check = CheckFragments { query: 8, fragments: vec![id], bring_back: false };
+    let check = CheckFragments { query: 8, fragments: vec![id], ..Default::default() };
     setting.played.say(Down::Check(check)).await;
     let checked = setting.played.hear("the check", |up| match up {
         Up::Checked(reply) => Some(reply.statuses().collect::<Vec<_>>()),
@@ -606,6 +637,41 @@ async fn an_ordered_scrub_reports_and_a_rebuild_heals() {
         _ => None,
     });
     assert_eq!(healed.await, 1);
+    terminate(&child);
+    assert!(end(child).await.success());
+}
+
+/// A provider that was started again without its directory counted from the period it was told last: what
+/// had ended meanwhile was honoured anew, after each start.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_killed_provider_goes_on_from_where_it_had_counted_to() {
+    let setting = Setting::new().await;
+    let cluster = setting.provider.own().cluster;
+    *setting.played.told.lock() = Some(Told { period_ms: 20, ..told(cluster) });
+    let first = told(cluster).period;
+    let counted = || {
+        let kept = std::fs::read(setting.data().join("grants")).unwrap();
+        us_provider::grants::decode_told(&kept).unwrap().period
+    };
+    let reaches = async |period| {
+        let deadline = Instant::now() + PATIENCE;
+        while counted() < period {
+            assert!(Instant::now() < deadline, "it never counts to {period}: {}", counted());
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    let (mut child, _) = setting.start().await;
+    reaches(first + 10).await;
+    // The directory is away from now on.
+    setting.stop.cancel();
+    for _start in 0..2 {
+        child.kill().unwrap();
+        end(child).await;
+        let reached = counted();
+        child = setting.provider().spawn().unwrap();
+        reaches(reached + 10).await;
+    }
+    assert!(counted() >= first + 30);
     terminate(&child);
     assert!(end(child).await.success());
 }

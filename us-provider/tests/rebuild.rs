@@ -12,7 +12,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures::StreamExt;
 use futures::stream::BoxStream;
-use us_core::fragment::{FingerprintList, FragmentRecord, FragmentSums};
+use us_core::fragment::{FragmentRecord, FragmentSums};
 use us_core::tls::PeerIdentity;
 use us_core::wire::{BulkService, connect_grpc};
 use us_proto::v1::fragments_client::FragmentsClient;
@@ -76,11 +76,8 @@ fn altered(record: &FragmentRecord) -> FragmentRecord {
     body[99] ^= 8;
     record.body = body.into();
     let sums = FragmentSums::of(&record.header.geometry(), &record.body);
-    let list = &record.trailer.fingerprints;
-    let crc = |at: u8| u32::from_le_bytes(list.get(at).unwrap().try_into().unwrap());
     let own = record.header.id().index;
-    let crcs = (0..list.count() as u8).map(|at| if at == own { sums.body } else { crc(at) });
-    let fingerprints = FingerprintList::of_crcs(crcs.collect::<Vec<_>>());
+    let fingerprints = record.trailer.fingerprints.with(own, &record.body, &sums);
     record.trailer.slot_sums = sums.slots;
     record.trailer.fingerprints = fingerprints;
     record

@@ -14,7 +14,7 @@
 //!
 //! Owned by `fs` behind one lock that is never held across an await; no I/O, no clock in here.
 
-mod acl;
+pub mod acl;
 mod attributes;
 mod cleaning;
 mod crowding;

@@ -110,6 +110,8 @@ enum Command {
     Drain(act::DrainArgs),
     /// Give up a provider that will not come back
     GiveUp(act::GiveUpArgs),
+    /// Trust a provider again that was found to claim what it does not have
+    Trust(act::TrustArgs),
     /// What could not be read, or would be in danger, without some providers
     WhatIf(act::WhatIfArgs),
     /// Compare what the directory says with what the providers hold, both ways
@@ -322,6 +324,7 @@ async fn act(args: CtlArgs) -> anyhow::Result<ExitCode> {
         Command::Scrub(args) => act::scrub(&target, &args).await?,
         Command::Drain(args) => act::drain(&target, &args).await?,
         Command::GiveUp(args) => act::give_up(&target, &args).await?,
+        Command::Trust(args) => act::trust(&target, &args).await?,
         Command::WhatIf(args) => act::what_if(&target, &args).await?,
         Command::Trash(command) => trash::run(&target, command).await?,
         Command::Invite(args) => members::invite(&target, &args).await?,

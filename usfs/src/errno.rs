@@ -65,8 +65,8 @@ pub enum FsError {
     /// A wait for a lock ended without it: waits are bounded.
     #[error("gave up waiting for the lock")]
     LockWaitEnded,
-    /// A file can have so many locks only.
-    #[error("the file has too many locks")]
+    /// A file, and a mount, can have so many locks only.
+    #[error("the file, or this mount, has too many locks")]
     TooManyLocks,
     /// The operation is not supported.
     #[error("operation not supported")]

@@ -1,5 +1,6 @@
 //! What a row works with: one file system, the bytes to write, and how a timed part is taken.
 
+use std::cell::RefCell;
 use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
@@ -9,7 +10,7 @@ use anyhow::{Context, Result};
 use us_tests::tree::noise;
 
 use crate::disks::Disk;
-use crate::machine::{self, Cost};
+use crate::machine::{self, Cost, Reserve};
 use crate::sources::Sources;
 
 /// A row of many small operations ends after so long: its rate is that of those it did.
@@ -40,6 +41,7 @@ pub(crate) struct Shared {
     pub(crate) sources: Option<Sources>,
     pub(crate) size_mib: u64,
     pub(crate) settle: Duration,
+    pub(crate) reserve: RefCell<Reserve>,
     /// A folder on the local disk for what is no file system's.
     pub(crate) scratch: PathBuf,
 }
@@ -90,9 +92,12 @@ impl Bed {
         work: impl FnOnce() -> Result<Done>,
     ) -> Result<Sample> {
         rustix::fs::sync();
+        shared.reserve.borrow_mut().take();
         machine::settle(shared.settle);
+        shared.reserve.borrow_mut().give();
         let (done, cost) = machine::measure(work)?;
         let cpu_seconds_after = machine::settle(shared.settle);
+        shared.reserve.borrow_mut().take();
         Ok(Sample { done, cost, cpu_seconds_after })
     }
 

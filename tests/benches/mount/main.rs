@@ -18,6 +18,7 @@ mod report;
 mod rows;
 mod sources;
 
+use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -37,6 +38,8 @@ use self::sources::Sources;
 pub(crate) const PASS_THROUGH_FLAG: &str = "--pass-through";
 /// A row that takes a file system longer is taken once.
 const ROW_SECONDS_FOR_MORE_ROUNDS: f64 = 30.0;
+/// What a timed part may take of memory that was in use just before.
+const RESERVE_BYTES: usize = 4 << 30;
 /// A pass-through holds a descriptor for each name the kernel knows: trees, copies, small files.
 const DESCRIPTORS_MIN: u64 = 16_384;
 
@@ -148,6 +151,7 @@ fn inside(arguments: &Arguments, root: &Path) -> Result<()> {
         sources: sources.transpose().context("the source tree")?,
         size_mib: arguments.size_mib,
         settle: Duration::from_secs(arguments.settle),
+        reserve: RefCell::new(machine::Reserve::new(RESERVE_BYTES)),
         scratch: root.to_path_buf(),
     };
     let start = |kind: &Kind| {

@@ -7,7 +7,6 @@ use bytes::Bytes;
 use us_proto::v1;
 
 use super::LateFragments;
-use crate::fragment::FingerprintKind;
 use crate::geometry::{BlockGeometry, Code, FRAGMENTS_MAX};
 use crate::ids::{Birth, BlockId, FragmentId, ProviderId};
 
@@ -153,7 +152,7 @@ impl StoredBlock {
             birth: self.birth.0,
             providers: self.info.providers.iter().map(|provider| provider.0).collect(),
             durable: self.info.durable.to_bytes(code.fragments()).into(),
-            fingerprint_kind: FingerprintKind::Crc32c as u32,
+            fingerprint_kind: self.info.fingerprint_kind,
             fingerprint_hash: self.info.fingerprint_hash.to_vec().into(),
             inline: Bytes::new(),
         }

@@ -33,8 +33,8 @@ use super::{FragmentFailure, FragmentTransport, SlotRange};
 use crate::daemon::logging::RequestId;
 use crate::fragment::FragmentRecord;
 use crate::ids::ProviderId;
-use crate::tls::{ExpectedPeer, Identity, KeyHash, Role};
-use crate::wire::{BulkClient, BulkError, BulkLimits};
+use crate::tls::{ExpectedPeer, Identity, KeyHash, PeerIdentity, Role};
+use crate::wire::{BulkClient, BulkError, BulkLimits, unsecured};
 use gets::{Dispatch, Waiting, Wanted};
 use grants::Grants;
 
@@ -107,9 +107,19 @@ pub struct ProviderLinks {
 
 struct Inner {
     identity: Identity,
+    way: Way,
     config: LinksConfig,
     grants: Grants,
     links: RwLock<HashMap<ProviderId, Arc<Link>>>,
+}
+
+/// What connections are made of.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Way {
+    /// TLS with both certificates.
+    Tls,
+    /// Bare TCP: [`ProviderLinks::unsecured`].
+    Plain,
 }
 
 /// One provider.
@@ -143,8 +153,19 @@ struct Trouble {
 impl ProviderLinks {
     /// Links that show `identity`; the table is empty.
     pub fn new(identity: Identity, config: LinksConfig) -> Self {
+        Self::over(Way::Tls, identity, config)
+    }
+
+    /// Links without TLS to what [`unsecured`] serves: the limit that the benchmark `tls` compares
+    /// with. Whoever answers is believed. No program calls it, and no setting leads to it.
+    #[doc(hidden)]
+    pub fn unsecured(identity: Identity, config: LinksConfig) -> Self {
+        Self::over(Way::Plain, identity, config)
+    }
+
+    fn over(way: Way, identity: Identity, config: LinksConfig) -> Self {
         let (grants, links) = (Grants::default(), RwLock::default());
-        Self { inner: Arc::new(Inner { identity, config, grants, links }) }
+        Self { inner: Arc::new(Inner { identity, way, config, grants, links }) }
     }
 
     /// The grant that requests carry from now on.
@@ -415,7 +436,15 @@ impl Link {
             let ProviderAddress { address, key_hash, .. } = self.address.read().clone();
             let expected = ExpectedPeer::key(Role::Provider, key_hash);
             let bulk = inner.config.bulk;
-            match BulkClient::connect(&address, &inner.identity, expected, bulk).await {
+            let dialled = match inner.way {
+                Way::Tls => BulkClient::connect(&address, &inner.identity, expected, bulk).await,
+                Way::Plain => {
+                    let own = inner.identity.own().clone();
+                    let believed = PeerIdentity { role: Role::Provider, key_hash, ..own };
+                    unsecured::dial_plain(&address, believed, bulk).await
+                }
+            };
+            match dialled {
                 Ok(client) => {
                     *self.trouble.lock() = Trouble::default();
                     *self.lanes[lane].client.lock() = Some(client.clone());

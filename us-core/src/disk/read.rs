@@ -8,6 +8,7 @@
 //! The cache keeps the pages of which a part was handed out: the rest may be asked for next. A page
 //! handed out whole goes to the kernel's cache, and needs no second place.
 
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::future::poll_fn;
 use std::ops::Range;
@@ -75,6 +76,7 @@ impl Shared {
         self: &Arc<Self>,
         block: &BlockInfo,
         range: Range<usize>,
+        around_bytes: usize,
     ) -> Result<Vec<Bytes>, ReadError> {
         self.check_range(block, &range)?;
         if let Some(sealed) = &block.inline {
@@ -90,13 +92,17 @@ impl Shared {
                 None => drop(missing.insert(page)),
             }
         }
+        let around = self.around(block, &missing, around_bytes);
         let (joined, claimed) = self.join_or_claim(block, missing);
         sources.extend(joined.into_iter().map(|(page, flight)| (page, Source::Flight(flight))));
         let mut own = Own { flight: None, tasks: self.tasks.clone() };
-        if let Some((flight, pages)) = claimed {
+        if let Some((flight, mut pages)) = claimed {
             let on_board = pages.iter().map(|page| (*page, Source::Flight(Arc::clone(&flight))));
             sources.extend(on_board);
-            own.flight = Some(self.flight(block.clone(), flight, pages, None).boxed());
+            let around = self.board(block, &flight, around);
+            pages.extend(&around);
+            let boarded = Boarded { pages, around, permit: None };
+            own.flight = Some(self.flight(block.clone(), flight, boarded).boxed());
         }
         let mut pieces = Vec::with_capacity(sources.len());
         for (page, source) in sources {
@@ -137,8 +143,53 @@ impl Shared {
         // Room was kept for what others bring too.
         self.stage.lock().give_up(joined.iter().map(|(page, _)| bytes_of(page)).sum());
         if let Some((flight, pages)) = claimed {
-            self.tasks.spawn(self.flight(block.clone(), flight, pages, Some(permit)));
+            let boarded = Boarded { pages, around: BTreeSet::new(), permit: Some(permit) };
+            self.tasks.spawn(self.flight(block.clone(), flight, boarded));
         }
+    }
+
+    /// Pages beside the `missing` ones that one get of the same fragment brings along: those of the
+    /// aligned run of `bytes` around each that are not here.
+    fn around(
+        &self,
+        block: &BlockInfo,
+        missing: &BTreeSet<usize>,
+        bytes: usize,
+    ) -> BTreeSet<usize> {
+        let geometry = &block.geometry;
+        let run = bytes / geometry.page_bytes();
+        if run < 2 || missing.len() > run {
+            return BTreeSet::new();
+        }
+        let runs = missing.iter().flat_map(|page| {
+            let (fragment, slot) = geometry.locate_page(*page);
+            let first = fragment * geometry.fragment_slots();
+            let start = first + slot / run * run;
+            let end = (start + run).min(first + geometry.fragment_slots());
+            start..end.min(geometry.pages())
+        });
+        runs.filter(|page| !missing.contains(page) && self.at_hand(block.id, *page).is_none())
+            .collect()
+    }
+
+    /// Takes along those of `pages` that nobody fetches yet.
+    fn board(
+        &self,
+        block: &BlockInfo,
+        flight: &Arc<Flight>,
+        mut pages: BTreeSet<usize>,
+    ) -> BTreeSet<usize> {
+        if !pages.is_empty() {
+            let mut flights = self.flights.lock();
+            pages.retain(|page| match flights.entry((block.id, *page as u32)) {
+                Entry::Occupied(_) => false,
+                Entry::Vacant(free) => {
+                    free.insert(Arc::clone(flight));
+                    true
+                }
+            });
+        }
+        pages
     }
 
     fn check_range(&self, block: &BlockInfo, range: &Range<usize>) -> Result<(), ReadError> {
@@ -203,16 +254,16 @@ impl Shared {
         permits_for(2 * pages * block.geometry.slot_bytes(), self.config.read_bytes_max)
     }
 
-    /// A flight, from taking its permits to its landing: on the stage where it has its `permit`
+    /// A flight, from taking its permits to its landing: on the stage where it has its permit
     /// already, because nobody waits for it.
     fn flight(
         self: &Arc<Self>,
         block: BlockInfo,
         flight: Arc<Flight>,
-        mut pages: BTreeSet<usize>,
-        permit: Option<OwnedSemaphorePermit>,
+        boarded: Boarded,
     ) -> impl Future<Output = ()> + Send + 'static {
         let shared = Arc::clone(self);
+        let Boarded { mut pages, around, permit } = boarded;
         let units = self.flight_units(&block, pages.len());
         let geometry = block.geometry;
         RequestId::carried(async move {
@@ -221,6 +272,7 @@ impl Shared {
                 shared: Arc::clone(&shared),
                 block: block.id,
                 ahead: permit.is_some(),
+                around,
                 left: pages
                     .iter()
                     .map(|page| (*page, geometry.page_plaintext_bytes(*page)))
@@ -401,12 +453,24 @@ impl Drop for Own {
     }
 }
 
+/// What a flight brings.
+struct Boarded {
+    /// All of it.
+    pages: BTreeSet<usize>,
+    /// Those of the pages that nobody asked for and the cache shall keep.
+    around: BTreeSet<usize>,
+    /// Where it was taken before.
+    permit: Option<OwnedSemaphorePermit>,
+}
+
 /// Takes pages out of the flight plan: each as it lands, the rest at the end.
 struct Landing {
     shared: Arc<Shared>,
     block: BlockId,
     /// Whether its pages go on the stage.
     ahead: bool,
+    /// The pages nobody asked for: the cache keeps them.
+    around: BTreeSet<usize>,
     /// The pages that have not landed, and their bytes.
     left: BTreeMap<usize, usize>,
     flight: Arc<Flight>,
@@ -424,6 +488,9 @@ impl Landing {
             for (page, bytes) in &pages {
                 stage.land((self.block, *page as u32), bytes.clone(), now);
             }
+        }
+        for (page, bytes) in pages.iter().filter(|(page, _)| self.around.contains(page)) {
+            self.shared.cache.insert((self.block, *page as u32), bytes.clone());
         }
         let keys: Vec<PageKey> = pages.iter().map(|(page, _)| (self.block, *page as u32)).collect();
         self.flight.landed.lock().extend(pages);

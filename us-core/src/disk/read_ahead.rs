@@ -7,6 +7,9 @@
 //!
 //! A reader that goes in equal steps, backwards or with gaps, gets the next few steps, more of them as
 //! it goes on, and nothing of the gaps.
+//!
+//! A reader that keeps jumping gets nothing ahead, but more around what it reads
+//! ([`ReadAhead::around_bytes`]), as kernels do for mapped files.
 
 use std::ops::Range;
 
@@ -38,6 +41,8 @@ pub struct ReadAhead {
     /// 0: no stream yet.
     window: u64,
     steps: Steps,
+    /// How many reads in a row, or nearly so, were neither of a stream nor of steps.
+    jumps: u32,
 }
 
 /// Reads at equal distances.
@@ -58,6 +63,9 @@ const STEPS_MIN: u32 = 3;
 /// The most that are fetched ahead.
 const STEPS_AHEAD_MAX: u64 = 64;
 
+/// From so many jumps on a read brings so many bytes around it along; fewest first.
+const AROUND: [(u32, usize); 2] = [(8, 32 << 10), (32, 64 << 10)];
+
 /// How far out of order the reads of one stream may come (the kernel has several in flight).
 const REORDER_BYTES: u64 = 1 << 20;
 
@@ -65,7 +73,14 @@ impl ReadAhead {
     /// A reader that has read nothing. A file read from its start is taken for a stream at once.
     pub const fn new(limits: ReadAheadLimits) -> Self {
         let steps = Steps { last: None, step: 0, taken: 0, ahead: 0 };
-        Self { limits, expected: 0, fetched: 0, window: 0, steps }
+        Self { limits, expected: 0, fetched: 0, window: 0, steps, jumps: 0 }
+    }
+
+    /// How many bytes a read that must be fetched should bring along, itself included; 0: what it asks
+    /// for. Worth it where what comes is kept until it is read: the caller says whether it is.
+    pub fn around_bytes(&self) -> usize {
+        let earned = AROUND.into_iter().rev().find(|(jumps, _)| self.jumps >= *jumps);
+        earned.map_or(0, |(_, bytes)| bytes)
     }
 
     /// The reader asked for `range` of a file of `size` bytes. Returns what to prefetch now, beyond
@@ -74,6 +89,7 @@ impl ReadAhead {
         if self.steps.go_on(&range) {
             // Should it become a stream, that begins here.
             (self.expected, self.fetched, self.window) = (range.end, range.end, 0);
+            self.jumps = 0;
             return self.steps.fetch(&range, size, self.limits.window_bytes_max);
         }
         self.stream(range, size).into_iter().collect()
@@ -84,6 +100,7 @@ impl ReadAhead {
         let reorder = if self.window == 0 { REORDER_BYTES / 4 } else { REORDER_BYTES };
         if self.expected.abs_diff(range.start) > reorder {
             (self.expected, self.fetched, self.window) = (range.end, range.end, 0);
+            self.jumps = self.jumps.saturating_add(1);
             return None;
         }
         let advanced = range.end > self.expected;
@@ -92,6 +109,8 @@ impl ReadAhead {
         if !advanced {
             return None;
         }
+        // A chance neighbour is no stream.
+        self.jumps /= 2;
         self.window = if self.window == 0 { self.limits.window_bytes_min } else { self.window };
         let ahead = self.fetched - self.expected;
         if ahead > self.window / 2 || self.fetched >= size {
@@ -158,6 +177,8 @@ impl Steps {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use rand::rngs::StdRng;
+    use rand::{Rng, SeedableRng};
 
     const KIB: u64 = 1 << 10;
     const MIB: u64 = 1 << 20;
@@ -196,6 +217,28 @@ mod tests {
         for start in [900u64, 17, 5000, 30, 777].map(|mib| mib * MIB) {
             assert_eq!(reader.on_read(start..start + 4096, 10_000 * MIB), []);
         }
+    }
+
+    #[test]
+    fn who_keeps_jumping_gets_more_around_what_it_reads_and_a_stream_nothing() {
+        let mut reader = ReadAhead::new(ReadAheadLimits::default());
+        let mut random = StdRng::seed_from_u64(1);
+        let mut around = Vec::new();
+        for _ in 0..200 {
+            let start = random.random_range(0..10_000 * MIB);
+            assert_eq!(reader.on_read(start..start + 4096, 10_000 * MIB), []);
+            around.push(reader.around_bytes());
+        }
+        assert!(around[..7].iter().all(|bytes| *bytes == 0), "{around:?}");
+        assert!(around.is_sorted() && around[199] == 64 << 10, "{around:?}");
+        for at in 0..8 {
+            reader.on_read(MIB + at * 4096..MIB + (at + 1) * 4096, 10_000 * MIB);
+        }
+        assert_eq!(reader.around_bytes(), 0, "it reads on and on now");
+        for at in 0..100 {
+            reader.on_read(at * 3 * MIB..at * 3 * MIB + 4096, 10_000 * MIB);
+        }
+        assert_eq!(reader.around_bytes(), 0, "steps are known");
     }
 
     #[test]

@@ -29,6 +29,8 @@ use crate::geometry::BlockGeometry;
 use crate::ids::{Birth, BlockId, ProviderId, VolumeId};
 use crate::seal::{BlockSealer, FreshBlockId, INLINE_BYTES_MAX};
 
+/// The fingerprints of new blocks.
+const KIND: FingerprintKind = FingerprintKind::Blake3;
 /// How long a provider that asked to try later is left alone.
 const RETRY_AFTER: Duration = Duration::from_millis(200);
 /// How long one put may take in all: what is on the line is given up by other clocks.
@@ -149,7 +151,7 @@ impl Shared {
                 geometry: encoded.geometry,
                 providers: providers.into(),
                 durable,
-                fingerprint_kind: FingerprintKind::Crc32c as u32,
+                fingerprint_kind: KIND as u32,
                 fingerprint_hash: encoded.fingerprint_hash,
                 inline: None,
             },
@@ -194,7 +196,7 @@ fn encode(
     code.encode(&data, &mut parity).expect("s and r slices of one length");
     let mut buffer = buffer.freeze();
     let bodies = (0..geometry.code().fragments()).map(|_| buffer.split_to(fragment_bytes));
-    let records = records_of_block(volume, block, birth, geometry, bodies.collect());
+    let records = records_of_block(KIND, volume, block, birth, geometry, bodies.collect());
     let fingerprint_hash = records[0].trailer.fingerprints.hash();
     Encoded { block, geometry, records, fingerprint_hash }
 }

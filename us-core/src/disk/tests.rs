@@ -1,6 +1,8 @@
 //! The pipeline over providers in memory: every loss that the code allows, every fault, and the
 //! books kept straight afterwards.
 
+mod around;
+
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -421,7 +423,8 @@ proptest! {
                 let (block, content) = &blocks[rng.random_range(0..blocks.len())];
                 let start = rng.random_range(0..content.len());
                 let end = rng.random_range(start + 1..=content.len());
-                let pieces = world.disk.read(block, start..end).await.unwrap();
+                let around = [0, 32 << 10, 64 << 10][rng.random_range(0..3)];
+                let pieces = world.disk.read_around(block, start..end, around).await.unwrap();
                 assert!(pieces.concat() == content[start..end]);
                 world.disk.prefetch(block, start..end);
                 // What it asked under these faults must not meet the next ones: together they

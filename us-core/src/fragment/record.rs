@@ -60,9 +60,7 @@ impl FragmentRecord {
             return Err(FragmentError::Length { part: "body", expected, found });
         }
         let sums = FragmentSums::of(&header.geometry(), &body);
-        match fingerprints.kind() {
-            FingerprintKind::Crc32c => fingerprints.check_crc(header.id().index, sums.body)?,
-        }
+        fingerprints.check_summed(header.id().index, &body, &sums)?;
         let trailer = FragmentTrailer { slot_sums: sums.slots, fingerprints };
         Ok(Self { header, body, trailer })
     }
@@ -125,11 +123,12 @@ impl FragmentRecord {
 }
 
 /// The records of one block, from the bodies of all its f fragments in order. Their fingerprint
-/// list is the same in each: its hash goes into the block's commit.
+/// list, of this kind, is the same in each: its hash goes into the block's commit.
 ///
 /// # Panics
 /// When there are not f bodies of `geometry.fragment_bytes()` each.
 pub fn records_of_block(
+    kind: FingerprintKind,
     volume: VolumeId,
     block: BlockId,
     birth: Birth,
@@ -138,18 +137,13 @@ pub fn records_of_block(
 ) -> Vec<FragmentRecord> {
     assert_eq!(bodies.len(), geometry.code().fragments(), "a body for each fragment");
     let sums: Vec<_> = bodies.iter().map(|body| FragmentSums::of(&geometry, body)).collect();
-    let fingerprints = FingerprintList::of_crcs(sums.iter().map(|sums| sums.body));
+    let summed = bodies.iter().map(AsRef::as_ref).zip(&sums);
+    let fingerprints = FingerprintList::of_bodies(kind, summed);
     let fragments = bodies.into_iter().zip(sums).zip(0u8..);
     fragments
         .map(|((body, sums), index)| FragmentRecord {
-            header: FragmentHeader::new(
-                volume,
-                FragmentId { block, index },
-                birth,
-                geometry,
-                FingerprintKind::Crc32c,
-            )
-            .expect("the code has a fragment for each body"),
+            header: FragmentHeader::new(volume, FragmentId { block, index }, birth, geometry, kind)
+                .expect("the code has a fragment for each body"),
             body,
             trailer: FragmentTrailer { slot_sums: sums.slots, fingerprints: fingerprints.clone() },
         })

@@ -16,13 +16,18 @@ fn geometries() -> impl Strategy<Value = BlockGeometry> {
     })
 }
 
+fn kinds() -> impl Strategy<Value = FingerprintKind> {
+    prop_oneof![Just(FingerprintKind::Crc32c), Just(FingerprintKind::Blake3)]
+}
+
 /// The records of a block with made-up bodies.
-fn block(geometry: BlockGeometry, seed: u8) -> Vec<FragmentRecord> {
+fn block(kind: FingerprintKind, geometry: BlockGeometry, seed: u8) -> Vec<FragmentRecord> {
     let body = |index: usize| {
         let bytes = 0..geometry.fragment_bytes();
         bytes.map(|at| (at * 31 + index * 7 + (at >> 8)) as u8 ^ seed).collect::<Vec<u8>>().into()
     };
     records_of_block(
+        kind,
         VolumeId::from_bytes([1; 16]),
         BlockId::from_bytes([2; 16]),
         Birth(3),
@@ -42,17 +47,21 @@ fn read(bytes: Bytes) -> Result<FragmentRecord, FragmentError> {
     Ok(record)
 }
 
-fn small() -> FragmentRecord {
+fn small_of(kind: FingerprintKind) -> FragmentRecord {
     let geometry = BlockGeometry::new(Code::new(2, 1).unwrap(), 10_000).unwrap();
-    block(geometry, 0).swap_remove(1)
+    block(kind, geometry, 0).swap_remove(1)
+}
+
+fn small() -> FragmentRecord {
+    small_of(FingerprintKind::Crc32c)
 }
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
     #[test]
-    fn records_read_back(geometry in geometries(), seed: u8) {
-        let records = block(geometry, seed);
+    fn records_read_back(kind in kinds(), geometry in geometries(), seed: u8) {
+        let records = block(kind, geometry, seed);
         let hash = records[0].trailer.fingerprints.hash();
         for (index, record) in records.iter().enumerate() {
             let bytes = bytes_of(record);
@@ -66,16 +75,16 @@ proptest! {
     }
 
     #[test]
-    fn any_flipped_bit_is_seen(at: prop::sample::Index, bit in 0u8..8) {
-        let mut bytes = BytesMut::from(&bytes_of(&small())[..]);
+    fn any_flipped_bit_is_seen(kind in kinds(), at: prop::sample::Index, bit in 0u8..8) {
+        let mut bytes = BytesMut::from(&bytes_of(&small_of(kind))[..]);
         let at = at.index(bytes.len());
         bytes[at] ^= 1 << bit;
         prop_assert!(read(bytes.freeze()).is_err());
     }
 
     #[test]
-    fn any_cut_is_seen(at: prop::sample::Index) {
-        let bytes = bytes_of(&small());
+    fn any_cut_is_seen(kind in kinds(), at: prop::sample::Index) {
+        let bytes = bytes_of(&small_of(kind));
         let cut = bytes.slice(..at.index(bytes.len()));
         let is_cut = matches!(read(cut), Err(FragmentError::Length { .. }));
         prop_assert!(is_cut);
@@ -83,7 +92,7 @@ proptest! {
 
     #[test]
     fn slots_are_checked_by_themselves(geometry in geometries(), at: prop::sample::Index) {
-        let record = block(geometry, 9).swap_remove(0);
+        let record = block(FingerprintKind::Blake3, geometry, 9).swap_remove(0);
         let (slot, slot_bytes) = (at.index(geometry.fragment_slots()), geometry.slot_bytes());
         let start = slot * slot_bytes;
         let mut bytes = record.body[start..start + slot_bytes].to_vec();
@@ -101,7 +110,13 @@ proptest! {
 
 #[test]
 fn every_bit_of_header_and_trailer_counts() {
-    let (record, parts) = (small(), small().to_parts());
+    for kind in [FingerprintKind::Crc32c, FingerprintKind::Blake3] {
+        every_bit_counts(&small_of(kind));
+    }
+}
+
+fn every_bit_counts(record: &FragmentRecord) {
+    let parts = record.to_parts();
     for at in 0..HEADER_BYTES * 8 {
         let mut header = parts.header;
         header[at / 8] ^= 1 << (at % 8);
@@ -143,7 +158,7 @@ fn impossible_headers_are_refused() {
 #[test]
 fn a_neighbours_body_is_refused() {
     let geometry = BlockGeometry::new(Code::new(2, 1).unwrap(), 10_000).unwrap();
-    let mut records = block(geometry, 0);
+    let mut records = block(FingerprintKind::Crc32c, geometry, 0);
     let other = records.swap_remove(0);
     let mine = &mut records[0];
     mine.body = other.body.clone();
@@ -181,4 +196,39 @@ fn fingerprint_hash_covers_kind_count_and_list() {
     assert_ne!(list.hash(), FingerprintList::of_crcs([1, 2, 0]).hash());
     assert_eq!(list.get(2), None);
     assert!(list.check(2, b"").is_err());
+}
+
+/// Adds the polynomial of CRC-32C, which no sum of that kind sees.
+fn forge(body: &Bytes) -> Bytes {
+    let mut bytes = body.to_vec();
+    let unseen = (1u64 | 0x82f6_3b78 << 1).to_le_bytes();
+    bytes[16..24].iter_mut().zip(unseen).for_each(|(to, bits)| *to ^= bits);
+    assert_eq!(crc32c(&bytes), crc32c(body), "the forgery is not seen");
+    bytes.into()
+}
+
+#[test]
+fn a_forged_sum_passes_the_old_fingerprint_and_not_the_new_one() {
+    for (kind, is_seen) in [(FingerprintKind::Crc32c, false), (FingerprintKind::Blake3, true)] {
+        let right = small_of(kind);
+        let forged = FragmentRecord { body: forge(&right.body), ..right.clone() };
+        // Accidents are what a store looks for; this is none.
+        assert_eq!(forged.verify_body(), Ok(()));
+        let (index, list) = (right.header.id().index, right.trailer.fingerprints.clone());
+        let refused = Err(FragmentError::Fingerprint { index });
+        let expected = if is_seen { refused.clone() } else { Ok(()) };
+        assert_eq!(list.check(index, &forged.body), expected, "{kind:?}");
+        let rebuilt = FragmentRecord::rebuilt(right.header, forged.body, list.clone());
+        assert_eq!(rebuilt.map(|_| ()), expected, "{kind:?}");
+        assert_eq!(FragmentRecord::rebuilt(right.header, right.body.clone(), list), Ok(right));
+    }
+}
+
+#[test]
+fn fingerprints_are_the_beginning_of_blake3() {
+    let record = small_of(FingerprintKind::Blake3);
+    let hash = blake3::hash(&record.body);
+    let list = &record.trailer.fingerprints;
+    assert_eq!(list.get(record.header.id().index), Some(&hash.as_bytes()[..16]));
+    assert_eq!((list.kind() as u8, list.as_bytes().len()), (2, 3 * 16));
 }

@@ -61,6 +61,20 @@ impl FragmentTrailer {
         })
     }
 
+    /// As [`FragmentTrailer::decode`], for whoever believes only the list with this hash.
+    ///
+    /// # Errors
+    /// As there, and [`FragmentError::OtherList`].
+    pub fn decode_listed(
+        header: &FragmentHeader,
+        list_hash: &[u8; 32],
+        bytes: &[u8],
+    ) -> Result<Self, FragmentError> {
+        let trailer = Self::decode(header, bytes)?;
+        let is_the_blocks = trailer.fingerprints.hash() == *list_hash;
+        is_the_blocks.then_some(trailer).ok_or(FragmentError::OtherList { id: header.id() })
+    }
+
     /// Checks whole slots, `first_slot` the first of them.
     ///
     /// # Errors
@@ -95,8 +109,9 @@ impl FragmentTrailer {
         Ok(())
     }
 
-    /// Checks a whole body: every slot against its sum, and the slots' sums against the fragment's
-    /// own fingerprint. Reads each byte once.
+    /// Checks a whole body: every slot against its sum, and where the fragment's own fingerprint is
+    /// a CRC-32C, the slots' sums against that. Reads each byte once. This finds accidents; whoever
+    /// believes nobody compares the fingerprints too ([`FingerprintList::check`]).
     ///
     /// # Errors
     /// As [`FragmentTrailer::verify_slots`], and [`FragmentError::Fingerprint`] when the slots hold

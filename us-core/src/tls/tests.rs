@@ -148,3 +148,35 @@ async fn protocols_must_agree() {
     .await;
     assert!(by_server.is_err() && by_client.is_err());
 }
+
+/// A member whose name the directory had changed (it joined anew with another one) refused each renewal
+/// until its certificate expired.
+#[test]
+fn a_renewal_is_for_the_same_key_and_role_whatever_the_name() {
+    let ca = CertificateAuthority::create().unwrap();
+    let identity = ca.issue(Role::Client, "laptop").unwrap();
+    let request = |of: &Identity| {
+        let bytes = OwnKey::from_pem(of.key_pem().clone()).unwrap().request().unwrap();
+        CertificateRequest::parse(&bytes).unwrap()
+    };
+    let signed = |ca: &CertificateAuthority, of: &Identity, role, name: &str| {
+        ca.sign(&request(of), role, name, &[0x41; 16]).unwrap()
+    };
+    identity.renew(signed(&ca, &identity, Role::Client, "laptop")).unwrap();
+    identity.renew(signed(&ca, &identity, Role::Client, "ann's laptop")).unwrap();
+    assert_eq!(identity.renewals(), 2);
+    let kept = identity.cert_pem();
+    let other = ca.issue(Role::Client, "laptop").unwrap();
+    let stranger = CertificateAuthority::create().unwrap();
+    for wrong in [
+        signed(&ca, &identity, Role::Admin, "laptop"),
+        signed(&ca, &other, Role::Client, "laptop"),
+        signed(&stranger, &identity, Role::Client, "laptop"),
+    ] {
+        assert!(identity.renew(wrong).is_err());
+    }
+    assert_eq!(identity.cert_pem(), kept, "the last good one stays");
+    let dir = tempfile::tempdir().unwrap();
+    identity.save(dir.path()).unwrap();
+    assert_eq!(Identity::load(dir.path()).unwrap().own().name, "ann's laptop");
+}

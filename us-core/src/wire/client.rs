@@ -261,6 +261,19 @@ where
     BulkClient::start(io, peer, "a plain stream", limits)
 }
 
+/// As [`BulkClient::connect`], without TLS: whoever answers is taken for `peer`.
+///
+/// # Errors
+/// [`ConnectError::Tcp`], [`ConnectError::Timeout`].
+#[doc(hidden)]
+pub async fn dial_plain(
+    address: &str,
+    peer: PeerIdentity,
+    limits: BulkLimits,
+) -> Result<BulkClient, ConnectError> {
+    Ok(BulkClient::start(dial::dial_tcp(address).await?, peer, address, limits))
+}
+
 /// The replies of one get, as they arrive.
 pub struct GetReplies {
     shared: Arc<Shared>,

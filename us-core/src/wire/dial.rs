@@ -45,25 +45,33 @@ fn buffered(stream: TcpStream) -> BufReader<TcpStream> {
     BufReader::with_capacity(READ_AHEAD_BYTES, stream)
 }
 
+fn too_long(address: &str, after: Duration) -> ConnectError {
+    ConnectError::Timeout { address: address.to_owned(), after }
+}
+
+/// A TCP connection to `address`, set as all are.
+pub(super) async fn dial_tcp(address: &str) -> Result<TcpStream, ConnectError> {
+    let tcp = timeout(TCP_TIMEOUT, TcpStream::connect(address)).await;
+    let tcp = tcp.map_err(|_| too_long(address, TCP_TIMEOUT))?;
+    let tcp = tcp.and_then(|tcp| tune(&tcp).map(|()| tcp));
+    tcp.map_err(|source| ConnectError::Tcp { address: address.to_owned(), source })
+}
+
 /// Dials `address` and checks who answers.
 pub(super) async fn dial(
     address: &str,
     config: Arc<ClientConfig>,
     expected: ExpectedPeer,
 ) -> Result<(Secured, PeerIdentity), ConnectError> {
-    let too_long = |after| ConnectError::Timeout { address: address.to_owned(), after };
     let connecting = async {
-        let tcp = timeout(TCP_TIMEOUT, TcpStream::connect(address)).await;
-        let tcp = tcp.map_err(|_| too_long(TCP_TIMEOUT))?;
-        let tcp = tcp.and_then(|tcp| tune(&tcp).map(|()| tcp));
-        let tcp =
-            tcp.map_err(|source| ConnectError::Tcp { address: address.to_owned(), source })?;
+        let tcp = dial_tcp(address).await?;
         let name = ServerName::try_from(SERVER_NAME).expect("it is a DNS name");
         let tls = TlsConnector::from(config).connect(name, buffered(tcp)).await;
         tls.map_err(|source| ConnectError::Handshake { address: address.to_owned(), source })
     };
-    let mut tls =
-        timeout(CONNECT_TIMEOUT, connecting).await.map_err(|_| too_long(CONNECT_TIMEOUT))??;
+    let mut tls = timeout(CONNECT_TIMEOUT, connecting)
+        .await
+        .map_err(|_| too_long(address, CONNECT_TIMEOUT))??;
     let (_, session) = tls.get_mut();
     session.set_buffer_limit(Some(WRITE_BUFFER_BYTES));
     let peer = PeerIdentity::from_chain(session.peer_certificates())

@@ -9,8 +9,9 @@ use std::time::Duration;
 
 use axum::http::{self, Request, Uri};
 use futures::StreamExt;
-use futures::future::{Either, Ready, ready};
+use futures::future::BoxFuture;
 use futures::stream::BoxStream;
+use http_body_util::BodyExt;
 use hyper_util::rt::TokioIo;
 use tonic::body::Body;
 use tonic::service::Routes;
@@ -21,6 +22,7 @@ use us_proto::v1::{GetReply, GetRequest, PutReply, PutRequest};
 
 use super::admission::{Admission, REFUSED};
 use super::frame::check_items;
+use super::shares::Share;
 use super::{BulkService, CONNECT_TIMEOUT, ConnectError, dial};
 use crate::tls::{ALPN_H2, ExpectedPeer, Identity, PeerIdentity, client_config};
 
@@ -168,14 +170,19 @@ pub struct CallerAddress(pub SocketAddr);
 /// Who is at the other end of a connection.
 #[derive(Debug)]
 pub(super) enum Whom {
-    /// A member; asked for each call whether it still is one.
-    Member(Arc<PeerIdentity>, Admission),
+    /// A member, and what it may have under way; asked for each call whether it still is one.
+    Member(Arc<PeerIdentity>, Admission, Arc<Share>),
     /// Somebody without certificate.
     Newcomer(SocketAddr),
 }
 
+/// What a member hears that has as many calls under way as it may.
+const TOO_MANY_CALLS: &str =
+    "this certificate has as many calls under way as it may, over all its connections";
+
 /// Routes whose handlers find who calls among the request's extensions: the [`PeerIdentity`] of a
-/// member, the [`CallerAddress`] of a newcomer. A member that is refused is told so, whatever it asks.
+/// member, the [`CallerAddress`] of a newcomer. A member that is refused is told so, whatever it asks, and
+/// so is one with too many calls; a call is under way until its answer's body ends.
 #[derive(Clone, Debug)]
 pub(super) struct WithCaller {
     pub(super) routes: Routes,
@@ -185,30 +192,47 @@ pub(super) struct WithCaller {
 impl<B> Service<Request<B>> for WithCaller
 where
     Routes: Service<Request<B>, Response = http::Response<Body>>,
+    <Routes as Service<Request<B>>>::Future: Send + 'static,
+    <Routes as Service<Request<B>>>::Error: Send + 'static,
 {
     type Response = http::Response<Body>;
     type Error = <Routes as Service<Request<B>>>::Error;
-    type Future = Either<
-        Ready<Result<http::Response<Body>, Self::Error>>,
-        <Routes as Service<Request<B>>>::Future,
-    >;
+    type Future = BoxFuture<'static, Result<http::Response<Body>, Self::Error>>;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
         self.routes.poll_ready(cx)
     }
 
     fn call(&mut self, mut request: Request<B>) -> Self::Future {
-        match &*self.whom {
-            Whom::Member(peer, admission) if admission.refuses(peer) => {
-                return Either::Left(ready(Ok(Status::unauthenticated(REFUSED).into_http())));
+        let answer = |status: Status| -> Self::Future {
+            Box::pin(std::future::ready(Ok(status.into_http())))
+        };
+        let turn = match &*self.whom {
+            Whom::Member(peer, admission, _) if admission.refuses(peer) => {
+                return answer(Status::unauthenticated(REFUSED));
             }
-            Whom::Member(peer, _) => {
+            Whom::Member(peer, _, share) => {
+                let Ok(turn) = Arc::clone(&share.calls).try_acquire_owned() else {
+                    metrics::counter!("us_calls_refused_total").increment(1);
+                    return answer(Status::resource_exhausted(TOO_MANY_CALLS));
+                };
                 request.extensions_mut().insert(PeerIdentity::clone(peer));
+                Some(turn)
             }
             Whom::Newcomer(address) => {
                 request.extensions_mut().insert(CallerAddress(*address));
+                None
             }
-        }
-        Either::Right(self.routes.call(request))
+        };
+        let answered = self.routes.call(request);
+        Box::pin(async move {
+            let hold = |body: Body| {
+                Body::new(body.map_frame(move |frame| {
+                    let _held = &turn;
+                    frame
+                }))
+            };
+            Ok(answered.await?.map(hold))
+        })
     }
 }

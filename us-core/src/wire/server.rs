@@ -52,7 +52,7 @@ pub struct ServerLimits {
     pub bulk: BulkLimits,
     /// What one identity may hold.
     pub share: ShareLimits,
-    /// TLS handshakes under way of one address; more are dropped unread.
+    /// TLS handshakes under way of one address, or network of IPv6; more are dropped unread.
     pub handshakes_address_max: usize,
 }
 
@@ -301,7 +301,7 @@ impl Port {
                 () = bulk(stream, Arc::clone(&peer), share, self.shutdown.clone()) => {}
             },
             (Some(ALPN_H2), _, Some(routes)) => {
-                let whom = Whom::Member(Arc::clone(&peer), self.admission.clone());
+                let whom = Whom::Member(Arc::clone(&peer), self.admission.clone(), share);
                 let farewell = async {
                     self.admission.refused(&peer).await;
                     // Meanwhile every call hears why.

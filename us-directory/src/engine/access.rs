@@ -7,7 +7,7 @@
 use bytes::Bytes;
 use us_core::grant::Rights;
 use us_core::ids::VolumeId;
-use us_core::tls::KeyHash;
+use us_core::tls::{KeyHash, PeerIdentity, Role};
 use us_proto::v1::{AccessLevel, EndReason, VolumeAccess};
 
 use super::admin::refused;
@@ -32,6 +32,12 @@ pub(super) fn rights(record: &VolumeRecord, peer: &Peer) -> Option<Rights> {
     }
     let entry = record.access.iter().find(|entry| entry.key_hash[..] == peer.key_hash[..])?;
     Some(if entry.read_only { Rights::Read } else { Rights::ReadWrite })
+}
+
+/// The key of a client that makes a volume; empty for an administrator, and for nobody.
+pub(super) fn maker_key(maker: Option<&Peer>) -> Bytes {
+    let client = maker.filter(|maker| !maker.admin);
+    client.map_or_else(Bytes::new, |maker| maker.key_hash.clone().into())
 }
 
 /// A new volume's list: who made it, where that is a client, and those it names.
@@ -82,6 +88,24 @@ fn hex(bytes: &[u8]) -> String {
 }
 
 impl Engine {
+    /// Whether who asks may know of this volume: a client of those it may open, all others of all.
+    pub(super) fn asker_sees(&self, id: &VolumeId) -> bool {
+        let Some(client) = self.asking_client() else { return true };
+        let key_hash = client.key_hash.as_bytes().to_vec();
+        let peer = Peer { key_hash, ..Peer::default() };
+        let volume = self.volumes.get(id).filter(|_| !self.is_hidden(id));
+        volume.is_some_and(|volume| rights(&volume.record, &peer).is_some())
+    }
+
+    /// Whether who asks may know of all volumes, also of those that are gone.
+    pub(super) fn asker_sees_all(&self) -> bool {
+        self.asking_client().is_none()
+    }
+
+    fn asking_client(&self) -> Option<&PeerIdentity> {
+        self.asker_is.as_ref().filter(|asker| asker.role == Role::Client)
+    }
+
     /// The volume of this name or id that `peer` may see; why not.
     pub(super) fn volume_for(&self, name: &str, peer: &Peer) -> Result<VolumeId, Refusal> {
         let none = || (RefusalKind::NotFound, format!("there is no volume {name:?}"));
@@ -186,7 +210,7 @@ impl Engine {
             AccessLevel::Write => "allowed",
         };
         let detail = format!("{}: {word} {}", info.name, hex(&key));
-        self.note_event(EventKind::VolumeChanged, 0, detail)?;
+        self.note_volume_event(EventKind::VolumeChanged, &id, detail)?;
         // Durable before anybody hears that it is so; the sessions end in the same order.
         let seq = self.commit(batch, Durability::Durable)?;
         self.end_denied(id)?;

@@ -13,7 +13,7 @@ use super::event::{Answer, AskId, Effect, Question, RefusalKind, StateSnapshot};
 use super::events::EventKind;
 use super::health::{Reach, Totals};
 use super::private::PrivateVolume;
-use super::{Durability, Engine, Then, VOLUMES_MAX, Volume, access};
+use super::{Durability, Engine, Then, VOLUMES_MAX, VOLUMES_OF_ONE_MAX, Volume, access};
 use crate::keys;
 use crate::namespace::new_root;
 use crate::records::{UsageRecord, VolumeRecord, decode, encode};
@@ -47,6 +47,7 @@ impl Engine {
             } => {
                 let record = VolumeRecord {
                     closed: maker.is_some(),
+                    maker: access::maker_key(maker.as_ref()),
                     access: access::first_access(maker.as_ref(), &access),
                     name,
                     s,
@@ -81,6 +82,18 @@ impl Engine {
             Question::DeleteVolume { name } => return self.delete_volume(ask, &name),
             Question::Drain { provider, undo } => self.drain(provider, undo)?,
             Question::GiveUp { provider } => self.give_up_asked(provider)?,
+            Question::Trust { provider } => {
+                let answer = self.trust(provider)?;
+                return self.then(self.last_seq, Then::Answer(ask, answer));
+            }
+            Question::NextAudit => {
+                self.next_audit(ask);
+                return Ok(());
+            }
+            Question::Audited { ticket, outcome } => {
+                self.audited(ticket, outcome)?;
+                Answer::Done
+            }
             Question::Repair => {
                 self.sources_are_back();
                 self.scan_blocks();
@@ -122,7 +135,10 @@ impl Engine {
         let providers = self.members.iter();
         StateSnapshot {
             view: self.store.snapshot(),
-            volumes: volumes.map(|(id, volume)| (*id, volume.record.name.clone())).collect(),
+            volumes: volumes
+                .filter(|(id, _)| self.asker_sees(id))
+                .map(|(id, volume)| (*id, volume.record.name.clone()))
+                .collect(),
             providers: providers.map(|(id, member)| (*id, self.state_of(member) as i32)).collect(),
         }
     }
@@ -153,6 +169,13 @@ impl Engine {
             Ok(_) if self.volumes.len() >= VOLUMES_MAX => {
                 Err(refused(RefusalKind::Busy, "there are too many volumes"))
             }
+            Ok(_) if self.made_by(&record.maker) >= VOLUMES_OF_ONE_MAX => {
+                let detail = format!(
+                    "a client makes at most {VOLUMES_OF_ONE_MAX} volumes: have an administrator \
+                     delete some, or make this one"
+                );
+                Err(refused(RefusalKind::Busy, detail))
+            }
             Ok(code) => {
                 let made = self.keys_of_new(&mut record, private);
                 made.map(|id| (code, id)).map_err(|(kind, detail)| refused(kind, detail))
@@ -177,9 +200,15 @@ impl Engine {
         let volume = Volume { record, code };
         let info = volume_info(&id, &volume, usage);
         self.volumes.insert(id, volume);
-        self.note_event(EventKind::VolumeMade, 0, detail)?;
+        self.note_volume_event(EventKind::VolumeMade, &id, detail)?;
         let seq = self.commit(batch, Durability::Durable)?;
         self.then(seq, Then::Answer(ask, Answer::Volume(info)))
+    }
+
+    /// Volumes that this client made; 0 for administrators.
+    fn made_by(&self, maker: &[u8]) -> usize {
+        let made = |volume: &&Volume| !maker.is_empty() && volume.record.maker[..] == *maker;
+        self.volumes.values().filter(made).count()
     }
 
     /// Changes a volume's settings; what is now too thin is found at once.
@@ -207,7 +236,7 @@ impl Engine {
         let (left, quota, hours) = (info.repair_at, info.quota_bytes, info.trash_hours);
         let detail =
             format!("{name}: repaired at {left} to spare, quota {quota} bytes, trash {hours} h");
-        self.note_event(EventKind::VolumeChanged, 0, detail)?;
+        self.note_volume_event(EventKind::VolumeChanged, &id, detail)?;
         let seq = self.commit(batch, Durability::Durable)?;
         self.scan_blocks();
         self.then(seq, Then::Answer(ask, Answer::Volume(info)))
@@ -237,15 +266,16 @@ impl Engine {
             volume.record.deleting = true;
             batch.put(keys::volume(&id), encode(&volume.record));
         }
-        self.note_event(EventKind::VolumeRemoved, 0, name.to_owned())?;
+        self.note_volume_event(EventKind::VolumeRemoved, &id, name.to_owned())?;
         let seq = self.commit(batch, Durability::Durable)?;
         self.then(seq, Then::Answer(ask, Answer::Done))
     }
 
     fn volume_infos(&self) -> Result<Vec<VolumeInfo>, StoreError> {
         let mut infos = Vec::with_capacity(self.volumes.len());
-        let shown =
-            |(id, volume): &(&VolumeId, &Volume)| !volume.record.deleting && !self.is_hidden(id);
+        let shown = |(id, volume): &(&VolumeId, &Volume)| {
+            !volume.record.deleting && !self.is_hidden(id) && self.asker_sees(id)
+        };
         for (id, volume) in self.volumes.iter().filter(shown) {
             infos.push(volume_info(id, volume, self.usage(id)?));
         }
@@ -264,7 +294,7 @@ impl Engine {
             let member = self.members.get(&provider);
             Reach {
                 reachable: member.is_some_and(super::Member::is_reachable),
-                expected: member.is_some_and(|member| !member.record.dead),
+                expected: member.is_some_and(super::Member::counts),
             }
         })
     }
@@ -332,6 +362,8 @@ impl Engine {
                 damaged: totals.damaged.get(provider).copied().unwrap_or(0),
                 name: member.record.name.clone(),
                 draining: member.record.draining,
+                found_wrong: member.record.found_wrong,
+                distrusted: member.record.distrusted,
                 back_in_s: member.record.back_at_ms.saturating_sub(self.clock_ms()) / 1000,
                 ..self.disturbed(*provider)
             })
@@ -355,7 +387,8 @@ impl Engine {
     }
 
     fn session_statuses(&self) -> Vec<SessionStatus> {
-        let alive = self.sessions.iter().filter(|(_, session)| session.is_alive());
+        let alive = self.sessions.iter();
+        let alive = alive.filter(|(_, known)| known.is_alive() && self.asker_sees(&known.volume));
         alive
             .take(SESSIONS_LISTED_MAX)
             .map(|(id, session)| SessionStatus {
@@ -377,6 +410,7 @@ impl Engine {
     pub fn gauges(&self) -> BTreeMap<&'static str, f64> {
         let totals = self.totals();
         let online = self.members.values().filter(|member| member.is_reachable()).count();
+        let distrusted = self.members.values().filter(|m| m.record.distrusted).count();
         let connected = self.sessions.values().filter(|session| session.conn.is_some()).count();
         BTreeMap::from([
             ("us_directory_blocks", totals.summary.total as f64),
@@ -389,6 +423,7 @@ impl Engine {
             ("us_directory_fragments_damaged", totals.summary.damaged_fragments as f64),
             ("us_directory_providers", self.members.len() as f64),
             ("us_directory_providers_online", online as f64),
+            ("us_directory_providers_distrusted", distrusted as f64),
             ("us_directory_sessions", connected as f64),
             ("us_directory_requests_parked", self.parked.len() as f64),
             ("us_directory_placement_degraded", f64::from(u8::from(self.spread.told))),

@@ -55,7 +55,7 @@ impl Engine {
         }
         self.last_slow_tick_ms = self.now_ms();
         self.check_members()?;
-        self.tell_period()?;
+        self.count_periods()?;
         self.count_presence();
         self.learn_presence()?;
         self.check_clocks()?;
@@ -66,6 +66,7 @@ impl Engine {
         self.ask_deletes_again()?;
         self.raise_floor()?;
         self.retain_chore()?;
+        self.audit_chore()?;
         self.leave_chore()?;
         self.registry_chore()?;
         self.trash_chore()?;
@@ -391,6 +392,11 @@ impl Engine {
         for (key, sparse) in slice.sparse {
             if !self.changed_while_counting.contains(&key) {
                 self.cleaning.found(key, sparse);
+            }
+        }
+        for key in slice.sample {
+            if !self.changed_while_counting.contains(&key) {
+                self.audits.pivots.add(key);
             }
         }
         if slice.last {

@@ -10,6 +10,7 @@ use us_proto::v1::{
     VolumeInfo, VolumeKeysReply,
 };
 
+use super::audit::{AuditOutcome, AuditPlan};
 use super::garbage::{FsckBasis, Stray, Verdict};
 use super::health::CountedSlice;
 use super::keeping::ImagePlan;
@@ -218,6 +219,20 @@ pub enum Question {
         /// Which.
         provider: u32,
     },
+    /// Forgets a provider's marks.
+    Trust {
+        /// Which.
+        provider: u32,
+    },
+    /// What the audit's job is to read: answered when there is something.
+    NextAudit,
+    /// What came of an audit.
+    Audited {
+        /// The plan's number.
+        ticket: u64,
+        /// What came.
+        outcome: AuditOutcome,
+    },
     /// Looks at every block again.
     Repair,
     /// Has providers read all they hold.
@@ -333,6 +348,8 @@ pub enum Answer {
     Records(Vec<(Seq, bytes::Bytes)>),
     /// Places.
     Placements(PlacementsLeased),
+    /// What to read.
+    Audit(Box<AuditPlan>),
     /// A block of the image, if there is such a one.
     ImageBlock(Option<Box<ImageBlock>>),
     /// Who takes part.
@@ -393,6 +410,7 @@ impl std::fmt::Debug for Answer {
             Self::Plan(plan) => f.debug_tuple("Plan").field(plan).finish(),
             Self::Records(records) => f.debug_tuple("Records").field(&records.len()).finish(),
             Self::Placements(leased) => f.debug_tuple("Placements").field(leased).finish(),
+            Self::Audit(plan) => f.debug_tuple("Audit").field(plan).finish(),
             Self::Registry(answer) => f.debug_tuple("Registry").field(answer).finish(),
             Self::ImageBlock(block) => f.debug_tuple("ImageBlock").field(block).finish(),
             Self::Refused { kind, detail } => {

@@ -3,12 +3,14 @@
 //! appended to; beyond a bound the oldest are dropped, but never what somebody ordered or who came and
 //! went as a member.
 
+use bytes::Bytes;
+use us_core::ids::VolumeId;
 use us_proto::v1::ClusterEvent;
 
 use super::{Durability, Engine};
 use crate::keys;
 use crate::records::{EventRecord, decode, encode};
-use crate::store::{KeyRange, StoreError, WriteBatch};
+use crate::store::{KeyRange, Pair, StoreError, WriteBatch};
 
 /// Events kept.
 const EVENTS_MAX: u64 = 100_000;
@@ -69,9 +71,19 @@ pub(super) enum EventKind {
     MemberExpired = 34,
     /// A check that mends what it finds began.
     CheckMends = 35,
+    /// What a provider holds does not count any more: it claimed what it has not.
+    ProviderDistrusted = 40,
+    /// The marks of a provider were forgotten.
+    ProviderTrusted = 41,
 }
 
 impl EventRecord {
+    /// Whether it names a volume.
+    fn names_a_volume(&self) -> bool {
+        let kinds = [EventKind::VolumeMade, EventKind::VolumeRemoved, EventKind::VolumeChanged];
+        kinds.iter().any(|kind| *kind as u32 == self.kind) || !self.volume.is_empty()
+    }
+
     /// Whether it stays for ever.
     fn is_kept(&self) -> bool {
         let about_members = EventKind::Invited as u32..=EventKind::MemberExpired as u32;
@@ -108,6 +120,8 @@ impl EventKind {
             33 => "member-revoked",
             34 => "member-expired",
             35 => "check-mends",
+            40 => "provider-distrusted",
+            41 => "provider-trusted",
             _ => "unknown",
         }
     }
@@ -121,12 +135,28 @@ impl Engine {
         provider: u32,
         detail: String,
     ) -> Result<(), StoreError> {
+        let kind = kind as u32;
+        self.keep_event(EventRecord { kind, provider, detail, ..EventRecord::default() })
+    }
+
+    /// Notes what happened to a volume, which the detail names.
+    pub(super) fn note_volume_event(
+        &mut self,
+        kind: EventKind,
+        volume: &VolumeId,
+        detail: String,
+    ) -> Result<(), StoreError> {
+        let (kind, volume) = (kind as u32, Bytes::copy_from_slice(volume.as_bytes()));
+        self.keep_event(EventRecord { kind, volume, detail, ..EventRecord::default() })
+    }
+
+    fn keep_event(&mut self, event: EventRecord) -> Result<(), StoreError> {
         let number = self.next_event;
         self.next_event += 1;
         let by = self.asker.clone().unwrap_or_default();
-        tracing::info!(event = EventKind::name(kind as u32), provider, %detail, by, "event");
-        let unix_ms = self.at.unix_ms;
-        let record = EventRecord { unix_ms, kind: kind as u32, provider, detail, by };
+        let EventRecord { kind, provider, detail, .. } = &event;
+        tracing::info!(event = EventKind::name(*kind), provider, %detail, by, "event");
+        let record = EventRecord { unix_ms: self.at.unix_ms, by, ..event };
         let mut batch = WriteBatch::new();
         batch.put(keys::event(number), encode(&record));
         if let Some(old) = number.checked_sub(EVENTS_MAX).map(keys::event) {
@@ -163,15 +193,35 @@ impl Engine {
     }
 
     /// A page of events with numbers greater than `after`, the oldest first; with `last` the newest
-    /// ones only.
+    /// ones only. Without those that name volumes of which who asks may not know.
     pub(super) fn events(&self, after: u64, last: u64) -> Result<Vec<ClusterEvent>, StoreError> {
         let newest = self.next_event.saturating_sub(1);
         let after = if last > 0 { newest.saturating_sub(last).max(after) } else { after };
-        let range = KeyRange::prefix(&keys::tag(&keys::CLUSTER, b'e')).after(&keys::event(after));
-        let pairs = self.store.scan(&range, EVENTS_PAGE)?;
-        let mut events = Vec::with_capacity(pairs.len());
-        for (key, value) in &pairs {
+        let all = KeyRange::prefix(&keys::tag(&keys::CLUSTER, b'e'));
+        let mut range = all.after(&keys::event(after));
+        let mut events = Vec::new();
+        // A page of which nothing is shown is no end.
+        while events.is_empty() {
+            let pairs = self.store.scan(&range, EVENTS_PAGE)?;
+            let Some((last, _)) = pairs.last() else { break };
+            range = range.after(last);
+            self.show_events(&pairs, &mut events)?;
+        }
+        Ok(events)
+    }
+
+    fn show_events(
+        &self,
+        pairs: &[Pair],
+        events: &mut Vec<ClusterEvent>,
+    ) -> Result<(), StoreError> {
+        for (key, value) in pairs {
             let record: EventRecord = decode(key, value)?;
+            let volume = VolumeId::from_slice(&record.volume);
+            let is_shown = volume.map_or_else(|| self.asker_sees_all(), |id| self.asker_sees(&id));
+            if record.names_a_volume() && !is_shown {
+                continue;
+            }
             events.push(ClusterEvent {
                 number: keys::last_number(key),
                 unix_ms: record.unix_ms,
@@ -181,6 +231,6 @@ impl Engine {
                 by: record.by,
             });
         }
-        Ok(events)
+        Ok(())
     }
 }

@@ -1,9 +1,9 @@
 //! Grants given: what a session, or a provider that rebuilds, shows to providers (us-core::grant).
 //!
 //! Time goes in *periods*, a fifteenth of how long a grant is good for. They are counted while the
-//! directory runs; the number that the next run begins with is stored before it is used, so that none
-//! ever comes twice with less time behind it. A restore begins another incarnation, which voids all
-//! grants of the one before.
+//! directory runs. A period begins when the number behind it, with which the next run begins, is durable:
+//! nothing is signed and nobody is told of it before, so that none ever comes twice with less time behind
+//! it. A restore begins another incarnation, which voids all grants of the one before.
 //!
 //! A session's grant is for its volume, and renewed when a third of its time is over. Every grant ends:
 //! whoever loses his access keeps what he has for `grant_ms` at most.
@@ -16,7 +16,7 @@ use us_core::tls::KeyHash;
 use us_proto::v1::provider_down::Event as Down;
 use us_proto::v1::{GrantTime, Renewed};
 
-use super::{ConnId, Durability, Engine};
+use super::{ConnId, Durability, Engine, Then};
 use crate::store::StoreError;
 
 /// Periods a grant is good for, after the one it was signed in.
@@ -34,8 +34,10 @@ pub(super) struct Signer {
     /// The period this run began with.
     first: u64,
     serial: u64,
-    /// The period providers were told last.
-    told: u64,
+    /// The last period that was stored, durable or not yet.
+    stored: u64,
+    /// The present one; none until the first is durable.
+    present: Option<u64>,
 }
 
 /// What a grant is to be for.
@@ -58,54 +60,68 @@ impl Engine {
         let first = self.cluster.periods_end;
         let serial = self.cluster.run << RUN_SHIFT;
         let key = GrantKey::of(secret, cluster);
-        self.signer = Some(Signer { key, cluster, first, serial, told: first });
-        self.cluster.periods_end = first + 1;
-        self.commit_cluster(Durability::Durable)?;
-        Ok(())
+        self.signer = Some(Signer { key, cluster, first, serial, stored: first, present: None });
+        self.store_period(first)
+    }
+
+    /// Stores that the next run begins behind this period; it begins when that is durable.
+    fn store_period(&mut self, period: u64) -> Result<(), StoreError> {
+        self.cluster.periods_end = period + 1;
+        let seq = self.commit_cluster(Durability::Durable)?;
+        self.then(seq, Then::Period(period))
     }
 
     fn period_ms(&self) -> u64 {
         (self.config.grant_ms / PERIODS).max(1)
     }
 
-    /// The present period; 0 where no grants are given.
-    pub(super) fn period(&self) -> u64 {
-        let passed = self.now_ms() / self.period_ms();
-        self.signer.as_ref().map_or(0, |signer| signer.first + passed)
+    /// The present period; none where no grants are given, or not yet.
+    fn period(&self) -> Option<u64> {
+        self.signer.as_ref()?.present
     }
 
     /// What a provider needs to judge grants: the key, and the time.
     pub(super) fn grant_basis(&self) -> (Bytes, Option<GrantTime>) {
         let Some(signer) = &self.signer else { return (Bytes::new(), None) };
-        (signer.key.public().to_vec().into(), Some(self.grant_time()))
+        let time = signer.present.map(|period| self.grant_time(period));
+        (signer.key.public().to_vec().into(), time)
     }
 
-    fn grant_time(&self) -> GrantTime {
+    fn grant_time(&self, period: u64) -> GrantTime {
         let (incarnation, period_ms) = (self.cluster.incarnation, self.period_ms());
-        GrantTime { incarnation, period: self.period(), period_ms }
+        GrantTime { incarnation, period, period_ms }
     }
 
-    /// Tells providers when a period begins.
-    pub(super) fn tell_period(&mut self) -> Result<(), StoreError> {
-        let period = self.period();
-        let Some(signer) = self.signer.as_mut().filter(|signer| signer.told < period) else {
+    /// Stores the next period when its time has come.
+    pub(super) fn count_periods(&mut self) -> Result<(), StoreError> {
+        let passed = self.now_ms() / self.period_ms();
+        let Some(signer) = &mut self.signer else { return Ok(()) };
+        let period = signer.first + passed;
+        if period <= signer.stored {
             return Ok(());
-        };
-        signer.told = period;
-        self.cluster.periods_end = period + 1;
-        self.commit_cluster(Durability::Applied)?;
-        let time = self.grant_time();
+        }
+        signer.stored = period;
+        self.store_period(period)
+    }
+
+    /// A period begins: it is durable. Providers are told.
+    pub(super) fn begin_period(&mut self, period: u64) {
+        let Some(signer) = &mut self.signer else { return };
+        signer.present = Some(period);
+        let time = self.grant_time(period);
         let online = self.members.values().filter(|member| member.online);
         let conns: Vec<ConnId> = online.filter_map(|member| member.conn).collect();
         for conn in conns {
             self.tell(conn, Down::GrantTime(time));
         }
-        Ok(())
     }
 
     /// A grant; empty where none are given, or the holder has no key.
     pub(super) fn sign(&mut self, wanted: &Wanted<'_>) -> Bytes {
-        let (from, incarnation) = (self.period(), self.cluster.incarnation);
+        // Sessions and providers are greeted by commits behind the first period's: there is one.
+        let (Some(from), incarnation) = (self.period(), self.cluster.incarnation) else {
+            return Bytes::new();
+        };
         let until = from + PERIODS + wanted.lasts_ms / self.period_ms();
         let Some(holder) = KeyHash::from_slice(wanted.holder) else { return Bytes::new() };
         let Some(signer) = &mut self.signer else { return Bytes::new() };
@@ -128,7 +144,7 @@ impl Engine {
     pub(super) fn session_grant(&mut self, session: u64) -> Bytes {
         let period = self.period();
         let Some(known) = self.sessions.get_mut(&session) else { return Bytes::new() };
-        known.granted = period;
+        known.granted = period.unwrap_or_default();
         let (volume, holder) = (known.volume, known.record.key_hash.clone());
         let rights = if known.record.read_only { Rights::Read } else { Rights::ReadWrite };
         self.sign(&Wanted { volume, block: None, holder: &holder, rights, lasts_ms: 0 })
@@ -136,7 +152,7 @@ impl Engine {
 
     /// The answer to a renewal: with a fresh grant where the last one is old, or refused.
     pub(super) fn renewed(&mut self, session: u64, refused: bool) -> Renewed {
-        let period = self.period();
+        let period = self.period().unwrap_or_default();
         let known = self.sessions.get(&session);
         let old = known.is_some_and(|known| known.granted + RENEW_AFTER <= period);
         let grant = if old || refused { self.session_grant(session) } else { Bytes::new() };

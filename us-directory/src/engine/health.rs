@@ -13,6 +13,7 @@ use us_proto::v1::BlockSummary;
 
 mod signatures;
 
+use super::audit::Sampling;
 use super::cleaning::Sparse;
 use crate::keys;
 use crate::records::{BlockRecord, bit, decode};
@@ -87,7 +88,7 @@ pub fn fragment_state(block: &BlockRecord, index: usize, late: bool) -> Fragment
 pub struct Reach {
     /// Its fragments can be read now.
     pub reachable: bool,
-    /// Its fragments still exist, as far as anyone knows.
+    /// Its fragments still exist, as far as anyone knows, and it is not distrusted.
     pub expected: bool,
 }
 
@@ -102,6 +103,8 @@ pub struct CountedSlice {
     pub unsettled: Vec<(VolumeId, BlockId)>,
     /// Blocks of which little lives.
     pub sparse: Vec<((VolumeId, BlockId), Sparse)>,
+    /// Coded blocks that are in the sample of audits.
+    pub sample: Vec<(VolumeId, BlockId)>,
     /// Fragments that wait for deletion.
     pub deletes: u64,
     /// This was the last slice.
@@ -203,17 +206,18 @@ impl Counts {
 #[derive(Clone, Debug)]
 pub struct CountCursor {
     ranges: BTreeMap<usize, (Option<VolumeId>, KeyRange)>,
+    sampling: Sampling,
 }
 
 impl CountCursor {
-    /// At the start of everything that is to be counted.
-    pub fn new(volumes: &[VolumeId]) -> Self {
+    /// At the start of everything that is to be counted, and sampled.
+    pub fn new(volumes: &[VolumeId], sampling: Sampling) -> Self {
         let blocks = volumes
             .iter()
             .map(|volume| (Some(*volume), KeyRange::prefix(&keys::tag(volume, b'b'))));
         let deletes =
             [b'g', b'q'].map(|tag| (None, KeyRange::prefix(&keys::tag(&keys::CLUSTER, tag))));
-        Self { ranges: blocks.chain(deletes).enumerate().collect() }
+        Self { ranges: blocks.chain(deletes).enumerate().collect(), sampling }
     }
 }
 
@@ -224,6 +228,7 @@ impl CountCursor {
 /// [`StoreError`] when the disk fails or a record cannot be decoded.
 pub fn count_slice(view: &dyn View, cursor: &mut CountCursor) -> Result<CountedSlice, StoreError> {
     let mut slice = CountedSlice::default();
+    let sampling = cursor.sampling;
     let Some(mut entry) = cursor.ranges.first_entry() else {
         slice.last = true;
         return Ok(slice);
@@ -242,6 +247,9 @@ pub fn count_slice(view: &dyn View, cursor: &mut CountCursor) -> Result<CountedS
         }
         if !record.is_settled() {
             slice.unsettled.push((volume, block));
+        }
+        if sampling.takes(&block) {
+            slice.sample.push((volume, block));
         }
         slice.sparse.extend(Sparse::of(&record).map(|sparse| ((volume, block), sparse)));
         *slice.signatures.entry(Signature::of(&record, false)).or_default() += 1;

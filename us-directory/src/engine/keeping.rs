@@ -214,7 +214,9 @@ impl Engine {
             .map(|(provider, member)| OnlineProvider {
                 provider: *provider,
                 site: member.record.site.clone(),
-                eligible: member.report.accepts_puts && member.root_stored >= root_sequence,
+                eligible: member.report.accepts_puts
+                    && !member.record.distrusted
+                    && member.root_stored >= root_sequence,
                 held: member
                     .records_held
                     .filter(|held| run == Some((held.incarnation, held.run)))

@@ -19,7 +19,7 @@
 use std::collections::{BTreeMap, HashMap, VecDeque};
 
 use us_core::ids::VolumeId;
-use us_core::range_locks::{NotSet, RangeLock, RangeLocks};
+use us_core::range_locks::{NotSet, RangeLock, RangeLocks, SESSION_LOCKS_MAX};
 use us_proto::v1::{LockKind, LockReply};
 
 use super::ConnId;
@@ -27,6 +27,8 @@ use super::leases::InodeKey;
 
 /// Lock requests of all sessions that may wait at once.
 const WAITERS_MAX: usize = 16_384;
+/// What a session may say it has: locks it kept itself, and others that it was granted meanwhile.
+const SAID_MAX: usize = 2 * SESSION_LOCKS_MAX;
 /// Files of which anybody has locks, from which on no mount is told to keep any.
 const FILES_MANY: usize = 1 << 20;
 
@@ -140,10 +142,34 @@ struct FileLocks {
     kept: Option<Kept>,
 }
 
+/// How many locks each session has here, over all files; a file that it keeps counts as one.
+#[derive(Debug, Default)]
+struct Counts(HashMap<u64, usize>);
+
+impl Counts {
+    fn of(&self, session: u64) -> usize {
+        self.0.get(&session).copied().unwrap_or(0)
+    }
+
+    fn room(&self, session: u64) -> usize {
+        SESSION_LOCKS_MAX.saturating_sub(self.of(session))
+    }
+
+    /// A file of which it had `before` has `now`.
+    fn changed(&mut self, session: u64, before: usize, now: usize) {
+        let count = self.0.entry(session).or_default();
+        *count = (*count + now).saturating_sub(before);
+        if *count == 0 {
+            self.0.remove(&session);
+        }
+    }
+}
+
 /// All locks.
 #[derive(Debug, Default)]
 pub struct Locks {
     files: HashMap<InodeKey, FileLocks>,
+    counts: Counts,
     /// How many wait, by file.
     waiting: BTreeMap<InodeKey, usize>,
     waiters: usize,
@@ -175,7 +201,9 @@ impl Locks {
             }
             LockEvent::Claimed { session } => {
                 for file in self.files.values_mut() {
-                    file.kept.take_if(|kept| kept.by == session && kept.unsaid);
+                    if file.kept.take_if(|kept| kept.by == session && kept.unsaid).is_some() {
+                        self.counts.changed(session, 1, 0);
+                    }
                 }
                 self.retry_all(grace, &mut effects);
                 self.tidy_all();
@@ -185,6 +213,7 @@ impl Locks {
                     file.held.retain(|by| by.session != session);
                     file.kept.take_if(|kept| kept.by == session);
                 }
+                self.counts.0.remove(&session);
                 self.drop_waiters(|asked| asked.wanted.by.session == session);
                 self.retry_all(grace, &mut effects);
                 self.tidy_all();
@@ -216,7 +245,8 @@ impl Locks {
         let file = self.files.entry(key).or_default();
         // Who asks does not keep them: its question crossed the answer that said it may.
         let given_up = file.kept.take_if(|kept| kept.by == session).is_some();
-        let mut reply = match file.decide(grace, &key, &asked, effects) {
+        self.counts.changed(session, usize::from(given_up), 0);
+        let mut reply = match file.decide(grace, &key, &asked, &mut self.counts, effects) {
             Verdict::Answer(reply) => reply,
             verdict @ (Verdict::Blocked(_) | Verdict::Undecided) => {
                 let waits = asked.wait || matches!(verdict, Verdict::Undecided);
@@ -231,7 +261,9 @@ impl Locks {
                 refused(&asked, &verdict)
             }
         };
-        if asked.may_keep && !many && file.is_alone(grace, &key, &asked) && !reply.too_many {
+        let may_keep = asked.may_keep && !many && self.counts.room(session) > 0;
+        if may_keep && file.is_alone(grace, &key, &asked) && !reply.too_many {
+            self.counts.changed(session, 0, 1);
             reply.keep = true;
             file.kept = Some(Kept { by: session, recalled: false, unsaid: false });
         }
@@ -249,13 +281,21 @@ impl Locks {
     ) {
         let file = self.files.entry(*key).or_default();
         let kept = file.kept.take_if(|kept| kept.by == session).is_some();
+        self.counts.changed(session, usize::from(kept), 0);
         let Said::All { locks, kept: goes_on } = said else { return };
+        let before = file.held_by(session);
         let others = file.held.held().iter().any(|lock| lock.by.session != session);
         let others_keep = file.kept.is_some();
         let may_go_on = kept || (claims && !others_keep && !others);
         let may_have = !others_keep || locks.is_empty();
         let fits = may_have && file.held.replace(|by| by.session == session, locks);
+        self.counts.changed(session, before, file.held_by(session) + usize::from(goes_on));
+        if self.counts.of(session) > SAID_MAX {
+            let detail = format!("it has more than {SAID_MAX} locks");
+            effects.push(LockEffect::Broken { session, detail });
+        }
         if !fits || (goes_on && !may_go_on) {
+            self.counts.changed(session, usize::from(goes_on), 0);
             let detail = format!("inode {}: its locks cannot be what it says they are", key.1);
             effects.push(LockEffect::Broken { session, detail });
         } else if goes_on {
@@ -272,7 +312,7 @@ impl Locks {
         while again {
             again = false;
             for asked in std::mem::take(&mut file.waiting) {
-                match file.decide(grace, key, &asked, effects) {
+                match file.decide(grace, key, &asked, &mut self.counts, effects) {
                     Verdict::Answer(reply) => {
                         effects.push(LockEffect::Reply(asked.conn, reply));
                         // A lock that takes the place of a stronger one lets others in.
@@ -322,7 +362,7 @@ impl Locks {
             let Some(file) = self.files.get_mut(key) else { continue };
             let is_late = |asked: &Asked| asked.deadline_ms <= now_ms;
             for asked in file.waiting.iter().copied().filter(is_late).collect::<Vec<_>>() {
-                let verdict = file.decide(grace, key, &asked, effects);
+                let verdict = file.decide(grace, key, &asked, &mut self.counts, effects);
                 effects.push(LockEffect::Reply(asked.conn, refused(&asked, &verdict)));
             }
         }
@@ -347,6 +387,7 @@ impl FileLocks {
         grace: &Grace,
         key: &InodeKey,
         asked: &Asked,
+        counts: &mut Counts,
         effects: &mut Vec<LockEffect>,
     ) -> Verdict {
         let (wanted, request, session) = (asked.wanted, asked.request, asked.wanted.by.session);
@@ -367,7 +408,7 @@ impl FileLocks {
         }
         let tested =
             self.held.in_the_way(&wanted).map_or(Ok(()), |held| Err(NotSet::InTheWay(held)));
-        match if asked.test { tested } else { self.held.set(wanted) } {
+        match if asked.test { tested } else { self.set(wanted, counts) } {
             Ok(()) => Verdict::Answer(reply(true)),
             Err(NotSet::TooMany) => Verdict::Answer(LockReply { too_many: true, ..reply(false) }),
             Err(NotSet::InTheWay(held)) => {
@@ -377,6 +418,19 @@ impl FileLocks {
                 Verdict::Blocked(held)
             }
         }
+    }
+
+    /// Sets a lock, as far as its session has room for one more.
+    fn set(&mut self, wanted: Lock, counts: &mut Counts) -> Result<(), NotSet<LockOwner>> {
+        let session = wanted.by.session;
+        let before = self.held_by(session);
+        let set = self.held.set_within(wanted, counts.room(session));
+        counts.changed(session, before, self.held_by(session));
+        set
+    }
+
+    fn held_by(&self, session: u64) -> usize {
+        self.held.held().iter().filter(|lock| lock.by.session == session).count()
     }
 
     /// Whether the session that asks may keep the file's locks from now on.

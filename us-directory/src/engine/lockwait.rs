@@ -11,6 +11,8 @@ use crate::store::StoreError;
 
 /// The longest a lock is waited for.
 const LOCK_WAIT_MS_MAX: u64 = 60_000;
+/// Why a read-only session ends that wants a write lock: its mount answers `EBADF` itself.
+const READS_ONLY: &str = "a read-only session has no write locks";
 
 impl Engine {
     pub(super) fn lock(
@@ -27,6 +29,9 @@ impl Engine {
         };
         if ask.start > ask.end {
             return self.refuse(session, "a lock that ends before it starts".to_owned());
+        }
+        if kind == LockKind::Write && known.record.read_only && !ask.test {
+            return self.refuse(session, READS_ONLY.to_owned());
         }
         let by = LockOwner { session, owner: ask.owner };
         let wait = ask.wait && !ask.test;
@@ -57,6 +62,10 @@ impl Engine {
         metrics::counter!("us_directory_lock_messages_total").increment(1);
         let Some(known) = self.sessions.get(&session) else { return Ok(()) };
         let (key, claims) = ((known.volume, told.ino), !known.claimed);
+        let writes = told.locks.iter().any(|held| held.kind() == LockKind::Write);
+        if writes && known.record.read_only {
+            return self.refuse(session, READS_ONLY.to_owned());
+        }
         if told.locks.len() > FILE_LOCKS_MAX {
             return self.refuse(session, format!("{} locks on a file", told.locks.len()));
         }

@@ -10,16 +10,16 @@ use us_proto::v1::provider_down::Event as Down;
 use us_proto::v1::provider_up::Event as Up;
 use us_proto::v1::session_down::Event as SessionEvent;
 use us_proto::v1::{
-    CheckFragments, CheckReply, DamageReport, FragmentStatus, ProviderDown, ProviderEntry,
-    ProviderHello, ProviderRefused, ProviderReport, ProviderState, ProviderTable, ProviderUp,
-    ProviderWelcome, RecordsHeld,
+    CheckFragments, CheckReply, FragmentStatus, ProviderDown, ProviderEntry, ProviderHello,
+    ProviderRefused, ProviderReport, ProviderState, ProviderTable, ProviderUp, ProviderWelcome,
+    RecordsHeld,
 };
 
 use super::events::EventKind;
 use super::presence::{self, Clocks};
 use super::{ConnId, Durability, Effect, Engine, Then};
 use crate::keys;
-use crate::records::{HoldingRecord, ProviderRecord, bit, block_id, decode, encode, with_bit};
+use crate::records::{HoldingRecord, ProviderRecord, bit, decode, encode, with_bit};
 use crate::store::{KeyRange, StoreError, WriteBatch};
 
 /// Fragments in one message to a provider.
@@ -106,9 +106,9 @@ impl Member {
         self.is_reachable() && self.report.accepts_puts
     }
 
-    /// Whether blocks may be placed there: it is usable, and not being emptied.
+    /// Whether blocks may be placed there: it is usable, trusted, and not being emptied.
     pub fn takes_new(&self) -> bool {
-        self.is_usable() && !self.record.draining
+        self.is_usable() && !self.record.draining && !self.record.distrusted
     }
 
     /// Whether blocks may be placed there as far as anything but space is concerned.
@@ -116,6 +116,12 @@ impl Member {
         self.is_reachable()
             && (self.report.accepts_puts || self.report.full)
             && !self.record.draining
+            && !self.record.distrusted
+    }
+
+    /// Whether what it holds still exists, as far as anybody may count on it.
+    pub fn counts(&self) -> bool {
+        !self.record.dead && !self.record.distrusted
     }
 
     /// Whether it has been silent for so long that it is to be given up.
@@ -157,6 +163,15 @@ pub(super) struct Query {
     pieces: Vec<Piece>,
     /// Of a sweep of a suspect provider: where it goes on.
     sweep: Option<(VolumeId, Bytes)>,
+    /// The one fragment is to be audited.
+    is_audit: bool,
+}
+
+impl Query {
+    /// Whether the provider has what it is to be audited for.
+    pub fn of_audit(provider: u32, piece: Piece) -> Self {
+        Self { provider, pieces: vec![piece], sweep: None, is_audit: true }
+    }
 }
 
 #[cfg(test)]
@@ -167,13 +182,13 @@ impl Query {
     }
 }
 
-fn text(mut text: String) -> String {
+pub(super) fn text(mut text: String) -> String {
     let end = (0..=TEXT_BYTES_MAX.min(text.len())).rev().find(|at| text.is_char_boundary(*at));
     text.truncate(end.unwrap_or(0));
     text
 }
 
-fn piece_message(piece: &Piece) -> us_proto::v1::FragmentId {
+pub(super) fn piece_message(piece: &Piece) -> us_proto::v1::FragmentId {
     let block = Bytes::copy_from_slice(piece.1.as_bytes());
     us_proto::v1::FragmentId { block, index: u32::from(piece.2) }
 }
@@ -315,7 +330,7 @@ impl Engine {
         self.rebuilder_gone(provider)?;
         let seq = self.commit(batch, Durability::Durable)?;
         if was_dead {
-            self.repairs.unwell.remove(&provider);
+            self.note_well(provider);
             self.note_event(EventKind::ProviderRevived, provider, name.clone())?;
         }
         if suspect {
@@ -349,7 +364,7 @@ impl Engine {
         };
         self.tell(conn, Down::Welcome(welcome));
         let refused = self.refused_keys();
-        if refused.version > 0 {
+        if refused.version > 0 || refused.incarnation > 1 {
             self.tell(conn, Down::RefusedKeys(refused));
         }
         tracing::info!(provider, suspect, "provider online");
@@ -428,7 +443,7 @@ impl Engine {
         Ok(())
     }
 
-    fn provider_entry(provider: u32, member: &Member) -> ProviderEntry {
+    pub(super) fn provider_entry(provider: u32, member: &Member) -> ProviderEntry {
         ProviderEntry {
             provider,
             address: member.record.address.clone(),
@@ -480,8 +495,9 @@ impl Engine {
         let query = self.next_query;
         self.next_query += 1;
         let fragments = pieces.iter().map(piece_message).collect();
-        self.queries.insert(query, Query { provider, pieces, sweep });
-        self.tell(conn, Down::Check(CheckFragments { query, fragments, bring_back }));
+        self.queries.insert(query, Query { provider, pieces, sweep, is_audit: false });
+        let check = CheckFragments { query, fragments, bring_back, when_idle: false };
+        self.tell(conn, Down::Check(check));
     }
 
     fn checked(&mut self, provider: u32, reply: &CheckReply) -> Result<(), StoreError> {
@@ -490,6 +506,9 @@ impl Engine {
             return Ok(());
         }
         let Some(query) = self.queries.remove(&reply.query) else { return Ok(()) };
+        if query.is_audit {
+            return self.audit_claimed(reply.query, reply.statuses.first().copied());
+        }
         let found: Vec<(Piece, i32)> =
             query.pieces.into_iter().zip(reply.statuses.iter().copied()).collect();
         let newly_bad = self.note_fragments(provider, &found)?;
@@ -500,7 +519,11 @@ impl Engine {
     }
 
     /// Asks a suspect provider about the next page of what it should have; at the end it is believed.
-    fn sweep(&mut self, provider: u32, after: Option<(VolumeId, Bytes)>) -> Result<(), StoreError> {
+    pub(super) fn sweep(
+        &mut self,
+        provider: u32,
+        after: Option<(VolumeId, Bytes)>,
+    ) -> Result<(), StoreError> {
         let volumes: Vec<VolumeId> = self.volumes.keys().copied().collect();
         let from = after.as_ref().map(|(volume, _)| *volume);
         for volume in volumes.into_iter().filter(|volume| Some(*volume) >= from) {
@@ -586,70 +609,6 @@ impl Engine {
             }
         }
         Ok(newly_bad)
-    }
-
-    /// Tells the log of damage that was not known before.
-    pub(super) fn tell_damage(
-        &mut self,
-        provider: u32,
-        newly_bad: usize,
-        detail: &str,
-    ) -> Result<(), StoreError> {
-        if newly_bad == 0 {
-            return Ok(());
-        }
-        let detail = format!("{newly_bad} fragments: {}", text(detail.to_owned()));
-        self.note_event(EventKind::Damage, provider, detail)
-    }
-
-    fn provider_damage(&mut self, provider: u32, damage: &DamageReport) -> Result<(), StoreError> {
-        let volumes: Vec<VolumeId> = self.volumes.keys().copied().collect();
-        let mut found = Vec::new();
-        for fragment in damage.fragments.iter().take(FRAGMENTS_A_MESSAGE) {
-            let (Some(block), Ok(index)) =
-                (block_id(&fragment.block), u8::try_from(fragment.index))
-            else {
-                continue;
-            };
-            for volume in &volumes {
-                if self.store.get(&keys::block(volume, &block))?.is_some() {
-                    found.push(((*volume, block, index), FragmentStatus::Damaged as i32));
-                }
-            }
-        }
-        let newly_bad = self.note_fragments(provider, &found)?;
-        self.tell_damage(provider, newly_bad, &damage.detail)
-    }
-
-    /// A reader could not use a fragment. Wrong bytes are believed (the reader has the keys); a
-    /// missing one is asked of its provider first.
-    pub(super) fn client_damage(
-        &mut self,
-        session: u64,
-        damage: &us_proto::v1::Damage,
-    ) -> Result<(), StoreError> {
-        let Some(volume) = self.sessions.get(&session).map(|known| known.volume) else {
-            return Ok(());
-        };
-        let fragment = damage.fragment.clone().unwrap_or_default();
-        let (Some(block), Ok(index)) = (block_id(&fragment.block), u8::try_from(fragment.index))
-        else {
-            return self.refuse(session, "damage of what is no fragment".to_owned());
-        };
-        let piece = (volume, block, index);
-        let provider = damage.provider;
-        tracing::warn!(session, provider, %block, index, detail = %damage.detail, "read damage");
-        match FragmentStatus::try_from(damage.status) {
-            Ok(FragmentStatus::Damaged) => {
-                let newly_bad = self.note_fragments(provider, &[(piece, damage.status)])?;
-                self.tell_damage(provider, newly_bad, &damage.detail)
-            }
-            Ok(FragmentStatus::NotFound) => {
-                self.query(provider, vec![piece], None);
-                Ok(())
-            }
-            _ => Ok(()),
-        }
     }
 }
 

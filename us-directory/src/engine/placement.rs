@@ -213,7 +213,7 @@ impl Engine {
         for provider in providers {
             if let Some(member) = self.members.get_mut(&provider.0) {
                 member.promised_bytes += bytes;
-                self.placer.update(*provider, member.free_bytes(), member.is_usable());
+                self.placer.update(*provider, member.free_bytes(), member.takes_new());
             }
         }
     }

@@ -108,7 +108,11 @@ impl Engine {
         let mut batch = WriteBatch::new();
         batch.put(keys::volume(&id), encode(&volume.record));
         let reply = reply(&id, volume);
-        self.note_event(EventKind::VolumeChanged, 0, format!("{}: its key slots", reply.name))?;
+        self.note_volume_event(
+            EventKind::VolumeChanged,
+            &id,
+            format!("{}: its key slots", reply.name),
+        )?;
         let seq = self.commit(batch, Durability::Durable)?;
         self.then(seq, Then::Answer(ask, Answer::VolumeKeys(reply)))
     }

@@ -3,7 +3,7 @@
 //! A mount keeps to its volume's quota by itself (statfs). One that does not is bounded here, twice:
 //! - *leases*: a place that was leased and is not committed counts as a full block, against the quota
 //!   and against [`LEASES_MAX`]; it is forgotten when nothing can be young under it any more
-//!   (`garbage_age_ms`). Beyond the bound a mount hears "no space".
+//!   (`garbage_age_ms`), also where its session has ended. Beyond the bound a mount hears "no space".
 //! - *commits*: a batch that brings the volume beyond the quota and [`SLACK_BLOCKS`] more ends its
 //!   session: an honest mount runs out of leases before.
 //!
@@ -13,6 +13,7 @@
 
 use std::collections::BTreeMap;
 
+use bytes::Bytes;
 use us_core::ids::VolumeId;
 use us_proto::v1::mutation::Op;
 use us_proto::v1::{Batch, PlacementsLeased};
@@ -24,6 +25,12 @@ use crate::store::StoreError;
 
 /// Places of one session that are leased and not committed.
 pub(super) const LEASES_MAX: usize = 4096;
+/// The same of all sessions of one client that have ended: who mounts and unmounts in turns leases ahead
+/// each time.
+pub(super) const LEFT_MAX: usize = 4 * LEASES_MAX;
+/// Places that ended sessions left on one volume which its quota does not count: a mount leases a few dozen
+/// ahead, and who mounts now and then is not to wait for them to be old.
+pub(super) const LEFT_FREE: usize = 1024;
 /// Full blocks a volume may have beyond its quota: places leased ahead, and mounts that write at once.
 pub(super) const SLACK_BLOCKS: u64 = 64;
 const STORED_LEASES: u64 = 4;
@@ -41,6 +48,36 @@ impl Leased {
             self.0.pop_first();
         }
         self.0.len()
+    }
+}
+
+/// Places that sessions had leased and not committed when they ended, by their volume and client.
+#[derive(Debug, Default)]
+pub(super) struct Left(BTreeMap<(VolumeId, Bytes), Leased>);
+
+impl Left {
+    /// A session has ended.
+    pub fn by(&mut self, volume: VolumeId, key_hash: &Bytes, leased: &mut Leased) {
+        if !leased.0.is_empty() {
+            let left = self.0.entry((volume, key_hash.clone())).or_default();
+            left.0.append(&mut leased.0);
+        }
+    }
+
+    /// How many that are not too old to matter lie on `volume`, and how many this client left anywhere.
+    fn count(
+        &mut self,
+        now_ms: u64,
+        age_ms: u64,
+        volume: &VolumeId,
+        key_hash: &Bytes,
+    ) -> (usize, usize) {
+        self.0.retain(|_, leased| leased.count(now_ms, age_ms) > 0);
+        let sum = |counts: &dyn Fn(&(VolumeId, Bytes)) -> bool| -> usize {
+            let left = self.0.iter().filter(|(whose, _)| counts(whose));
+            left.map(|(_, leased)| leased.0.len()).sum()
+        };
+        (sum(&|(of, _)| of == volume), sum(&|(_, by)| by == key_hash))
     }
 }
 
@@ -96,10 +133,12 @@ impl Engine {
     ) -> Result<(u32, String), StoreError> {
         let (now_ms, age_ms) = (self.now_ms(), self.config.garbage_age_ms);
         let Some(known) = self.sessions.get_mut(&session) else { return Ok((0, String::new())) };
-        let volume = known.volume;
+        let (volume, key_hash) = (known.volume, known.record.key_hash.clone());
         let held = known.leased.count(now_ms, age_ms);
+        let (on_volume, by_client) = self.left.count(now_ms, age_ms, &volume, &key_hash);
         let left = LEASES_MAX.saturating_sub(held) as u64;
-        if left == 0 {
+        if left == 0 || by_client >= LEFT_MAX {
+            let held = held + by_client;
             return Ok((0, format!("{held} places are leased and nothing was stored there")));
         }
         let Some((bounds, block_bytes)) = self.bounds(&volume) else {
@@ -107,6 +146,7 @@ impl Engine {
         };
         let others = self.sessions.values_mut().filter(|other| other.volume == volume);
         let leased: usize = others.map(|other| other.leased.count(now_ms, age_ms)).sum();
+        let leased = leased + on_volume.saturating_sub(LEFT_FREE);
         let usage = self.usage(&volume)?;
         let room = bounds.leases_left(&usage, leased as u64 * block_bytes, block_bytes);
         if room == 0 {

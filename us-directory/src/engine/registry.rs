@@ -17,21 +17,20 @@ use std::collections::BTreeMap;
 
 use bytes::Bytes;
 use us_core::tls::{KeyHash, PeerIdentity, Role, is_name};
-use us_proto::v1::provider_down::Event as Down;
-use us_proto::v1::{EndReason, InviteInfo, MemberInfo, ProviderRefused, RefusedKeys, Standing};
+use us_proto::v1::{InviteInfo, MemberInfo, Standing};
 
-use super::event::{Answer, AskId, Effect, RefusalKind};
+use super::event::{Answer, AskId, RefusalKind};
 use super::events::EventKind;
-use super::sessions::Ending;
-use super::{ConnId, Durability, Engine, Then};
+use super::{Durability, Engine, Then};
 use crate::keys;
 use crate::records::{InviteRecord, JoinedRecord, RegistryRecord, decode, encode};
 use crate::store::{StoreError, WriteBatch};
 
 /// Members, revoked ones among them.
 const MEMBERS_MAX: usize = 1 << 18;
-/// Invitations that are open.
+/// Invitations that are open, and used-up ones that are remembered: who joined by one may ask again.
 const INVITES_MAX: usize = 4096;
+const USED_UP_MAX: usize = 4096;
 /// Members in one answer.
 const MEMBERS_PAGE: usize = 1024;
 /// Uses of one invitation.
@@ -158,10 +157,10 @@ pub struct Issue {
 /// Everybody the cluster knows.
 #[derive(Debug, Default)]
 pub(super) struct Registry {
-    members: BTreeMap<KeyHash, JoinedRecord>,
-    invites: BTreeMap<Bytes, InviteRecord>,
+    pub members: BTreeMap<KeyHash, JoinedRecord>,
+    pub invites: BTreeMap<Bytes, InviteRecord>,
     /// The number of the list of refused keys.
-    version: u64,
+    pub version: u64,
 }
 
 fn refused(kind: RefusalKind, detail: impl Into<String>) -> Answer {
@@ -174,18 +173,23 @@ pub(super) fn spoken(role: &str, name: &str, key_hash: &KeyHash) -> String {
 }
 
 impl Registry {
-    fn refused_keys(&self) -> RefusedKeys {
-        let refused = self.members.iter().filter(|(_, member)| member.is_refused());
-        let keys = refused.map(|(key, _)| Bytes::copy_from_slice(key.as_bytes())).collect();
-        RefusedKeys { version: self.version, keys }
-    }
-
     /// The clients of this name that are members.
     pub fn clients_called(&self, name: &str) -> Vec<KeyHash> {
         let clients = self.members.iter().filter(|(_, known)| {
             known.name == name && known.role == Role::Client.as_str() && !known.is_refused()
         });
         clients.map(|(key, _)| *key).collect()
+    }
+
+    /// How many invitations have no use left.
+    fn used_up(&self) -> usize {
+        self.invites.values().filter(|invite| invite.uses_left == 0).count()
+    }
+
+    /// Of those the one that is over first.
+    fn oldest_used_up(&self) -> Option<Bytes> {
+        let used_up = self.invites.iter().filter(|(_, invite)| invite.uses_left == 0);
+        used_up.min_by_key(|(_, invite)| invite.expires_ms).map(|(hash, _)| hash.clone())
     }
 
     fn find(&self, member: &str) -> Result<KeyHash, (RefusalKind, String)> {
@@ -234,17 +238,6 @@ impl Engine {
         let stored = self.store.get(&key)?.map(|value| decode::<RegistryRecord>(&key, &value));
         self.registry.version = stored.transpose()?.unwrap_or_default().version;
         Ok(())
-    }
-
-    /// The keys that are refused now.
-    pub fn refused_keys(&self) -> RefusedKeys {
-        self.registry.refused_keys()
-    }
-
-    /// Whether this key is a member no more.
-    pub(super) fn is_refused(&self, key_hash: &[u8]) -> bool {
-        let member = KeyHash::from_slice(key_hash).and_then(|key| self.registry.members.get(&key));
-        member.is_some_and(JoinedRecord::is_refused)
     }
 
     pub(super) fn ask_registry(
@@ -302,7 +295,8 @@ impl Engine {
                 "an invitation has at most 10,000 uses, and is good for at most 90 days",
             );
         }
-        if self.registry.invites.len() >= INVITES_MAX {
+        let used_up = self.registry.used_up();
+        if self.registry.invites.len() - used_up >= INVITES_MAX {
             let detail = "too many invitations are open: cancel some (`usctl invite list`)";
             return Ok(refused(RefusalKind::Busy, detail));
         }
@@ -321,6 +315,10 @@ impl Engine {
         let mut batch = WriteBatch::new();
         batch.put(keys::invite(&hash), encode(&record));
         self.registry.invites.insert(hash, record);
+        if let Some(old) = self.registry.oldest_used_up().filter(|_| used_up >= USED_UP_MAX) {
+            self.registry.invites.remove(&old);
+            batch.delete(keys::invite(&old));
+        }
         let detail = format!("{}, uses {uses}, invitation {}", role, hex(&info.id));
         self.note_event(EventKind::Invited, 0, detail)?;
         self.commit(batch, Durability::Durable)?;
@@ -474,9 +472,13 @@ impl Engine {
         }
         let mut invite = invite.clone();
         invite.uses_left -= 1;
-        let was_out = known.is_some_and(JoinedRecord::is_refused);
+        // After a restore providers may refuse keys that nobody here remembers: they hear who was invited.
+        let (incarnation, was_out) =
+            (self.cluster.incarnation, known.map(JoinedRecord::is_refused));
+        let to_tell = was_out == Some(true) || incarnation > 1;
         let mut record = self.new_member(role, name, invite.site.clone(), invite.by.clone());
         record.invite = Bytes::copy_from_slice(secret_hash);
+        record.incarnation = incarnation;
         let mut batch = WriteBatch::new();
         batch.put(keys::invite(secret_hash), encode(&invite));
         batch.put(keys::joined(key_hash.as_bytes()), encode(&record));
@@ -485,7 +487,7 @@ impl Engine {
         let detail = spoken(&record.role, &record.name, &key_hash);
         let detail = format!("{detail}, invitation {}", hex(&secret_hash[..INVITE_ID_BYTES]));
         self.note_event(EventKind::MemberJoined, 0, detail)?;
-        if was_out {
+        if to_tell {
             self.refusals_changed(&mut batch);
         }
         self.commit(batch, Durability::Durable)?;
@@ -523,37 +525,40 @@ impl Engine {
         Ok(Answer::Registry(RegistryAnswer::Renewal(Some(issue), life_ms / 100 * RENEW_PERCENT)))
     }
 
-    fn revoke(&mut self, member: &str) -> Result<Answer, StoreError> {
-        let key = match self.registry.find(member) {
-            Ok(key) => key,
-            // A certificate that was never used is known to nobody but by its whole key.
-            Err((kind, detail)) => match parse_key(member) {
-                Some(key) => {
-                    let record = self.new_member(
-                        Role::Client,
-                        "unknown".to_owned(),
-                        String::new(),
-                        String::new(),
-                    );
-                    self.registry.members.insert(key, record);
-                    key
-                }
-                None => return Ok(refused(kind, detail)),
-            },
+    /// What is written down of a key that is revoked before it was ever met: a provider is known from
+    /// before there was a registry.
+    fn unseen_member(&mut self, key: &KeyHash) -> JoinedRecord {
+        let provider = self.provider_of_key.get(&key.as_bytes()[..]);
+        let provider = provider.and_then(|provider| self.members.get(provider));
+        let (role, name) = match provider {
+            Some(member) => (Role::Provider, member.record.name.clone()),
+            None => (Role::Client, "unknown".to_owned()),
         };
-        if self.asker_key == Some(key) {
+        self.new_member(role, name, String::new(), String::new())
+    }
+
+    fn revoke(&mut self, member: &str) -> Result<Answer, StoreError> {
+        let key = match (self.registry.find(member), parse_key(member)) {
+            (Ok(key), _) => key,
+            // A certificate that was never seen is known to nobody but by its whole key.
+            (Err(_), Some(key)) => key,
+            (Err((kind, detail)), None) => return Ok(refused(kind, detail)),
+        };
+        if self.asker_is.as_ref().is_some_and(|asker| asker.key_hash == key) {
             let detail = "nobody revokes the certificate it asks with: ask another administrator";
             return Ok(refused(RefusalKind::Invalid, detail));
         }
         let unix_ms = self.at.unix_ms.max(1);
-        let Some(record) = self.registry.members.get_mut(&key) else {
-            return Ok(refused(RefusalKind::NotFound, "no such member"));
+        let mut record = match self.registry.members.get(&key) {
+            Some(record) => record.clone(),
+            None => self.unseen_member(&key),
         };
         if record.revoked_unix_ms == 0 {
             record.revoked_unix_ms = unix_ms;
         }
+        self.registry.members.insert(key, record.clone());
         let mut batch = WriteBatch::new();
-        batch.put(keys::joined(key.as_bytes()), encode(record));
+        batch.put(keys::joined(key.as_bytes()), encode(&record));
         let detail = spoken(&record.role, &record.name, &key);
         self.refusals_changed(&mut batch);
         self.commit(batch, Durability::Durable)?;
@@ -570,55 +575,6 @@ impl Engine {
         }
         let member = self.member_info(&key, &self.registry.members[&key]);
         Ok(Answer::Registry(RegistryAnswer::Revoked { member, sessions, provider }))
-    }
-
-    /// The list of refused keys has changed: it gets a new number, and everyone who enforces it hears.
-    fn refusals_changed(&mut self, batch: &mut WriteBatch) {
-        self.registry.version += 1;
-        let record = RegistryRecord { version: self.registry.version };
-        batch.put(keys::registry(), encode(&record));
-        let list = self.refused_keys();
-        let online = self.members.values().filter(|member| member.online);
-        let online: Vec<ConnId> = online.filter_map(|member| member.conn).collect();
-        for conn in online {
-            self.tell(conn, Down::RefusedKeys(list.clone()));
-        }
-        self.effects.push(Effect::Refuse(list));
-    }
-
-    /// Ends what a key has open here; how many sessions.
-    fn shut_out(&mut self, key: &KeyHash, why: &str) -> Result<u32, StoreError> {
-        let sessions = self.sessions.iter();
-        let own = |known: &super::sessions::Session| known.record.key_hash == key.as_bytes()[..];
-        let sessions: Vec<u64> = sessions
-            .filter(|(_, known)| own(known) && known.is_alive())
-            .map(|(id, _)| *id)
-            .collect();
-        for session in &sessions {
-            let end = Ending { reason: EndReason::Revoked, detail: why.to_owned() };
-            self.end_session(*session, end)?;
-        }
-        let conns = self.connections.iter();
-        let mut conns: Vec<ConnId> = conns
-            .filter(|(_, open)| open.peer.key_hash == key.as_bytes()[..] && open.session.is_none())
-            .map(|(conn, _)| *conn)
-            .collect();
-        conns.sort_unstable_by_key(|conn| conn.0);
-        for conn in conns {
-            self.refuse_connection(conn, why)?;
-        }
-        Ok(sessions.len() as u32)
-    }
-
-    /// Ends a connection that has no session, of a mount or a provider.
-    pub(super) fn refuse_connection(&mut self, conn: ConnId, why: &str) -> Result<(), StoreError> {
-        let provides = self.connections.get(&conn).is_some_and(|open| open.provider.is_some());
-        if provides {
-            let refused = ProviderRefused { reason: why.to_owned() };
-            self.tell(conn, Down::Refused(refused));
-        }
-        self.effects.push(Effect::End { conn });
-        self.disconnected(conn)
     }
 
     /// Lets go of invitations that are over, and of members whose certificates have expired.

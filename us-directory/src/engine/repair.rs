@@ -28,6 +28,7 @@ use us_proto::v1::{
     CancelRebuild, FragmentStatus, ProviderReport, RebuildStatus, Rebuilt, RepairStatus,
 };
 
+use super::audit::Reporter;
 use super::members::FRAGMENTS_A_MESSAGE;
 use super::{Durability, Engine, presence};
 use crate::keys;
@@ -108,7 +109,7 @@ pub(super) struct Repairs {
     failing: HashMap<u32, Failing>,
     /// Fragments that may lie where an order was given up, of blocks that are well now.
     strays: Vec<(BlockKey, route::Place)>,
-    /// Providers that are dead or being emptied: new blocks there need a look.
+    /// Providers that are dead, distrusted or being emptied: new blocks there need a look.
     pub unwell: HashSet<u32>,
     /// Helpers chosen for blocks that wait, together with those of many others.
     planned: HashMap<BlockKey, route::Planned>,
@@ -247,12 +248,19 @@ impl Engine {
         let clocks = &self.config.clocks;
         let mean_s = (clocks.mttf_ms.max(1) as f64) / 1000.0;
         match self.members.get(&provider) {
-            None => Holder { lives: false, reachable: false, draining: false, hazard: 1.0 },
+            None => Holder {
+                lives: false,
+                trusted: true,
+                reachable: false,
+                draining: false,
+                hazard: 1.0,
+            },
             Some(member) => {
                 let (record, reachable) = (&member.record, member.is_reachable());
                 let factor = presence::hazard_factor(record, reachable, self.clock_ms(), clocks);
                 Holder {
                     lives: !record.dead,
+                    trusted: !record.distrusted,
                     reachable,
                     draining: record.draining,
                     hazard: factor / mean_s,
@@ -477,6 +485,7 @@ impl Engine {
                 Ok(FragmentStatus::Damaged) => {
                     let (provider, status) = (fault.provider, fault.status);
                     let newly_bad = self.note_fragments(provider, &[(piece, status)])?;
+                    self.audit_soon(provider, piece, Reporter::Provider(job.target));
                     self.tell_damage(provider, newly_bad, &fault.detail)?;
                 }
                 // Not believed unasked: the provider itself is to say so.

@@ -511,6 +511,7 @@ impl Engine {
         known.undurable.clear();
         known.open.clear();
         known.ending = false;
+        self.left.by(known.volume, &known.record.key_hash, &mut known.leased);
         if !known.record.fenced {
             self.sessions.remove(&session);
         }

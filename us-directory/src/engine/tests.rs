@@ -20,6 +20,7 @@ use super::*;
 use crate::store::memory::MemoryStore;
 
 mod access;
+mod audits;
 mod basics;
 mod checks;
 mod cleaning;
@@ -61,6 +62,8 @@ pub(super) struct World {
     pub to_sessions: HashMap<u64, VecDeque<Down>>,
     pub to_providers: HashMap<u64, VecDeque<PDown>>,
     answers: VecDeque<Answer>,
+    /// What the audits' job was given.
+    pub audits: VecDeque<AuditPlan>,
     pub providers: Vec<(u64, u32)>,
     /// What the owners of all providers state of their lines, up and down, bytes a second.
     pub line: (u64, u64),
@@ -97,6 +100,7 @@ impl World {
             to_sessions: HashMap::new(),
             to_providers: HashMap::new(),
             answers: VecDeque::new(),
+            audits: VecDeque::new(),
             providers: Vec::new(),
             line: (0, 0),
             free_bytes: report().free_bytes,
@@ -145,6 +149,7 @@ impl World {
                     self.to_providers.entry(conn.0).or_default().extend(down.event);
                 }
                 Effect::End { .. } => {}
+                Effect::Answer { answer: Answer::Audit(plan), .. } => self.audits.push_back(*plan),
                 Effect::Answer { answer, .. } => self.answers.push_back(answer),
             }
         }

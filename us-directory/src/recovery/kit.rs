@@ -106,7 +106,9 @@ impl RecoveryKit {
         let from = |marker: &str| content.find(marker).map(|at| &content[at..]);
         let certificate = from(CERTIFICATE).ok_or(wrong("the certificate is missing"))?;
         let key = from(PRIVATE_KEY).ok_or(wrong("the authority's key is missing"))?;
-        let certificate = certificate[..certificate.len() - key.len()].to_owned();
+        let certificate =
+            certificate.strip_suffix(key).ok_or(wrong("its parts are out of order"))?;
+        let certificate = certificate.to_owned();
         let key = Zeroizing::new(key.to_owned());
         let authority = CertificateAuthority::from_pem(certificate, key)?;
         Ok(Self { secret: Secret::from_bytes(secret), authority })

@@ -1,4 +1,5 @@
-//! The file `grants`: what a provider was told last, so that it can judge before its directory is back.
+//! The file `grants`: what a provider was told last and the period it has counted to since, so that it
+//! can judge before its directory is back.
 //!
 //! ```text
 //! 0          8     40        56      64       72          80

@@ -110,6 +110,48 @@ fn a_provider_that_was_told_nothing_moves_nothing_and_one_that_was_goes_on() {
     assert_eq!(grants.admit(&client, &present, Rights::Read), Err(Denied::NotTold));
 }
 
+/// A start without the directory began again at the period that was told last: what had ended since was
+/// honoured anew, after each start.
+#[test]
+fn what_ended_before_a_start_stays_ended() {
+    let (dir, grants) = grants(10);
+    let client = peer(Role::Client, 7);
+    let ended = key(1).sign(&grant(Rights::Read, 10));
+    let later = key(1).sign(&grant(Rights::Read, 12));
+    let now_ms = boottime_ms();
+    grants.keep(now_ms + 5 * PERIOD_MS).unwrap();
+    drop(grants);
+    for start in 0..3 {
+        let grants = Grants::load(dir.path());
+        let refused = grants.admit(&client, &ended, Rights::Read);
+        assert_eq!(refused, Err(Denied::Expired { until: 14, present: 15 }), "start {start}");
+        assert!(grants.admit(&client, &later, Rights::Read).is_ok(), "start {start}");
+    }
+    // The directory's word counts all the same: its time stood still.
+    let grants = Grants::load(dir.path());
+    grants.told(told(13)).unwrap();
+    assert!(grants.admit(&client, &ended, Rights::Read).is_ok());
+    assert!(Grants::load(dir.path()).admit(&client, &ended, Rights::Read).is_ok());
+}
+
+#[test]
+fn a_period_is_written_once() {
+    let (dir, grants) = grants(10);
+    let now_ms = boottime_ms();
+    let path = dir.path().join("grants");
+    std::fs::remove_file(&path).unwrap();
+    grants.keep(now_ms).unwrap();
+    assert!(!path.exists(), "what is written is not written again");
+    grants.keep(now_ms + PERIOD_MS).unwrap();
+    assert_eq!(decode_told(&std::fs::read(&path).unwrap()), Some(told(11)));
+    // A disk that fails once is tried again.
+    std::fs::remove_dir_all(dir.path()).unwrap();
+    assert!(grants.keep(now_ms + 2 * PERIOD_MS).is_err());
+    std::fs::create_dir(dir.path()).unwrap();
+    grants.keep(now_ms + 2 * PERIOD_MS).unwrap();
+    assert_eq!(decode_told(&std::fs::read(&path).unwrap()), Some(told(12)));
+}
+
 #[test]
 fn time_passes_on_the_own_clock_and_the_directory_has_the_last_word() {
     let mut judge = Judge::new(told(10), 5_000);

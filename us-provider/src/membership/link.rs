@@ -17,7 +17,7 @@ use super::retain::Retaining;
 use super::{About, Effect, FileError, MESSAGE_BYTES_MAX, Member, MembershipFiles};
 use crate::copies::Copies;
 use crate::grants::Grants;
-use crate::guest::{Pause, ScrubRequests};
+use crate::guest::{GuestConfig, Pause, Pressure, ScrubRequests, may_work};
 use crate::leave::Leave;
 use crate::rebuild::{Ended, Rebuilder};
 use crate::service::{inventory_item, status_of};
@@ -60,6 +60,8 @@ pub struct Hands {
     pub grants: Grants,
     /// The owner's pause, which the directory is told.
     pub pause: Pause,
+    /// When background work may run.
+    pub guest: GuestConfig,
     /// The owner's word that it leaves.
     pub leave: Leave,
     /// Rebuilds.
@@ -286,8 +288,12 @@ impl Link {
                     Ok(())
                 }
             },
-            Effect::Check { query, ids, bring_back } => {
-                let statuses = self.check(ids, bring_back).await?;
+            Effect::Check { query, ids, bring_back, when_idle } => {
+                let statuses = if when_idle && self.is_busy().await {
+                    vec![FragmentStatus::Busy; ids.len()]
+                } else {
+                    self.check(ids, bring_back).await?
+                };
                 send(outbox, Member::checked(query, &statuses)).await
             }
             Effect::Rebuild { ticket, own, order } => {
@@ -384,6 +390,13 @@ impl Link {
                 Err(error.to_string())
             }
         })
+    }
+
+    /// Whether background work has to wait. The owner's pause is not asked: reading goes on.
+    async fn is_busy(&self) -> bool {
+        let guest = self.hands.guest;
+        let gate = move || may_work(&guest, false, Pressure::of("cpu"), Pressure::of("io"));
+        tokio::task::spawn_blocking(gate).await.is_ok_and(|may| may.is_err())
     }
 
     /// How fragments are; what is wanted and lies in the trash comes back.

@@ -283,7 +283,7 @@ mod tests {
             |order| order.block = vec![1; 15].into(),
             |order| order.volume = vec![].into(),
             |order| order.fingerprint_hash = vec![1; 31].into(),
-            |order| order.fingerprint_kind = 2,
+            |order| order.fingerprint_kind = 3,
             |order| order.fingerprint_kind = 257,
             |order| order.s = 0,
             |order| order.page_bytes = 4000,

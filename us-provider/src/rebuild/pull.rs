@@ -86,7 +86,7 @@ impl Work {
             if let Some(star) = self.agree(bodies).await {
                 return Ok(star);
             }
-            // Each has its fingerprint, and together they are wrong: somebody forged one.
+            // Each has its fingerprint, and together they are wrong: somebody forged a CRC-32C.
             tracing::warn!(block = %self.order.block, "fragments contradict each other");
             gather.need_more();
         }

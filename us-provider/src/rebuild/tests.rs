@@ -13,7 +13,7 @@ use rand::rngs::StdRng;
 use rand::{RngCore, SeedableRng};
 use us_core::code::ErasureCode;
 use us_core::disk::ProviderAddress;
-use us_core::fragment::{FragmentRecord, records_of_block};
+use us_core::fragment::{FingerprintKind, FragmentRecord, records_of_block};
 use us_core::geometry::{BlockGeometry, Code};
 use us_core::ids::{Birth, BlockId, VolumeId};
 use us_core::tls::KeyHash;
@@ -32,7 +32,12 @@ struct Block {
 }
 
 impl Block {
+    /// With the fingerprints of old blocks.
     fn new(s: usize, r: usize, bytes: usize, seed: u64) -> Self {
+        Self::of_kind(FingerprintKind::Crc32c, s, r, bytes, seed)
+    }
+
+    fn of_kind(kind: FingerprintKind, s: usize, r: usize, bytes: usize, seed: u64) -> Self {
         let code = Code::new(s, r).unwrap();
         let geometry = BlockGeometry::new(code, bytes.clamp(1, code.block_bytes_max())).unwrap();
         let mut random = StdRng::seed_from_u64(seed);
@@ -44,7 +49,7 @@ impl Block {
         ErasureCode::new(code).encode(&data, &mut parity).unwrap();
         let bodies = bodies.into_iter().map(Bytes::from).collect();
         let (volume, block) = (VolumeId::from_bytes([4; 16]), BlockId::generate());
-        let records = records_of_block(volume, block, Birth(seed), geometry, bodies);
+        let records = records_of_block(kind, volume, block, Birth(seed), geometry, bodies);
         Self { geometry, records }
     }
 
@@ -69,7 +74,7 @@ impl Block {
             r: code.r() as u32,
             page_bytes: self.geometry.page_bytes() as u32,
             plaintext_bytes: self.geometry.plaintext_bytes() as u32,
-            fingerprint_kind: 1,
+            fingerprint_kind: header.fingerprint_kind() as u32,
             fingerprint_hash: self.records[0].trailer.fingerprints.hash().to_vec().into(),
             wanted: wanted.iter().map(|index| u32::from(*index)).collect(),
             sources: indexes.map(source).collect(),

@@ -293,9 +293,8 @@ pub(super) fn examine(
     if *header != own.encode() {
         return Ok(Shown::Doubtful("its header is not the block's".to_owned()));
     }
-    let trailer = match FragmentTrailer::decode(&own, trailer) {
-        Ok(trailer) if trailer.fingerprints.hash() == order.list_hash => trailer,
-        Ok(_) => return Ok(Shown::Doubtful("its fingerprints are not the block's".to_owned())),
+    let trailer = match FragmentTrailer::decode_listed(&own, &order.list_hash, trailer) {
+        Ok(trailer) => trailer,
         Err(error) => return Ok(Shown::Doubtful(error.to_string())),
     };
     if *slots == (0..order.geometry.fragment_slots()) {

@@ -17,7 +17,10 @@ mod control;
 mod stage;
 
 use std::collections::BTreeSet;
+use std::fs::File;
 use std::io;
+use std::num::NonZeroU64;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
@@ -219,6 +222,9 @@ impl Writer {
             self.abandon();
             return Err(error);
         }
+        if batch.is_bulk() {
+            leave_cache(&active.segment.file, active.offset..end);
+        }
         metrics::counter!("us_provider_fsyncs_total").increment(1);
         metrics::histogram!("us_provider_fsync_seconds").record(begun.elapsed().as_secs_f64());
         if let Some(active) = &mut self.active {
@@ -327,6 +333,16 @@ impl Writer {
         })?;
         self.active = Some(Active { segment: Arc::clone(&segment), offset: SEGMENT_HEADER_BYTES });
         Ok(Some((segment, SEGMENT_HEADER_BYTES)))
+    }
+}
+
+/// Has the system forget what it keeps in memory of a part that is on the disk: the owner of the machine
+/// needs that memory more than whoever reads the fragments again, who has a cache of their own.
+fn leave_cache(file: &File, part: Range<u64>) {
+    let bytes = NonZeroU64::new(part.end - part.start);
+    if let Err(error) = rustix::fs::fadvise(file, part.start, bytes, rustix::fs::Advice::DontNeed) {
+        // It would be a favour, no more.
+        tracing::debug!(%error, "pages stay in the system's cache");
     }
 }
 

@@ -58,6 +58,10 @@ pub struct ReadPlan {
     pub pieces: Vec<ReadPiece>,
     /// Pieces of blocks worth reading ahead.
     pub ahead: Vec<(Arc<BlockInfo>, Range<usize>)>,
+    /// How many bytes what must be fetched should bring along, if the whole file can be kept.
+    pub around_bytes: usize,
+    /// The size of the file.
+    pub file_bytes: u64,
 }
 
 impl Core {
@@ -81,11 +85,13 @@ impl Core {
         if !self.open_file(handle)?.flags.no_atime {
             self.touch_atime(now, ino);
         }
-        let ahead = self.open_file_mut(handle)?.read_ahead.on_read(range, size);
+        let reader = &mut self.open_file_mut(handle)?.read_ahead;
+        let ahead = reader.on_read(range, size);
+        let around_bytes = reader.around_bytes();
         // A part of the map that is not here yet is fetched when the reader gets there.
         let plans = ahead.into_iter().filter_map(|range| self.plan(ino, range, size).ok());
         let ahead = plans.flatten().filter_map(ahead_piece).collect();
-        Ok(ReadPlan { pieces, ahead })
+        Ok(ReadPlan { pieces, ahead, around_bytes, file_bytes: size })
     }
 
     pub(super) fn plan(

@@ -23,7 +23,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 
 use us_core::ids::Ino;
-use us_core::range_locks::{NotSet, RangeLock, RangeLocks};
+use us_core::range_locks::{NotSet, RangeLock, RangeLocks, SESSION_LOCKS_MAX};
 use us_proto::v1;
 use us_proto::v1::LockKind;
 use us_proto::v1::session_up::Event as Up;
@@ -76,8 +76,10 @@ pub enum LockOutcome {
     Granted,
     /// This one is in the way.
     InTheWay(OwnLock),
-    /// The file would have too many locks.
+    /// The file, or this mount, would have too many locks.
     TooMany,
+    /// A write lock, and the mount is read-only.
+    ReadOnly,
     /// Another mount did not say its locks in time.
     Undecided,
 }
@@ -136,12 +138,22 @@ struct FileLocks {
 pub struct OwnLocks {
     files: HashMap<Ino, FileLocks>,
     pending: BTreeMap<u64, Pending>,
+    /// The locks of all files, and the files that are kept.
+    count: usize,
 }
 
 impl OwnLocks {
     /// Takes one event. `trusted`: the session's leases can be believed now.
     pub fn step(&mut self, trusted: bool, event: LockEvent) -> LockStep {
         let mut step = LockStep::default();
+        let ino = match &event {
+            LockEvent::Asked { ino, .. } | LockEvent::Recalled(ino) | LockEvent::Closed(ino) => {
+                Some(*ino)
+            }
+            LockEvent::GivenUp { number } => self.pending.get(number).map(|known| known.ino),
+            LockEvent::Answered(reply) => self.pending.get(&reply.request).map(|known| known.ino),
+        };
+        let before = self.weight(ino);
         match event {
             LockEvent::Asked { number, ino, ask } => {
                 self.asked(trusted, number, ino, ask, &mut step);
@@ -154,7 +166,18 @@ impl OwnLocks {
                 self.tidy(ino);
             }
         }
+        self.count = (self.count + self.weight(ino)).saturating_sub(before);
         step
+    }
+
+    /// What a file adds to the count.
+    fn weight(&self, ino: Option<Ino>) -> usize {
+        ino.and_then(|ino| self.files.get(&ino)).map_or(0, FileLocks::weight)
+    }
+
+    /// How many more locks may be granted here.
+    fn room(&self) -> usize {
+        SESSION_LOCKS_MAX.saturating_sub(self.count)
     }
 
     /// Whether the file's locks are kept here.
@@ -172,6 +195,7 @@ impl OwnLocks {
         if !trusted && !release {
             self.say_kept(ino, step);
         }
+        let room = self.room();
         let file = self.files.entry(ino).or_default();
         if !file.kept {
             let behind = file.given_up > 0 && self.is_taken_back(ino, ask.wanted.by);
@@ -182,7 +206,7 @@ impl OwnLocks {
             }
             return;
         }
-        match file.decide(&ask) {
+        match file.decide(&ask, room) {
             LockOutcome::InTheWay(_) if ask.wait_ms > 0 && !ask.test => {
                 file.here.insert(number);
                 self.pending.insert(number, Pending::new(ino, ask, Place::Here));
@@ -198,6 +222,7 @@ impl OwnLocks {
 
     /// Grants what waits here and has nothing in its way any more.
     fn let_in(&mut self, trusted: bool, ino: Ino, step: &mut LockStep) {
+        let room = self.room();
         let Some(file) = self.files.get_mut(&ino).filter(|file| !file.here.is_empty()) else {
             return;
         };
@@ -209,7 +234,7 @@ impl OwnLocks {
         while std::mem::take(&mut again) {
             for number in file.here.clone() {
                 let Some(pending) = self.pending.get(&number) else { continue };
-                let outcome = file.decide(&pending.ask);
+                let outcome = file.decide(&pending.ask, room);
                 if matches!(outcome, LockOutcome::InTheWay(_)) {
                     continue;
                 }
@@ -360,6 +385,7 @@ impl OwnLocks {
         numbers.into_iter().for_each(|number| self.send(number, &mut again));
         step.send.append(&mut again.send);
         self.files.retain(|_, file| !file.is_nothing());
+        self.count = self.files.values().map(FileLocks::weight).sum();
         step
     }
 
@@ -421,12 +447,16 @@ impl Pending {
 }
 
 impl FileLocks {
-    fn decide(&mut self, ask: &LockAsk) -> LockOutcome {
+    fn weight(&self) -> usize {
+        self.own.held().len() + usize::from(self.kept)
+    }
+
+    fn decide(&mut self, ask: &LockAsk, room: usize) -> LockOutcome {
         let blocking = self.own.in_the_way(&ask.wanted);
         if ask.test {
             return blocking.map_or(LockOutcome::Granted, LockOutcome::InTheWay);
         }
-        match self.own.set(ask.wanted) {
+        match self.own.set_within(ask.wanted, room) {
             Ok(()) => LockOutcome::Granted,
             Err(NotSet::InTheWay(held)) => LockOutcome::InTheWay(held),
             Err(NotSet::TooMany) => LockOutcome::TooMany,
@@ -463,6 +493,13 @@ pub struct Locked {
 impl Core {
     /// Has the locks take an event; what is to be said is queued.
     pub fn step_locks(&mut self, now: Now, event: LockEvent) -> Locked {
+        if let LockEvent::Asked { number, ask, .. } = &event
+            && ask.wanted.kind == LockKind::Write
+            && !ask.test
+            && self.config.read_only
+        {
+            return Locked { done: vec![(*number, LockOutcome::ReadOnly)], sent: 0 };
+        }
         let trusted = self.check_session(now).is_ok();
         let LockStep { send, done } = self.locks.step(trusted, event);
         let sent = send.len();

@@ -196,6 +196,24 @@ pub(super) async fn give_up(target: &Target, args: &GiveUpArgs) -> anyhow::Resul
     Ok(())
 }
 
+/// Flags of `usctl trust`.
+#[derive(Debug, clap::Args)]
+pub struct TrustArgs {
+    /// Which one, by number or name
+    provider: String,
+}
+
+pub(super) async fn trust(target: &Target, args: &TrustArgs) -> anyhow::Result<()> {
+    let mut admin = connect(target).await?;
+    let provider = provider_number(&mut admin, &args.provider).await?;
+    let fragments = admin.trust(provider).await?;
+    super::say(&format!(
+        "provider {provider} has no marks any more: it counts again when it was asked after \
+         {fragments} fragments"
+    ))?;
+    Ok(())
+}
+
 /// Flags of `usctl what-if`.
 #[derive(Debug, clap::Args)]
 pub struct WhatIfArgs {
@@ -327,9 +345,15 @@ fn event_text(event: &v1::ClusterEvent) -> String {
     line
 }
 
-/// What sleeping, dying and draining add to a provider's note.
+/// What sleeping, dying, draining and lying add to a provider's note.
 pub(super) fn provider_note(provider: &v1::ProviderStatus) -> String {
     let mut notes = Vec::new();
+    if provider.distrusted {
+        notes.push("DISTRUSTED: what it holds does not count".to_owned());
+    }
+    if provider.found_wrong > 0 {
+        notes.push(format!("claimed {} fragments it had not", provider.found_wrong));
+    }
     if provider.draining {
         notes.push(format!("draining, {} left", provider.fragments));
     }
@@ -408,5 +432,13 @@ mod tests {
             ..Default::default()
         };
         assert_eq!(provider_note(&provider), "draining, 5 left; expected in 2 h");
+    }
+
+    #[test]
+    fn a_distrusted_provider_is_said_to_be_one() {
+        let provider =
+            v1::ProviderStatus { found_wrong: 3, distrusted: true, ..Default::default() };
+        let wanted = "DISTRUSTED: what it holds does not count; claimed 3 fragments it had not";
+        assert_eq!(provider_note(&provider), wanted);
     }
 }

@@ -275,6 +275,14 @@ impl Admin {
         Ok(answer(self.client.give_up(v1::GiveUpRequest { provider })).await?.fragments)
     }
 
+    /// Forgets a provider's marks; how many fragments it is asked after.
+    ///
+    /// # Errors
+    /// When the directory refuses, or does not answer.
+    pub async fn trust(&mut self, provider: u32) -> anyhow::Result<u64> {
+        Ok(answer(self.client.trust(v1::TrustRequest { provider })).await?.fragments)
+    }
+
     /// Checks everything.
     ///
     /// # Errors

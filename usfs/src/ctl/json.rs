@@ -117,6 +117,8 @@ pub(super) fn providers(providers: &[v1::ProviderStatus], pids: &Pids) -> Value 
             "repair_worst_fragments": provider.repair_worst_fragments,
             "repair_worst_bytes": provider.repair_worst_bytes,
             "reclaimable_bytes": provider.reclaimable_bytes,
+            "found_wrong": provider.found_wrong,
+            "distrusted": provider.distrusted,
         });
         if let Some(pid) = pids.get(&provider.name) {
             value["pid"] = json!(pid);

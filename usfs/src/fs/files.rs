@@ -38,7 +38,9 @@ impl Fs {
         for (info, range) in &plan.ahead {
             self.shared.disk.prefetch(info, range.clone());
         }
-        assemble(self, plan.pieces).await
+        // A file that is read here and there and fits into the cache is soon there.
+        let fits = plan.file_bytes <= self.shared.disk.cache_bytes();
+        assemble(self, plan.pieces, if fits { plan.around_bytes } else { 0 }).await
     }
 
     async fn read_block(
@@ -46,6 +48,7 @@ impl Fs {
         block: BlockId,
         info: Option<Arc<BlockInfo>>,
         range: Range<usize>,
+        around_bytes: usize,
     ) -> Result<Vec<Bytes>, FsError> {
         let info = match info {
             Some(info) => info,
@@ -56,7 +59,7 @@ impl Fs {
                 })?)
             }
         };
-        self.shared.disk.read(&info, range).await.map_err(|error| {
+        self.shared.disk.read_around(&info, range, around_bytes).await.map_err(|error| {
             tracing::error!(%block, %error, "cannot read");
             FsError::Io(error.to_string())
         })
@@ -113,6 +116,7 @@ impl Fs {
             state.core.open_file_mut(handle)?.flags.append = flags.append;
             let written = state.core.write(now, handle, offset, data, flags.kill_suid);
             after = state.core.uncommitted_bytes();
+            self.shared.fit_cache(state);
             written
         };
         let written = match self.attempt(&mut write) {
@@ -139,6 +143,7 @@ impl Fs {
                 state.core.open_file_mut(handle)?.flags.append = flags.append;
                 let written = state.core.write(now, handle, offset, &data, flags.kill_suid);
                 after = state.core.uncommitted_bytes();
+                self.shared.fit_cache(state);
                 written
             })
             .await?;
@@ -234,8 +239,12 @@ impl Fs {
     }
 }
 
-/// Reads what the plan says, in order.
-pub(super) async fn assemble(fs: &Fs, mut pieces: Vec<ReadPiece>) -> Result<Bytes, FsError> {
+/// Reads `pieces`, in order; what of a block must be fetched brings `around_bytes` along.
+pub(super) async fn assemble(
+    fs: &Fs,
+    mut pieces: Vec<ReadPiece>,
+    around_bytes: usize,
+) -> Result<Bytes, FsError> {
     if pieces.len() == 1
         && let Some(ReadPiece::Bytes(bytes)) = pieces.first()
     {
@@ -243,7 +252,7 @@ pub(super) async fn assemble(fs: &Fs, mut pieces: Vec<ReadPiece>) -> Result<Byte
     }
     let blocks = pieces.iter_mut().filter_map(|piece| match piece {
         ReadPiece::Block { block, info, range } => {
-            Some(fs.read_block(*block, info.take(), range.clone()))
+            Some(fs.read_block(*block, info.take(), range.clone(), around_bytes))
         }
         ReadPiece::Bytes(_) | ReadPiece::Zero(_) => None,
     });

@@ -264,6 +264,7 @@ fn undone(outcome: LockOutcome) -> FsError {
     match outcome {
         LockOutcome::Granted | LockOutcome::InTheWay(_) => FsError::Locked,
         LockOutcome::TooMany => FsError::TooManyLocks,
+        LockOutcome::ReadOnly => FsError::BadHandle,
         LockOutcome::Undecided => {
             FsError::TimedOut("another mount did not say which locks it has".to_owned())
         }

@@ -20,7 +20,7 @@ use us_proto::v1::session_up::Event as Up;
 use super::blocks::Blocks;
 use super::notify::Forget;
 use super::shared::{Parts, Shared, now};
-use super::writeback::flush_file;
+use super::writeback::{flush_file, store_all};
 use super::{Fs, FsError};
 use crate::core::{Core, CoreConfig, FlushReason};
 use crate::session::stream::{OpenStream, margin};
@@ -289,6 +289,7 @@ impl Fs {
 
     async fn flush_all(&self) -> Result<(), FsError> {
         let shared = &self.shared;
+        store_all(shared).await;
         loop {
             let dirty: Vec<Ino> = shared.lock().core.uncommitted_files();
             if dirty.is_empty() {

@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use parking_lot::{Mutex, MutexGuard};
@@ -53,6 +53,41 @@ pub(crate) struct State {
     pub undurable: UndurableBlocks,
 }
 
+/// The memory for data that is not written yet, as far as it is free, keeps pages that were read. It is
+/// given and taken in steps: a write shrinks the cache before it has taken the step's bytes.
+struct CacheShare {
+    /// What the cache always has.
+    least_bytes: u64,
+    /// What unwritten data may take.
+    dirty_bytes_max: u64,
+    /// Steps that the cache has beyond the least.
+    steps: AtomicU64,
+}
+
+/// A step of a [`CacheShare`].
+const CACHE_STEP_BYTES: u64 = 8 << 20;
+
+impl CacheShare {
+    fn new(disk: &VirtualDisk, dirty_bytes_max: usize) -> Self {
+        let share = Self {
+            least_bytes: disk.cache_bytes(),
+            dirty_bytes_max: dirty_bytes_max as u64,
+            steps: AtomicU64::new(0),
+        };
+        share.fit(disk, 0);
+        share
+    }
+
+    /// `held_bytes` of the memory for unwritten data are taken. One step more stays free.
+    fn fit(&self, disk: &VirtualDisk, held_bytes: u64) {
+        let free = self.dirty_bytes_max.saturating_sub(held_bytes);
+        let steps = (free / CACHE_STEP_BYTES).saturating_sub(1);
+        if self.steps.swap(steps, Ordering::Relaxed) != steps {
+            disk.set_cache_bytes(self.least_bytes + steps * CACHE_STEP_BYTES);
+        }
+    }
+}
+
 /// One mount.
 pub(crate) struct Shared {
     state: Mutex<State>,
@@ -68,6 +103,8 @@ pub(crate) struct Shared {
     pub recalled: Notify,
     pub kernel: KernelCalls,
     pub disk: VirtualDisk,
+    /// What the disk keeps of pages it read.
+    cache: CacheShare,
     pub blocks: Arc<Blocks>,
     pub swarm: Arc<dyn SwarmNews>,
     pub tasks: TaskTracker,
@@ -118,6 +155,7 @@ impl Shared {
             dirty: Notify::new(),
             recalled: Notify::new(),
             kernel: KernelCalls::default(),
+            cache: CacheShare::new(&parts.disk, parts.dirty_bytes_max),
             disk: parts.disk,
             blocks: parts.blocks,
             swarm: parts.swarm,
@@ -145,6 +183,11 @@ impl Shared {
     /// Wakes whoever waits for anything but an answer.
     pub fn signal(&self) {
         self.progress.send_modify(|changes| *changes = changes.wrapping_add(1));
+    }
+
+    /// Gives the memory that unwritten data leaves free to the pages that were read.
+    pub fn fit_cache(&self, state: &State) {
+        self.cache.fit(&self.disk, state.core.uncommitted_bytes() + state.undurable.bytes());
     }
 
     /// Asks the directory something that only the caller understands.
@@ -186,7 +229,10 @@ impl Shared {
                     state.answer(*number, &Answer::Done(result.clone()));
                 }
                 Some(Effect::Contended(number)) => state.answer(*number, &Answer::Contended),
-                Some(Effect::Durable(_)) => state.advance_undurable(),
+                Some(Effect::Durable(_)) => {
+                    state.advance_undurable();
+                    self.fit_cache(&state);
+                }
                 Some(Effect::Locked(locked)) => state.tell_locked(locked),
                 _ => {}
             }

@@ -35,6 +35,11 @@ impl UndurableBlocks {
         Self { kept: VecDeque::new(), bytes: 0, bytes_max: bytes_max as u64 }
     }
 
+    /// What is kept.
+    pub const fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
     /// A block was stored from `pieces`.
     pub fn keep(&mut self, core: &Core, block: BlockId, ticket: Ticket, pieces: Vec<Bytes>) {
         let bytes = pieces.iter().map(|piece| piece.len() as u64).sum();

@@ -4,6 +4,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::StreamExt;
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
 use tracing::Instrument;
@@ -111,6 +112,16 @@ pub(crate) async fn run(shared: Arc<Shared>, dirty_bytes_max: usize) {
     }
 }
 
+/// Stores all that is dirty, packed across files as in the background: an unmount leaves no small files in
+/// blocks of their own. What cannot be stored stays dirty.
+pub(crate) async fn store_all(shared: &Arc<Shared>) {
+    let plans = futures::stream::iter(std::iter::from_fn(|| {
+        let now = shared.now();
+        shared.lock().core.next_block(now, true)
+    }));
+    plans.for_each_concurrent(BLOCKS_IN_FLIGHT_MAX, |plan| store(shared, plan)).await;
+}
+
 /// Stores one block and tells the core.
 async fn store(shared: &Arc<Shared>, plan: SealPlan) {
     let SealPlan { ticket, pieces, inline } = plan;
@@ -157,6 +168,7 @@ async fn store(shared: &Arc<Shared>, plan: SealPlan) {
             undurable.keep(core, block, ticket, plaintext);
         }
         state.advance_undurable();
+        shared.fit_cache(&state);
     }
     shared.outgoing.notify_one();
     shared.dirty.notify_one();

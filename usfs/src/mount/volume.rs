@@ -188,7 +188,8 @@ async fn open_fs(
     let sessions =
         Sessions::of(data, &spec.directory, &spec.volume).context("remember sessions")?;
     let dead = sessions.dead();
-    let key = unlocked(spec).await?;
+    let pin = Pin::of(data, identity.own().cluster, &spec.directory, &spec.volume);
+    let key = unlocked(spec, &pin).await?;
     let mut options = MountOptions {
         volume: spec.volume.clone(),
         key: key.clone(),
@@ -223,8 +224,7 @@ async fn open_fs(
         .await
         .with_context(|| format!("open volume {} of {}", spec.volume, spec.directory))?;
     if let Some(key) = &key {
-        let pinned = Pin::of(data, &spec.directory, &spec.volume).set(key.volume);
-        pinned.context("remember that the volume is private")?;
+        pin.set(key.volume).context("remember that the volume is private")?;
     }
     sessions.forget(&dead);
     let kept = sessions.keep(fs.session());
@@ -234,8 +234,7 @@ async fn open_fs(
 
 /// The key of the volume, if it is private. One that was private when this machine mounted it last is
 /// so for ever.
-async fn unlocked(spec: &VolumeSpec) -> anyhow::Result<Option<PrivateKey>> {
-    let pin = Pin::of(&spec.data, &spec.directory, &spec.volume);
+async fn unlocked(spec: &VolumeSpec, pin: &Pin) -> anyhow::Result<Option<PrivateKey>> {
     let known = pin.get()?;
     let directory = Some(spec.directory.clone());
     let target = Target { directory, identity: Some(spec.identity.clone()) };

@@ -9,10 +9,10 @@ use tokio_util::sync::CancellationToken;
 use us_proto::v1::{GetReply, GetRequest, ProviderEntry, ProviderTable, PutReply};
 
 use super::*;
-use crate::fragment::records_of_block;
+use crate::fragment::{FingerprintKind, records_of_block};
 use crate::geometry::{BlockGeometry, Code};
 use crate::ids::{Birth, BlockId, FragmentId, VolumeId};
-use crate::tls::{CertificateAuthority, PeerIdentity};
+use crate::tls::CertificateAuthority;
 use crate::wire::{BulkService, Server, ServerLimits};
 
 /// Keeps records in memory and counts requests.
@@ -123,7 +123,14 @@ const AT: ProviderId = ProviderId(7);
 fn some_records(geometry: BlockGeometry) -> Vec<FragmentRecord> {
     let body = |byte: u8| Bytes::from(vec![byte; geometry.fragment_bytes()]);
     let bodies = (0..geometry.code().fragments() as u8).map(body).collect();
-    records_of_block(VolumeId::generate(), BlockId::generate(), Birth(1), geometry, bodies)
+    records_of_block(
+        FingerprintKind::Crc32c,
+        VolumeId::generate(),
+        BlockId::generate(),
+        Birth(1),
+        geometry,
+        bodies,
+    )
 }
 
 #[tokio::test]
@@ -232,6 +239,49 @@ async fn a_refused_grant_is_renewed_and_the_request_made_again() {
     assert_eq!(wishes.load(Ordering::SeqCst), 1);
     let more = tokio::time::timeout(Duration::from_millis(50), links.grant_wanted()).await;
     assert!(more.is_err(), "nobody wants another");
+}
+
+/// Links as programs have them never fall back to bare TCP, and a server as programs have it answers
+/// nobody who comes without TLS.
+#[tokio::test]
+async fn bare_tcp_and_tls_do_not_mix() {
+    let authority = CertificateAuthority::create().unwrap();
+    let keeper = Arc::new(Keeper::default());
+    let identity = authority.issue(Role::Provider, "attic").unwrap();
+    let serving = serve(&identity, &keeper, "127.0.0.1:0").await;
+    let client = authority.issue(Role::Client, "laptop").unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let bare = ProviderAddress {
+        address: listener.local_addr().unwrap().to_string(),
+        ..serving.address()
+    };
+    let (kept, peer) = (Arc::clone(&keeper), client.own().clone());
+    tokio::spawn(async move {
+        while let Ok((tcp, _)) = listener.accept().await {
+            let (kept, peer) = (Arc::clone(&kept), peer.clone());
+            let (limits, stop) = (BulkLimits::default(), CancellationToken::new());
+            tokio::spawn(unsecured::serve_plain(kept, peer, tcp, limits, stop));
+        }
+    });
+    let geometry = BlockGeometry::new(Code::new(1, 0).unwrap(), 100).unwrap();
+    let record = &some_records(geometry)[0];
+    let links = |unsecured: bool| match unsecured {
+        true => ProviderLinks::unsecured(client.clone(), LinksConfig::default()),
+        false => ProviderLinks::new(client.clone(), LinksConfig::default()),
+    };
+    for (is_unsecured, place) in [(false, &bare), (true, &serving.address())] {
+        let links = links(is_unsecured);
+        links.learn(AT, place.clone());
+        let put = links.put(AT, record.clone(), soon()).await;
+        assert!(matches!(put, Err(FragmentFailure::Unreachable { .. })), "{put:?}");
+        assert!(keeper.records.lock().is_empty());
+    }
+    for (is_unsecured, place) in [(true, bare), (false, serving.address())] {
+        let links = links(is_unsecured);
+        links.learn(AT, place);
+        links.put(AT, record.clone(), soon()).await.unwrap();
+        assert_eq!(std::mem::take(&mut *keeper.records.lock()).len(), 1);
+    }
 }
 
 #[tokio::test]

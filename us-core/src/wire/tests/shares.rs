@@ -63,6 +63,7 @@ async fn who_never_reads_holds_its_share_and_no_more() {
         gets_served_max: 4,
         received_bytes_max: 8 << 20,
         queued_bytes_max: 8 << 20,
+        ..ShareLimits::default()
     };
     let cluster = cluster(limits(share)).await;
     let mut unread = Vec::new();
@@ -117,6 +118,80 @@ async fn handshakes_that_never_end_keep_nobody_out_who_is_in() {
             break;
         }
         assert!(Instant::now() < deadline, "the places are never given back");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+/// A server of one streaming method, whose calls never end.
+async fn endless(limits: ServerLimits) -> Cluster {
+    let mut cluster = cluster(limits).await;
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    cluster.address = listener.local_addr().unwrap().to_string();
+    let identity = cluster.authority.issue(Role::Provider, "kitchen").unwrap();
+    let service = us_proto::v1::membership_server::MembershipServer::new(Endless);
+    let server = Server::new(&identity, limits).grpc(tonic::service::Routes::new(service));
+    cluster.served = tokio::spawn(server.serve(listener, cluster.stop.clone()));
+    cluster
+}
+
+struct Endless;
+
+#[tonic::async_trait]
+impl us_proto::v1::membership_server::Membership for Endless {
+    type JoinStream = BoxStream<'static, Result<us_proto::v1::ProviderDown, tonic::Status>>;
+
+    async fn join(
+        &self,
+        request: tonic::Request<tonic::Streaming<us_proto::v1::ProviderUp>>,
+    ) -> Result<tonic::Response<Self::JoinStream>, tonic::Status> {
+        let unread = request.into_inner();
+        let answers = futures::stream::once(async { Ok(Default::default()) });
+        let endless = futures::stream::pending().map(move |never| {
+            let _ = &unread;
+            never
+        });
+        Ok(tonic::Response::new(answers.chain(endless).boxed()))
+    }
+}
+
+/// gRPC was bounded for a connection only: an identity with 64 connections had 16,384 calls, each with a
+/// message.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn calls_of_one_identity_are_bounded_over_all_its_connections() {
+    type Client = us_proto::v1::membership_client::MembershipClient<tonic::transport::Channel>;
+    let share = ShareLimits { calls_max: 5, ..ShareLimits::default() };
+    let cluster = endless(limits(share)).await;
+    let dial = async |identity: &Identity| {
+        let channel = connect_grpc(&cluster.address, identity, ExpectedPeer::default()).await;
+        Client::new(channel.unwrap())
+    };
+    // The call ends with both: its answer, and what ends its own messages.
+    let call = async |client: &mut Client| {
+        let (end, ended) = tokio::sync::oneshot::channel::<()>();
+        let up = futures::stream::pending::<us_proto::v1::ProviderUp>().take_until(ended);
+        client.join(up).await.map(|answer| (answer.into_inner(), end))
+    };
+    let (mut one, mut other) = (dial(&cluster.client).await, dial(&cluster.client).await);
+    let mut held = Vec::new();
+    for at in 0..5 {
+        let client = if at % 2 == 0 { &mut one } else { &mut other };
+        let mut called = call(client).await.unwrap();
+        assert!(called.0.message().await.unwrap().is_some());
+        held.push(called);
+    }
+    for client in [&mut one, &mut other] {
+        let refused = call(client).await.unwrap_err();
+        assert_eq!(refused.code(), tonic::Code::ResourceExhausted, "{refused}");
+    }
+    let mut third = dial(&cluster.client).await;
+    assert!(call(&mut third).await.is_err(), "a fresh connection changes nothing");
+    let neighbour = cluster.authority.issue(Role::Client, "neighbour").unwrap();
+    assert!(call(&mut dial(&neighbour).await).await.is_ok());
+    // A call that has ended gives its place back.
+    held.pop();
+    let deadline = soon();
+    while call(&mut third).await.is_err() {
+        assert!(Instant::now() < deadline, "the place is never given back");
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
 }

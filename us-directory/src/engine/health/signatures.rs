@@ -171,6 +171,8 @@ impl Sums {
 
     fn add(&mut self, words: &[u32], count: u64, reaches: &[Reach], damaged: &mut [u64]) {
         let (mut reachable, mut expected, mut young, mut kept) = (0, 0, 0, 0);
+        // Can be read, and somebody may count on it.
+        let mut sound = 0;
         let (mut pending, mut crowded, mut previous) = (false, false, u32::MAX);
         for word in words {
             let (number, state) = (word >> 2, STATES[(word & 3) as usize]);
@@ -180,11 +182,12 @@ impl Sums {
             match state {
                 FragmentState::Durable => {
                     reachable += usize::from(at.reachable);
+                    sound += usize::from(at.reachable && at.expected);
                     kept += usize::from(at.expected);
                     expected += usize::from(at.expected);
                 }
                 FragmentState::Pending => {
-                    young += usize::from(at.reachable);
+                    young += usize::from(at.reachable && at.expected);
                     expected += usize::from(at.expected);
                     pending = true;
                 }
@@ -198,14 +201,16 @@ impl Sums {
                 }
             }
         }
-        self.readable[reachable] += count;
+        // What only a distrusted provider holds is read, and is no redundancy.
+        let redundancy = if reachable < self.s { reachable } else { sound.max(self.s) };
+        self.readable[redundancy] += count;
         self.kept[kept] += count;
         self.unsettled += if pending { count } else { 0 };
         self.crowded += if crowded { count } else { 0 };
         if reachable < self.s {
             *if expected >= self.s { &mut self.waiting } else { &mut self.lost } += count;
         }
-        let lacks = reachable + young < self.width || crowded;
+        let lacks = sound + young < self.width || crowded;
         self.degraded += if lacks { count } else { 0 };
     }
 

@@ -14,7 +14,7 @@ fn add_plainly(
 ) {
     use FragmentState::{Durable, Gone, Late, Pending};
     let (mut reachable, mut expected, mut pending, mut young) = (0i64, 0i64, false, 0i64);
-    let mut kept = 0i64;
+    let (mut kept, mut sound) = (0i64, 0i64);
     let (mut crowded, mut previous) = (false, None);
     for (provider, state) in &signature.fragments {
         let at = reach(*provider);
@@ -25,8 +25,9 @@ fn add_plainly(
             Durable => {
                 reachable += i64::from(at.reachable);
                 kept += i64::from(at.expected);
+                sound += i64::from(at.reachable && at.expected);
             }
-            Pending => young += i64::from(at.reachable),
+            Pending => young += i64::from(at.reachable && at.expected),
             Late => {}
             Gone => {
                 *totals.damaged.entry(*provider).or_default() += count;
@@ -38,7 +39,8 @@ fn add_plainly(
     }
     let s = i64::from(signature.s);
     let fragments = signature.fragments.len() as i64;
-    let left = (reachable - s).max(-1) as i32;
+    // A distrusted provider's fragments can be read, and are nothing to spare.
+    let left = if reachable < s { -1 } else { (sound - s).max(0) as i32 };
     let summary = &mut totals.summary;
     summary.total += count;
     *summary.by_redundancy.entry(left).or_default() += count;
@@ -53,7 +55,7 @@ fn add_plainly(
     } else {
         summary.lost += count;
     }
-    if reachable + young < fragments || crowded {
+    if sound + young < fragments || crowded {
         totals.degraded += count;
     }
 }
@@ -118,7 +120,8 @@ proptest! {
         }
         let reach = |provider: u32| {
             let bits = reaches[provider as usize];
-            Reach { reachable: bits & 1 == 1, expected: bits & 3 > 0 }
+            // Most that are reachable count.
+            Reach { reachable: bits & 1 == 1, expected: bits & 2 > 0 || bits & 5 == 1 }
         };
         let mut expected = Totals::default();
         for (signature, count) in &plain {

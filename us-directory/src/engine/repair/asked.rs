@@ -53,13 +53,10 @@ impl Engine {
             return Ok(Answer::Count(self.fragments_at(provider)));
         }
         member.record.draining = !undo;
-        let is_dead = member.record.dead;
         let batch = member_batch(provider, &member.record);
         self.commit(batch, Durability::Durable)?;
         if undo {
-            if !is_dead {
-                self.repairs.unwell.remove(&provider);
-            }
+            self.note_well(provider);
             self.repairs.drains.remove(&provider);
             self.note_event(EventKind::DrainEnded, provider, name)?;
         } else {
@@ -115,7 +112,7 @@ impl Engine {
             let member = self.members.get(&provider).filter(|_| !without.contains(&provider));
             Reach {
                 reachable: member.is_some_and(Member::is_reachable),
-                expected: member.is_some_and(|member| !member.record.dead),
+                expected: member.is_some_and(Member::counts),
             }
         });
         Answer::WhatIf(totals.summary)

@@ -13,6 +13,8 @@ pub const URGENT_S: u64 = 24 * 3600;
 pub struct Holder {
     /// Known and not given up.
     pub lives: bool,
+    /// What it claims to have counts.
+    pub trusted: bool,
     /// Its fragments can be read now.
     pub reachable: bool,
     /// Being emptied.
@@ -26,9 +28,10 @@ pub struct Holder {
 pub struct Assessment {
     /// Fragments that are confirmed and not lost, and those that are on their way.
     pub durable: usize,
-    /// Of the durable ones: those that can be read now.
+    /// Of the durable ones: those that can be read now. Where they are too few, those of distrusted
+    /// providers too: what comes is verified.
     pub sources: Vec<u8>,
-    /// Lost: damaged, missing, not confirmed for too long, or at a dead provider.
+    /// Lost: damaged, missing, not confirmed for too long, or at a dead or distrusted provider.
     pub gone: Vec<u8>,
     /// Durable, but at a provider that is being emptied.
     pub leaving: Vec<u8>,
@@ -44,10 +47,16 @@ impl Assessment {
         let mut found = Self::default();
         let mut hazards = Vec::with_capacity(block.providers.len());
         let mut seen: Vec<u32> = Vec::with_capacity(block.providers.len());
+        let mut doubtful = Vec::new();
         for (index, provider) in block.providers.iter().enumerate() {
             let at = holder(*provider);
             let state = match fragment_state(block, index, late) {
                 _ if !at.lives => FragmentState::Gone,
+                FragmentState::Durable if !at.trusted && at.reachable => {
+                    doubtful.push(index as u8);
+                    FragmentState::Gone
+                }
+                _ if !at.trusted => FragmentState::Gone,
                 state => state,
             };
             let index = index as u8;
@@ -71,6 +80,9 @@ impl Assessment {
             }
             found.durable += 1;
             seen.push(*provider);
+        }
+        if found.sources.len() < block.s as usize {
+            found.sources.extend(doubtful);
         }
         let seconds = expected_time_to_loss_s(block.s as usize, &mut hazards);
         found.time_to_loss_s = seconds.min(FOREVER_S) as u64;
@@ -102,7 +114,8 @@ mod tests {
     use super::*;
     use crate::records::with_bit;
 
-    const WELL: Holder = Holder { lives: true, reachable: true, draining: false, hazard: 1e-8 };
+    const WELL: Holder =
+        Holder { lives: true, trusted: true, reachable: true, draining: false, hazard: 1e-8 };
 
     fn block(providers: &[u32]) -> BlockRecord {
         let durable = vec![0xff; providers.len().div_ceil(8)].into();
@@ -115,6 +128,18 @@ mod tests {
         let found = Assessment::of(&block(&[1, 2, 3, 4, 5, 6]), false, |_| WELL);
         assert_eq!((found.durable, found.sources.len()), (6, 6));
         assert!(found.wanted(4, 1, true).is_empty());
+    }
+
+    #[test]
+    fn what_a_distrusted_holder_has_does_not_count_and_is_a_last_resort() {
+        let doubted = |provider| Holder { trusted: provider != 3, ..WELL };
+        let found = Assessment::of(&block(&[1, 2, 3, 4, 5, 6]), false, doubted);
+        assert_eq!((found.durable, found.sources.len()), (5, 5));
+        assert_eq!((found.gone.clone(), found.wanted(4, 1, true)), (vec![2], vec![2]));
+        // Two others are asleep: three are left, and it.
+        let asleep = |provider| Holder { reachable: provider < 5, ..doubted(provider) };
+        let found = Assessment::of(&block(&[1, 2, 3, 4, 5, 6]), false, asleep);
+        assert_eq!((found.durable, found.sources), (5, vec![0, 1, 3, 2]));
     }
 
     #[test]

@@ -24,7 +24,7 @@ pub(super) enum Target {
 
 impl Engine {
     /// Where fragment `index` of a block goes: back to its holder where that only lost or damaged
-    /// it, else where the placer puts it, else to whoever holds the least of the block. Those who
+    /// it and was never found to claim what it has not, else where the placer puts it, else to whoever holds the least of the block. Those who
     /// could not make it are asked again when there is nobody else.
     pub(super) fn choose_target(
         &mut self,
@@ -34,7 +34,11 @@ impl Engine {
         fragment_bytes: u64,
     ) -> Result<Target, StoreError> {
         let needed = record_bytes_max(fragment_bytes);
-        let avoid = self.repairs.to_avoid(key, self.at.now_ms);
+        let mut avoid = self.repairs.to_avoid(key, self.at.now_ms);
+        let holder = block.providers[index];
+        if self.members.get(&holder).is_some_and(|member| member.record.found_wrong > 0) {
+            avoid.push(holder);
+        }
         let target = self.target_beside(key, block, index, needed, &avoid)?;
         if target != Target::None || avoid.is_empty() {
             return Ok(target);
@@ -179,7 +183,11 @@ impl Engine {
 
     /// Whether the provider has been told to delete fragments of the block and has not confirmed it:
     /// nothing of the block may go there until it has.
-    fn is_deleting(&self, provider: u32, key: &BlockKey) -> Result<bool, StoreError> {
+    pub(in crate::engine) fn is_deleting(
+        &self,
+        provider: u32,
+        key: &BlockKey,
+    ) -> Result<bool, StoreError> {
         Ok(self.store.get(&keys::delete(provider, &key.1))?.is_some())
     }
 }

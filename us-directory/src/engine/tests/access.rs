@@ -232,3 +232,166 @@ fn grants_are_renewed_in_time_and_their_time_never_goes_back() {
     assert!(again.from > *told.last().unwrap(), "{} {told:?}", again.from);
     assert!(again.serial > fresh.serial);
 }
+
+/// Grants were signed for a period that was not yet on the disk: after a crash its number came again, and
+/// what had ended in it counted anew.
+#[test]
+fn a_period_is_durable_before_anything_is_signed_with_it() {
+    let mut world = world();
+    allow(&mut world, &hex(2), AccessLevel::Write);
+    try_open(&mut world, 2, false).unwrap();
+    let conn = world.next_conn;
+    let first = renewed(&mut world, conn, true).unwrap();
+    world.to_providers.clear();
+    world.auto = false;
+    let period_ms = EngineConfig::default().grant_ms / 15;
+    world.pass(period_ms + 1);
+    assert!(world.undurable() > 0, "the new period is on its way to the disk");
+    let early = renewed(&mut world, conn, true).unwrap();
+    assert_eq!(early.from, first.from, "the period before goes on");
+    let time = |down: &PDown| matches!(down, PDown::GrantTime(_));
+    assert!(!world.to_providers.values().flatten().any(time), "nobody is told of it");
+    world.make_durable();
+    let late = renewed(&mut world, conn, true).unwrap();
+    assert_eq!(late.from, first.from + 1);
+    assert!(world.to_providers.values().all(|queue| queue.iter().any(time)), "all are told");
+    // A crash before the next is durable: the next run begins behind all that was signed.
+    world.pass(period_ms);
+    let last = renewed(&mut world, conn, true).unwrap();
+    world.auto = true;
+    world.restart(0);
+    world.engine.sign_grants(&secret()).unwrap();
+    let again = try_open(&mut world, 2, false).unwrap();
+    let again = Grant::open(&again.grant, &key()).unwrap();
+    assert!(again.from > last.from, "{} after {}", again.from, last.from);
+}
+
+/// A run's first period is no exception: until it is durable nothing is signed.
+#[test]
+fn nothing_is_signed_before_the_first_period_is_durable() {
+    let mut world = World::new();
+    world.auto = false;
+    world.engine.sign_grants(&secret()).unwrap();
+    assert_eq!(world.engine.grant_basis().1, None);
+    world.make_durable();
+    assert!(world.engine.grant_basis().1.is_some());
+}
+
+/// A volume of this name, made by the holder of `key`, who is a client or an administrator.
+fn make(world: &mut World, name: &str, key: u8, admin: bool) -> Answer {
+    let maker = Peer { key_hash: vec![key; 32], name: format!("maker-{key}"), admin };
+    world.ask(Question::CreateVolume {
+        name: name.to_owned(),
+        s: 4,
+        r: 2,
+        quota_bytes: 0,
+        repair_at: None,
+        trash_hours: None,
+        maker: Some(maker),
+        access: Vec::new(),
+        private: None,
+    })
+}
+
+/// One client could make all the 1,024 volumes there can be.
+#[test]
+fn volumes_of_one_client_are_bounded() {
+    let mut world = world();
+    for at in 0..VOLUMES_OF_ONE_MAX {
+        let made = make(&mut world, &format!("v{at}"), 2, false);
+        assert!(matches!(made, Answer::Volume(_)), "{at}: {made:?}");
+    }
+    assert_eq!(refusal(make(&mut world, "more", 2, false)), RefusalKind::Busy);
+    world.restart(0);
+    assert_eq!(refusal(make(&mut world, "more", 2, false)), RefusalKind::Busy);
+    assert!(matches!(make(&mut world, "other", 3, false), Answer::Volume(_)), "another client");
+    for at in 0..=VOLUMES_OF_ONE_MAX {
+        let made = make(&mut world, &format!("admins-{at}"), 2, true);
+        assert!(matches!(made, Answer::Volume(_)), "{at}: {made:?}");
+    }
+    // One that is gone makes room.
+    world.ask(Question::DeleteVolume { name: "v0".to_owned() });
+    world.pass(10_000);
+    assert!(matches!(make(&mut world, "more", 2, false), Answer::Volume(_)));
+}
+
+/// What a question by this member is answered with.
+fn ask_as(world: &mut World, role: us_core::tls::Role, key: u8, question: Question) -> Answer {
+    let cluster = ClusterId::from_bytes([7; 16]);
+    let key_hash = us_core::tls::KeyHash::from_bytes([key; 32]);
+    let by = us_core::tls::PeerIdentity { role, name: "asks".to_owned(), cluster, key_hash };
+    world.event(Event::AskedBy { ask: AskId(77), by, question });
+    world.answers.pop_back().expect("an answer")
+}
+
+/// Every client saw the names and access lists of all volumes, and what happened to them.
+#[test]
+fn a_client_sees_of_volumes_only_those_it_may_open() {
+    use us_core::tls::Role;
+    let mut world = world();
+    make(&mut world, "own", 2, false);
+    make(&mut world, "others", 3, false);
+    make(&mut world, "gone", 3, false);
+    world.ask(Question::DeleteVolume { name: "gone".to_owned() });
+    world.pass(10_000);
+    allow(&mut world, &hex(2), AccessLevel::Read);
+    let (_own, _other) = (world.open(2, "own"), world.open(3, "others"));
+    let seen = |world: &mut World, role, key| {
+        let mut seen = Vec::new();
+        let Answer::Volumes(volumes) = ask_as(world, role, key, Question::ListVolumes) else {
+            panic!()
+        };
+        seen.push(volumes.into_iter().map(|info| info.name).collect::<BTreeSet<_>>());
+        let Answer::Snapshot(state) = ask_as(world, role, key, Question::Snapshot) else {
+            panic!()
+        };
+        seen.push(state.volumes.into_iter().map(|(_, name)| name).collect());
+        let Answer::Status(status) = ask_as(world, role, key, Question::Status) else { panic!() };
+        seen.push(status.volumes.into_iter().map(|info| info.name).collect());
+        seen.push(status.sessions.into_iter().map(|session| session.volume).collect());
+        let question = Question::Events { after: 0, last: 0 };
+        let Answer::Events(events) = ask_as(world, role, key, question) else { panic!() };
+        let about = events.iter().filter(|event| event.kind.starts_with("volume-"));
+        let name = |detail: &str| detail.split([' ', ':']).next().unwrap_or_default().to_owned();
+        seen.push(about.map(|event| name(&event.detail)).collect());
+        assert!(events.iter().any(|event| event.kind == "provider-joined"), "all else is shown");
+        let join = |names: BTreeSet<String>| names.into_iter().collect::<Vec<_>>().join(" ");
+        seen.into_iter().map(join).collect::<Vec<String>>()
+    };
+    let client = seen(&mut world, Role::Client, 2);
+    assert_eq!(client, ["own v", "own v", "own v", "own", "own v"]);
+    assert_eq!(
+        seen(&mut world, Role::Client, 3),
+        ["others", "others", "others", "others", "others"]
+    );
+    let nobody = seen(&mut world, Role::Client, 4);
+    assert!(nobody.iter().all(String::is_empty), "{nobody:?}");
+    let admin = seen(&mut world, Role::Admin, 2);
+    assert_eq!(admin[0], "others own v");
+    assert_eq!((&*admin[3], &*admin[4]), ("others own", "gone others own v"));
+    // An event that names a volume without saying which is one of all.
+    let record =
+        crate::records::EventRecord { kind: 12, detail: "old".into(), ..Default::default() };
+    let mut batch = WriteBatch::new();
+    batch.put(keys::event(world.engine.next_event), encode(&record));
+    world.engine.next_event += 1;
+    world.engine.commit(batch, Durability::Durable).unwrap();
+    assert_eq!(seen(&mut world, Role::Client, 3)[4], "others");
+    assert!(seen(&mut world, Role::Admin, 3)[4].contains("old"));
+}
+
+/// A page of the log of which a client is shown nothing is not its end.
+#[test]
+fn a_log_full_of_others_volumes_goes_on() {
+    use us_core::tls::Role;
+    let mut world = world();
+    let id = *world.engine.volumes.keys().next().unwrap();
+    for _ in 0..3000 {
+        let kind = super::super::events::EventKind::VolumeChanged;
+        world.engine.note_volume_event(kind, &id, "v: changed".to_owned()).unwrap();
+    }
+    world.provider(99, Bytes::new());
+    let question = Question::Events { after: 20, last: 0 };
+    let Answer::Events(events) = ask_as(&mut world, Role::Client, 9, question) else { panic!() };
+    assert!(events.iter().any(|event| event.number > 3000), "{}", events.len());
+}

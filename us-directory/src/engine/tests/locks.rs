@@ -173,3 +173,104 @@ fn a_keep_that_was_lost_keeps_nobody_out() {
     world.says(one.conn, Up::Reclaim(Reclaim { leases: vec![], last: true }));
     assert!(reply(&mut world, &two).unwrap().granted);
 }
+
+/// One session could make the directory remember locks on any number of files.
+#[test]
+fn locks_of_one_session_are_bounded_over_all_files() {
+    use us_core::range_locks::{FILE_LOCKS_MAX, SESSION_LOCKS_MAX};
+    let mut world = world();
+    let (one, two) = (world.open(1, "v"), world.open(2, "v"));
+    let mut request = 0;
+    let mut asks = |world: &mut World, mount: &Mount, ino, at: u64, may_keep| {
+        request += 1;
+        let wanted = lock(1, LockKind::Write, 2 * at..=2 * at);
+        world.says(mount.conn, Up::Lock(LockRequest { ino, request, may_keep, ..wanted }));
+        reply(world, mount).expect("an answer")
+    };
+    // A file in which nothing but a kept lock lies counts as two.
+    assert!(asks(&mut world, &one, 1, 0, true).keep);
+    let files = (SESSION_LOCKS_MAX / FILE_LOCKS_MAX) as u64;
+    let mut granted = 2;
+    for ino in 10..10 + files {
+        let mut all: Vec<HeldLock> = Vec::new();
+        while all.len() < FILE_LOCKS_MAX && granted < SESSION_LOCKS_MAX - 3 {
+            let at = 2 * all.len() as u64;
+            all.push(held(1, LockKind::Write, at..=at));
+            granted += 1;
+        }
+        let said = us_proto::v1::Locks { ino, locks: all, kept: false, unchanged: false };
+        world.says(one.conn, Up::Locks(said));
+    }
+    for at in 0..3 {
+        assert!(asks(&mut world, &one, 99, at, false).granted);
+    }
+    let refused = asks(&mut world, &one, 99, 3, true);
+    assert!(refused.too_many && !refused.granted && !refused.keep);
+    assert!(asks(&mut world, &two, 99, 3, false).granted, "another has its own");
+    // A release that makes two of one lock is one more too; others make room.
+    let middle = LockRequest { ino: 99, request: 70, ..lock(1, LockKind::Unlock, 0..=0) };
+    world.says(one.conn, Up::Lock(middle));
+    assert!(reply(&mut world, &one).unwrap().granted);
+    assert!(asks(&mut world, &one, 98, 0, false).granted);
+    assert!(asks(&mut world, &one, 98, 1, false).too_many);
+    // With the session all of it is forgotten.
+    world.says(one.conn, Up::Close(CloseSession {}));
+    let (mut again, locks) = (world.open(1, "v"), &world.engine.locks);
+    assert_eq!(format!("{locks:?}").matches("kept: Some").count(), 0);
+    again.batch = 0;
+    assert!(asks(&mut world, &again, 98, 1, false).granted);
+}
+
+/// What a mount says it has is bounded too: any number of files could be filled that way.
+#[test]
+fn what_is_said_without_bounds_ends_the_session() {
+    let mut world = world();
+    let one = world.open(1, "v");
+    let max = us_core::range_locks::FILE_LOCKS_MAX as u64;
+    let all: Vec<_> = (0..max).map(|at| held(1, LockKind::Write, 2 * at..=2 * at)).collect();
+    for ino in 1..=8 {
+        let said = us_proto::v1::Locks { ino, locks: all.clone(), kept: false, unchanged: false };
+        world.says(one.conn, Up::Locks(said));
+        assert!(!is_ended(&mut world, one.conn), "file {ino}");
+    }
+    says(&one, &mut world, all.clone(), false);
+    assert!(!is_ended(&mut world, one.conn), "the same again is no more");
+    let said =
+        us_proto::v1::Locks { ino: 9, locks: all[..1].to_vec(), kept: false, unchanged: false };
+    world.says(one.conn, Up::Locks(said));
+    assert!(is_ended(&mut world, one.conn));
+}
+
+/// A client that may only read could hold write locks, for which others then waited.
+#[test]
+fn a_read_only_session_has_no_write_locks() {
+    let mut world = world();
+    let other = world.open(2, "v");
+    let read_only = || OpenSession { volume: "v".into(), read_only: true, ..Default::default() };
+    let reader = |world: &mut World| {
+        let conn = world.dial(1, read_only());
+        assert!(matches!(world.hear(conn), Down::Opened(_)));
+        conn
+    };
+    // It may read, and ask who would be in the way.
+    let conn = reader(&mut world);
+    world.says(conn, Up::Lock(LockRequest { may_keep: false, ..lock(1, LockKind::Read, 0..=9) }));
+    let test = LockRequest { test: true, may_keep: false, ..lock(2, LockKind::Write, 0..=9) };
+    world.says(conn, Up::Lock(test));
+    assert!(!is_ended(&mut world, conn));
+    for says in [
+        Up::Lock(lock(1, LockKind::Write, 20..=29)),
+        Up::Locks(us_proto::v1::Locks {
+            ino: 1,
+            locks: vec![held(1, LockKind::Write, 20..=29)],
+            kept: false,
+            unchanged: false,
+        }),
+    ] {
+        let conn = reader(&mut world);
+        world.says(conn, says);
+        assert!(is_ended(&mut world, conn));
+    }
+    world.says(other.conn, Up::Lock(lock(5, LockKind::Write, 20..=29)));
+    assert!(reply(&mut world, &other).unwrap().granted, "nothing is in its way");
+}

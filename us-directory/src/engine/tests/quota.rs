@@ -1,6 +1,6 @@
 //! Quotas against a client that does not keep to them.
 
-use super::super::quota::{LEASES_MAX, SLACK_BLOCKS};
+use super::super::quota::{LEASES_MAX, LEFT_FREE, LEFT_MAX, SLACK_BLOCKS};
 use super::*;
 
 /// A full block of 4+2.
@@ -177,4 +177,51 @@ fn blocks_for_nothing_are_counted_too() {
         stored += 1;
     }
     assert_eq!(stored, 8 + SLACK_BLOCKS);
+}
+
+/// Who leased places and unmounted had them for nothing: the next session began at none.
+#[test]
+fn places_of_sessions_that_ended_count_on() {
+    let mut world = world(QUOTA_BLOCKS * u64::from(BLOCK_BYTES));
+    let other = world.open(2, "v");
+    let mut left = 0;
+    let last = loop {
+        let one = world.open(1, "v");
+        let leased = lease_all(&mut world, &one).len();
+        if leased == 0 {
+            break one;
+        }
+        left += leased;
+        world.says(one.conn, Up::Close(CloseSession {}));
+    };
+    assert_eq!(left as u64, LEFT_FREE as u64 + QUOTA_BLOCKS + SLACK_BLOCKS);
+    assert!(lease(&mut world, &other, 1).leases.is_empty(), "the quota is the volume's");
+    // Until nothing can be young under them any more.
+    let age_ms = EngineConfig::default().garbage_age_ms;
+    for _ in 0..2 {
+        world.pass(age_ms / 2 + 1000);
+        for conn in [other.conn, last.conn] {
+            world.says(conn, Up::Renew(Renew::default()));
+        }
+    }
+    assert_eq!(lease_all(&mut world, &last).len() as u64, QUOTA_BLOCKS + SLACK_BLOCKS);
+}
+
+/// Without a quota too: what one client's sessions leave is bounded.
+#[test]
+fn sessions_opened_and_closed_in_turns_lease_no_more() {
+    let mut world = world(0);
+    let other = world.open(2, "v");
+    let mut rounds = 0;
+    loop {
+        let one = world.open(1, "v");
+        if lease(&mut world, &one, 1).leases.is_empty() {
+            break;
+        }
+        lease_all(&mut world, &one);
+        world.says(one.conn, Up::Close(CloseSession {}));
+        rounds += 1;
+    }
+    assert_eq!(rounds, LEFT_MAX / LEASES_MAX);
+    assert_eq!(lease(&mut world, &other, 32).leases.len(), 32, "others go on");
 }

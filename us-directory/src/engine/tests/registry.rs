@@ -7,6 +7,7 @@ use us_proto::v1::{EndReason, MemberInfo, OpenSession, Standing};
 
 use super::super::registry::{RegistryAnswer, RegistryQuestion};
 use super::*;
+use crate::records::InviteRecord;
 
 fn key(byte: u8) -> KeyHash {
     KeyHash::from_bytes([byte; 32])
@@ -233,4 +234,104 @@ fn orders_stay_in_the_log() {
     world.restart(0);
     let newest = world.engine.events(0, 1).unwrap();
     assert_eq!(newest[0].kind, "damage", "holes do not end the log");
+}
+
+/// Codes that were used up counted as open until they were over: after 4,096 joins nobody was invited.
+#[test]
+fn a_used_up_invitation_is_not_open() {
+    let mut world = World::new();
+    let first = world.invite(1, 60_000);
+    world.enroll(first, 1).unwrap();
+    let used_up = world.engine.registry.invites[&first[..]].clone();
+    let fill = |world: &mut World, uses_left, from: u32| {
+        for number in from..from + 4095 {
+            let hash = Bytes::copy_from_slice(&[&number.to_le_bytes()[..], &[0; 28]].concat());
+            let expires_ms = used_up.expires_ms + 1;
+            let invite = InviteRecord { uses_left, expires_ms, ..used_up.clone() };
+            world.engine.registry.invites.insert(hash, invite);
+        }
+    };
+    fill(&mut world, 0, 1);
+    let code = world.invite(1, 0);
+    assert_eq!(
+        world.engine.registry.invites.len(),
+        4096,
+        "the one that is over first is forgotten"
+    );
+    let stored = world.engine.scan_all(&keys::tag(&keys::CLUSTER, b'j')).unwrap();
+    assert_eq!(stored.len(), 1, "in the store too");
+    assert!(world.enroll(first, 1).is_err());
+    // Open ones count: 4,095 and this one.
+    fill(&mut world, 1, 10_000);
+    let (role, site, name) = (Role::Client, String::new(), String::new());
+    let question = RegistryQuestion::Invite { role, site, name, uses: 1, expires_ms: 0 };
+    let refused = world.registry(question.clone());
+    assert!(matches!(refused, Answer::Refused { kind: RefusalKind::Busy, .. }), "{refused:?}");
+    world.enroll(code, 3).unwrap();
+    assert!(matches!(world.registry(question), Answer::Registry(_)), "one is used up");
+}
+
+/// Who is revoked by the whole key keeps what is known of him, and a refusal leaves no trace. A key in
+/// capital letters replaced its member's record by one of an unknown client.
+#[test]
+fn a_revocation_by_key_makes_no_ghosts() {
+    let mut world = World::new();
+    world.event(Event::Met { peer: peer(0xab, Role::Provider, "attic") });
+    let digits = "AB".repeat(32);
+    let answer = world.revoke(&digits);
+    let Answer::Registry(RegistryAnswer::Revoked { member, .. }) = answer else {
+        panic!("{answer:?}")
+    };
+    assert_eq!((&*member.role, &*member.name), ("provider", "attic"));
+    // A provider from before the registry is one also when its key is revoked.
+    let (_, number, _) = world.provider(0xcd, Bytes::new());
+    let answer = world.revoke(&"cd".repeat(32));
+    let Answer::Registry(RegistryAnswer::Revoked { member, provider, .. }) = answer else {
+        panic!("{answer:?}")
+    };
+    assert_eq!((&*member.role, &*member.name), ("provider", "provider-205"));
+    assert_eq!(provider, Some((number, 0)));
+    // Never seen: refused from now on, also after a restart.
+    assert!(matches!(world.revoke(&"0e".repeat(32)), Answer::Registry(_)));
+    world.restart(0);
+    assert_eq!(world.member(0x0e).unwrap().standing(), Standing::Revoked);
+    assert!(world.engine.is_refused(&[0x0e; 32]));
+    let known = world.engine.registry.members.len();
+    for nobody in ["nobody", "0f0f0f0f", "c8c8c8c8", &"C8".repeat(32)] {
+        assert!(matches!(world.revoke(nobody), Answer::Refused { .. }), "{nobody}");
+    }
+    assert_eq!(world.engine.registry.members.len(), known);
+    assert_eq!(world.member(200).unwrap().standing(), Standing::Good, "who asks stays");
+}
+
+/// After a restore providers hear who was invited since: only that lets somebody in again whom they
+/// refused before.
+#[test]
+fn a_restored_directory_says_who_was_invited_since() {
+    let mut world = World::new();
+    let code = world.invite(1, 0);
+    world.enroll(code, 1).unwrap();
+    assert!(world.engine.refused_keys().readmitted.is_empty());
+    world.engine.cluster.incarnation = 2;
+    world.event(Event::Met { peer: peer(2, Role::Client, "met") });
+    world.engine.config.certificate_life_ms = 1_000_000;
+    world.pass(700_000);
+    let member = peer(2, Role::Client, "met");
+    world.ask(Question::Registry(RegistryQuestion::Renew { member }));
+    let (conn, _, _) = world.provider(50, Bytes::new());
+    let list = |world: &mut World| {
+        let lists = world.to_providers.entry(conn).or_default().drain(..);
+        let lists = lists.filter_map(|down| match down {
+            PDown::RefusedKeys(list) => Some((list.incarnation, list.readmitted)),
+            _ => None,
+        });
+        lists.last()
+    };
+    assert_eq!(list(&mut world), Some((2, vec![])), "they hear at once that it was restored");
+    let code = world.invite(2, 0);
+    world.enroll(code, 3).unwrap();
+    assert_eq!(list(&mut world), Some((2, vec![vec![3; 32].into()])), "neither met nor renewed");
+    world.enroll(code, 4).unwrap();
+    world.revoke("p3");
+    assert_eq!(list(&mut world), Some((2, vec![vec![4; 32].into()])));
 }

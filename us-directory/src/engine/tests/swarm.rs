@@ -77,6 +77,10 @@ pub(super) struct Swarm {
     /// They report well, take puts, and fail every order.
     pub broken: BTreeSet<u8>,
     pub failed_orders: u64,
+    /// They say that they have whatever they are asked after.
+    pub liars: BTreeSet<u8>,
+    /// How often providers were told to scrub.
+    pub scrubs: u64,
     /// Of a block.
     pub plaintext_bytes: u32,
     /// Of a file.
@@ -106,6 +110,8 @@ impl Swarm {
             heard: Vec::new(),
             broken: BTreeSet::new(),
             failed_orders: 0,
+            liars: BTreeSet::new(),
+            scrubs: 0,
             plaintext_bytes: 8192,
             file_bytes: 8192,
         };
@@ -179,6 +185,7 @@ impl Swarm {
                 birth,
                 providers: lease.providers.clone(),
                 durable: vec![0b11_1111].into(),
+                fingerprint_kind: 2,
                 fingerprint_hash: vec![1; 32].into(),
                 ..Default::default()
             };
@@ -216,8 +223,9 @@ impl Swarm {
     /// Providers read what they were sent; orders wait until [`Swarm::obey`].
     pub fn read(&mut self) {
         let volume = *self.world.engine.volumes.keys().next().unwrap();
-        for disk in self.disks.values_mut() {
+        for (key, disk) in &mut self.disks {
             let Some(conn) = disk.conn else { continue };
+            let is_liar = self.liars.contains(key);
             let queue = self.world.to_providers.entry(conn).or_default();
             for down in std::mem::take(queue) {
                 match down {
@@ -230,7 +238,7 @@ impl Swarm {
                     PDown::Check(check) => {
                         let status = |id: &FragmentId| {
                             let fragment = (id.block.clone(), id.index);
-                            match disk.has.contains(&fragment) {
+                            match is_liar || disk.has.contains(&fragment) {
                                 true => FragmentStatus::Ok as i32,
                                 false => FragmentStatus::NotFound as i32,
                             }
@@ -239,6 +247,7 @@ impl Swarm {
                         let reply = CheckReply { query: check.query, statuses };
                         self.world.provider_says(conn, PUp::Checked(reply));
                     }
+                    PDown::StartScrub(_) => self.scrubs += 1,
                     PDown::Leaving(said) => self.heard.push(said),
                     PDown::Retain(page) => {
                         let reply = disk.compare(&page, volume, &self.births);

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use proptest::prelude::*;
 use tokio::time::Instant;
-use us_core::fragment::FragmentRecord;
+use us_core::fragment::{FingerprintKind, FragmentRecord};
 use us_core::ids::ProviderId;
 use us_proto::v1::{FragmentStatus, RebuildFragments, RebuildPath, SourceFault};
 
@@ -71,6 +71,10 @@ fn fate() -> impl Strategy<Value = Fate> {
     ]
 }
 
+fn kind() -> impl Strategy<Value = FingerprintKind> {
+    prop_oneof![Just(FingerprintKind::Crc32c), Just(FingerprintKind::Blake3)]
+}
+
 fn config() -> ProptestConfig {
     let cases = match std::env::var("US_TEST_TIER").as_deref() {
         Ok("full" | "soak") => 1000,
@@ -86,9 +90,9 @@ fn every_path_gives_the_writers_records_whatever_the_code_allows_to_go_wrong() {
     proptest!(config(), |(
         s in 1usize..=12, r in 1usize..=12, bytes in 1usize..400_000, seed: u64,
         many in 0usize..3, path in 0usize..4, own in any::<Option<u8>>(),
-        fates in prop::collection::vec(fate(), 12),
+        fates in prop::collection::vec(fate(), 12), kind in kind(),
     )| {
-        let block = Block::new(s, r, bytes, seed);
+        let block = Block::of_kind(kind, s, r, bytes, seed);
         let wanted = wanted_of(s + r, 1 + many.min(r - 1), seed);
         let mut order = block.order(&wanted, PATHS[path]);
         // As many bad ones as there are to spare, anywhere among the sources.
@@ -125,9 +129,9 @@ fn one_right_source_too_few_is_an_error_and_never_bytes() {
     let store = open(dir.path());
     proptest!(config(), |(
         s in 1usize..=12, r in 1usize..=12, bytes in 1usize..300_000, seed: u64, path in 0usize..4,
-        fates in prop::collection::vec(fate(), 24),
+        fates in prop::collection::vec(fate(), 24), kind in kind(),
     )| {
-        let block = Block::new(s, r, bytes, seed);
+        let block = Block::of_kind(kind, s, r, bytes, seed);
         let wanted = wanted_of(s + r, 1, seed);
         let order = block.order(&wanted, PATHS[path]);
         let count = order.sources.len();
@@ -221,6 +225,38 @@ fn a_forged_checksum_is_found_by_contradiction() {
             let mut order = block.order(&[6], path);
             order.sources.truncate(5);
             order.sources.remove(usize::from(forger == 0));
+            let ended = work(&store, &block.swarm(&bad), &order);
+            assert!(ended.result.is_err(), "{path:?} {forger}");
+        }
+    }
+}
+
+/// With the fingerprints that new blocks have the same forgery is no riddle: whoever sends it is known at
+/// once, by its own bytes, with none to spare too.
+#[test]
+fn a_forged_checksum_is_seen_by_the_fingerprint() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    for path in PATHS {
+        for forger in 0..4u8 {
+            let block = Block::of_kind(FingerprintKind::Blake3, 4, 3, 200_000, 3);
+            let bad = BTreeMap::from([(forger, Fate::Forged)]);
+            let mut order = block.order(&[6], path);
+            order.sources.truncate(5);
+            let ended = work(&store, &block.swarm(&bad), &order);
+            check_right(&block, &[6], &ended);
+            let named: Vec<_> =
+                ended.faults.iter().map(|fault| (fault.index, fault.status())).collect();
+            let forged = [(u32::from(forger), FragmentStatus::Damaged)];
+            // The slot in question may not have been asked of the forger.
+            let unseen = path == RebuildPath::RotatedStar && named.is_empty();
+            assert!(named == forged || unseen, "{path:?} {named:?}");
+            // As many forgers as leave s right ones: found one by one.
+            let forgers = BTreeMap::from([(forger, Fate::Forged), (forger ^ 1, Fate::Forged)]);
+            let ended = work(&store, &block.swarm(&forgers), &block.order(&[6], path));
+            check_right(&block, &[6], &ended);
+            // One too few is an error, and never bytes.
+            order.sources.retain(|source| source.index != u32::from(forger == 0));
             let ended = work(&store, &block.swarm(&bad), &order);
             assert!(ended.result.is_err(), "{path:?} {forger}");
         }

@@ -11,7 +11,7 @@ use parking_lot::Mutex;
 use tokio::time::{Instant, sleep, sleep_until};
 use us_core::code::combine_into;
 use us_core::disk::{FetchedSlots, FragmentFailure, ProviderAddress, SlotRange};
-use us_core::fragment::{FingerprintList, FragmentRecord, FragmentSums, crc32c};
+use us_core::fragment::{FragmentRecord, FragmentSums, crc32c};
 use us_core::ids::ProviderId;
 use us_proto::v1::{CombineReply, CombineRequest, FragmentStatus};
 
@@ -104,17 +104,14 @@ fn altered(record: &FragmentRecord, fate: Fate) -> FragmentRecord {
     if matches!(fate, Fate::Altered | Fate::OtherList) {
         let sums = FragmentSums::of(&record.header.geometry(), &record.body);
         let index = record.header.id().index;
-        let list = &record.trailer.fingerprints;
-        let mut crcs: Vec<u32> = (0..list.count())
-            .map(|at| u32::from_le_bytes(list.get(at as u8).unwrap().try_into().unwrap()))
-            .collect();
-        crcs[usize::from(index)] = sums.body;
+        let mut list = record.trailer.fingerprints.with(index, &record.body, &sums);
         if fate == Fate::OtherList {
-            let other = usize::from(index == 0);
-            crcs[other] ^= 1;
+            let other = vec![1; record.body.len()];
+            let other_sums = FragmentSums::of(&record.header.geometry(), &other);
+            list = list.with(u8::from(index == 0), &other, &other_sums);
         }
         record.trailer.slot_sums = sums.slots;
-        record.trailer.fingerprints = FingerprintList::of_crcs(crcs);
+        record.trailer.fingerprints = list;
     }
     record
 }

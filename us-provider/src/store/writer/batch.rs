@@ -25,6 +25,9 @@ struct Piece {
     padding: usize,
 }
 
+/// Records are large from here on, on the average of a batch.
+const BULK_RECORD_BYTES: u64 = 512 << 10;
+
 /// Tells its waiter what became of the batch.
 type Waiter = Box<dyn FnOnce(Result<(), StoreError>) + Send>;
 
@@ -45,6 +48,11 @@ impl Batch {
     /// Bytes to append.
     pub fn bytes(&self) -> u64 {
         self.bytes
+    }
+
+    /// Whether it is mostly large records.
+    pub fn is_bulk(&self) -> bool {
+        self.bytes >= BULK_RECORD_BYTES * self.pieces.len().max(1) as u64
     }
 
     /// Whether there is nothing to make durable or visible.

@@ -1,6 +1,6 @@
 //! Byte-range locks: what is kept here, when it no longer is, and what a lost answer leaves.
 
-use us_core::range_locks::FILE_LOCKS_MAX;
+use us_core::range_locks::{FILE_LOCKS_MAX, SESSION_LOCKS_MAX};
 use us_proto::v1::LockKind::{Read, Unlock, Write};
 use us_proto::v1::{LockKind, LockReply, LockRequest};
 
@@ -228,4 +228,55 @@ fn a_release_that_nobody_waits_for_is_done() {
     let claims = core.claim_locks();
     assert!(matches!(&claims[..], [Up::Locks(said)] if said.locks.is_empty()), "{claims:?}");
     assert_eq!(requests(&mut core), []);
+}
+
+/// A mount that keeps the locks of many files itself had no bound, and the directory has one.
+#[test]
+fn locks_of_all_files_together_are_bounded() {
+    let mut core = core();
+    let mut numbers = 0..;
+    let mut next = || numbers.next().unwrap();
+    let ask_of = |core: &mut Core, number, ino, wanted| {
+        let ask = LockAsk { wanted, test: false, wait_ms: 0 };
+        outcomes(core.step_locks(at(1), LockEvent::Asked { number, ino: Ino(ino), ask }))
+    };
+    // Four files are kept, each with its lock: of the fifth there is one lock less.
+    let files = SESSION_LOCKS_MAX / FILE_LOCKS_MAX;
+    let mut room = SESSION_LOCKS_MAX;
+    for ino in 0..=files as u64 {
+        let first = next();
+        assert!(ask_of(&mut core, first, 10 + ino, lock(1, Write, 0..=0)).is_empty());
+        assert_eq!(hears(&mut core, granted(first, true)), [LockOutcome::Granted]);
+        room -= 2;
+    }
+    for ino in 0..=files as u64 {
+        for byte in 1..FILE_LOCKS_MAX as u64 {
+            let wanted = lock(1, Write, 2 * byte..=2 * byte);
+            let outcome = ask_of(&mut core, next(), 10 + ino, wanted);
+            let expected = if room > 0 { LockOutcome::Granted } else { LockOutcome::TooMany };
+            assert_eq!(outcome, [expected], "file {ino}, byte {byte}");
+            room = room.saturating_sub(1);
+            if expected == LockOutcome::TooMany {
+                break;
+            }
+        }
+    }
+    // What is released, or no longer kept, makes room.
+    let all = lock(1, Unlock, 0..=u64::MAX);
+    assert_eq!(ask_of(&mut core, next(), 10, all), [LockOutcome::Granted]);
+    let again = ask_of(&mut core, next(), 14, lock(1, Write, 99_999..=99_999));
+    assert_eq!(again, [LockOutcome::Granted]);
+}
+
+/// A read-only mount asks nobody for a write lock; whether one is in the way it may ask.
+#[test]
+fn a_read_only_mount_has_no_write_locks() {
+    let mut core = core();
+    core.config.read_only = true;
+    assert_eq!(ask(&mut core, 1, lock(1, Write, 0..=0), 9), [LockOutcome::ReadOnly]);
+    assert!(outgoing(&mut core).is_empty());
+    let test = LockAsk { wanted: lock(1, Write, 0..=0), test: true, wait_ms: 0 };
+    core.step_locks(at(1), LockEvent::Asked { number: 2, ino: FILE, ask: test });
+    ask(&mut core, 3, lock(1, Read, 0..=0), 0);
+    assert_eq!(requests(&mut core).len(), 2);
 }

@@ -1,0 +1,4 @@
+//! See `image_stream` in src/us_directory.rs.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| us_fuzz::us_directory::image_stream(bytes));

@@ -1,0 +1,4 @@
+//! See `root` in src/us_directory.rs.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| us_fuzz::us_directory::root(bytes));
