@@ -126,7 +126,7 @@ pub fn directory_record(bytes: &[u8]) {
     if let Some(chunk) = again::<ChunkRecord>(&bytes) {
         for extent in &chunk.extents {
             assert!(extent.end() >= extent.offset);
-            let _ = records::block_id(&extent.block);
+            let _ = us_core::ids::BlockId::from_slice(&extent.block);
         }
     }
     if let Some(block) = again::<BlockRecord>(&bytes) {

@@ -27,7 +27,7 @@ use us_core::name::NameKey;
 use us_core::placement::Hybrid;
 use us_core::seal::VolumeKey;
 use us_directory::engine::{
-    AskId, ConnId, Effect, Engine, EngineConfig, Event, Moment, Peer, Question, SystemEntropy,
+    AskId, ConnId, Effect, Engine, EngineConfig, Event, Moment, NewVolume, Peer, SystemEntropy,
 };
 use us_directory::store::WriteBatch;
 use us_directory::store::memory::MemoryStore;
@@ -175,17 +175,7 @@ impl Sim {
             waits_seen: 0,
             granted: 0,
         };
-        let question = Question::CreateVolume {
-            name: "v".to_owned(),
-            s: 4,
-            r: 2,
-            quota_bytes: 0,
-            repair_at: None,
-            trash_hours: None,
-            maker: None,
-            access: Vec::new(),
-            private: None,
-        };
+        let question = NewVolume::named("v", 4, 2).into();
         sim.event(Event::Ask { ask: AskId(1), question });
         for key in 0..2 + sim.random.random_range(0..2) {
             let mount = sim.fresh(key);

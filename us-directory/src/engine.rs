@@ -70,7 +70,8 @@ pub mod trash;
 
 pub use audit::{AuditOutcome, AuditPlace, AuditPlan};
 pub use event::{
-    Answer, AskId, ConnId, Effect, Event, Moment, Peer, Question, RefusalKind, StateSnapshot,
+    Answer, AskId, ConnId, Effect, Event, Moment, NewVolume, Peer, Question, RefusalKind,
+    StateSnapshot,
 };
 use fetch::Parked;
 use health::Counts;

@@ -40,7 +40,7 @@ use crate::engine::garbage::{FsckBasis, Stray, Verdict};
 use crate::engine::{Answer, Question, StateSnapshot};
 use crate::holdings::{Held, Holdings};
 use crate::keys;
-use crate::records::{BlockRecord, GraveRecord, HoldingRecord, bit, block_id, decode};
+use crate::records::{BlockRecord, GraveRecord, HoldingRecord, bit, decode};
 use crate::shell::Directory;
 use crate::store::{KeyRange, StoreError};
 use maps::Maps;
@@ -358,7 +358,7 @@ impl Run {
     fn item(&mut self, sides: &mut Sides<'_>, item: &InventoryItem) -> Result<(), AskError> {
         let fragment = item.fragment.clone().unwrap_or_default();
         let (Some(block), Ok(index), Some(volume)) = (
-            block_id(&fragment.block),
+            BlockId::from_slice(&fragment.block),
             u8::try_from(fragment.index),
             VolumeId::from_slice(&item.volume),
         ) else {

@@ -12,7 +12,7 @@ use us_proto::v1::{FileRange, ProviderState, WhatIfFile, WhereBlock, WhereFragme
 use crate::engine::StateSnapshot;
 use crate::keys;
 use crate::namespace::CHUNK_BYTES;
-use crate::records::{BlockRecord, ChunkRecord, bit, block_id, decode};
+use crate::records::{BlockRecord, ChunkRecord, bit, decode};
 use crate::store::{KeyRange, StoreError};
 
 /// Blocks, or references to one, looked at together.
@@ -128,7 +128,7 @@ pub fn where_file(
             }
         }
         for (block, ranges) in blocks {
-            let Some(id) = block_id(&block) else { continue };
+            let Some(id) = BlockId::from_slice(&block) else { continue };
             let record = read(snapshot, &keys::block(volume, &id))?.unwrap_or_default();
             if !sink(describe(snapshot, volume, block, record, ranges)) {
                 return Ok(());
@@ -142,7 +142,7 @@ pub fn where_file(
 /// # Errors
 /// [`InspectError`].
 pub fn find_block(snapshot: &StateSnapshot, block: &Bytes) -> Result<WhereBlock, InspectError> {
-    let id = block_id(block).ok_or(InspectError::NoBlock)?;
+    let id = BlockId::from_slice(block).ok_or(InspectError::NoBlock)?;
     for (volume, _) in &snapshot.volumes {
         if let Some(record) = read::<BlockRecord>(snapshot, &keys::block(volume, &id))? {
             return Ok(describe(snapshot, volume, block.clone(), record, Vec::new()));

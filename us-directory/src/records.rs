@@ -2,7 +2,7 @@
 
 use bytes::Bytes;
 use prost::Message;
-use us_core::ids::{BlockId, VolumeId};
+use us_core::ids::VolumeId;
 use us_proto::v1::Timestamp;
 
 use crate::store::StoreError;
@@ -693,9 +693,4 @@ pub fn encode(value: &impl Message) -> Bytes {
 /// A volume id out of a stored field.
 pub fn volume_id(bytes: &[u8]) -> VolumeId {
     VolumeId::from_slice(bytes).unwrap_or(crate::keys::CLUSTER)
-}
-
-/// A block id out of a message.
-pub fn block_id(bytes: &[u8]) -> Option<BlockId> {
-    BlockId::from_slice(bytes)
 }

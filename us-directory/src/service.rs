@@ -31,7 +31,9 @@ use us_proto::v1::{
 
 use self::looks::Looks;
 use crate::engine::registry::RegistryQuestion;
-use crate::engine::{Answer, Event, Peer, PrivateVolume, Question, RefusalKind, StateSnapshot};
+use crate::engine::{
+    Answer, Event, NewVolume, Peer, PrivateVolume, Question, RefusalKind, StateSnapshot,
+};
 use crate::fsck::Fsck;
 use crate::image::ImageWriter;
 use crate::inspect::trash::list_trash;
@@ -267,18 +269,10 @@ impl Admin for Service {
         let private = private_volume(&request)?;
         let CreateVolumeRequest { name, s, r, quota_bytes, repair_at, trash_hours, access, .. } =
             request;
-        let question = Question::CreateVolume {
-            name,
-            s,
-            r,
-            quota_bytes,
-            repair_at,
-            trash_hours,
-            maker: Some(peer(&who)),
-            access,
-            private,
-        };
-        match self.ask_by(&who, question).await? {
+        let maker = Some(peer(&who));
+        let volume =
+            NewVolume { name, s, r, quota_bytes, repair_at, trash_hours, maker, access, private };
+        match self.ask_by(&who, volume.into()).await? {
             Answer::Volume(info) => Ok(Response::new(info)),
             other => Err(unexpected(&other)),
         }

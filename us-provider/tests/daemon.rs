@@ -45,6 +45,19 @@ use swarm::{SampleBlock, Serving, Swarm, grant_for, told};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// Looks until there is something.
+async fn eventually<T>(what: &str, mut look: impl AsyncFnMut() -> Option<T>) -> T {
+    let mut ticks = tokio::time::interval(Duration::from_millis(10));
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        if let Some(found) = look().await {
+            return found;
+        }
+        assert!(Instant::now() < deadline, "never seen: {what}");
+        ticks.tick().await;
+    }
+}
+
 /// The way to a provider.
 type Line = mpsc::Sender<Result<ProviderDown, Status>>;
 
@@ -113,19 +126,14 @@ impl Played {
 
     /// Waits for a message that `wanted` takes; forgets it and what came before.
     async fn hear<T>(&self, what: &str, wanted: impl Fn(&Up) -> Option<T>) -> T {
-        let deadline = Instant::now() + PATIENCE;
-        loop {
-            {
-                let mut heard = self.heard.lock();
-                let found = heard.iter().enumerate().find_map(|(at, up)| Some((at, wanted(up)?)));
-                if let Some((at, value)) = found {
-                    heard.drain(..=at);
-                    return value;
-                }
-            }
-            assert!(Instant::now() < deadline, "never heard {what}");
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
+        let look = async || {
+            let mut heard = self.heard.lock();
+            let found = heard.iter().enumerate().find_map(|(at, up)| Some((at, wanted(up)?)));
+            let (at, value) = found?;
+            heard.drain(..=at);
+            Some(value)
+        };
+        eventually(what, look).await
     }
 }
 
@@ -227,11 +235,8 @@ impl Setting {
         });
         let hello = hello.await;
         // It judges grants when it has written down what the welcome says of them.
-        let deadline = Instant::now() + PATIENCE;
-        while !self.data().join("grants").exists() {
-            assert!(Instant::now() < deadline, "it is never told");
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
+        let is_there = async || self.data().join("grants").exists().then_some(());
+        eventually("what it was told", is_there).await;
         (child, hello)
     }
 }
@@ -494,11 +499,10 @@ async fn its_figures_are_served() {
     let child = command.env("US_PROVIDER_METRICS", address).spawn().unwrap();
     setting.played.hear("a hello", |up| matches!(up, Up::Hello(_)).then_some(())).await;
     assert!(fetch(socket, "/healthz").await.contains("ok"));
-    let deadline = Instant::now() + PATIENCE;
-    while !fetch(socket, "/metrics").await.contains("us_provider_free_bytes") {
-        assert!(Instant::now() < deadline, "no figures");
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
+    eventually("figures", async || {
+        fetch(socket, "/metrics").await.contains("us_provider_free_bytes").then_some(())
+    })
+    .await;
     terminate(&child);
     assert!(end(child).await.success());
 }
@@ -654,11 +658,8 @@ async fn a_killed_provider_goes_on_from_where_it_had_counted_to() {
         us_provider::grants::decode_told(&kept).unwrap().period
     };
     let reaches = async |period| {
-        let deadline = Instant::now() + PATIENCE;
-        while counted() < period {
-            assert!(Instant::now() < deadline, "it never counts to {period}: {}", counted());
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
+        let what = format!("that it counts to {period}");
+        eventually(&what, async || (counted() >= period).then_some(())).await;
     };
     let (mut child, _) = setting.start().await;
     reaches(first + 10).await;

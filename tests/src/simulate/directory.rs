@@ -14,7 +14,8 @@ use us_core::placement::Chooser;
 use us_core::placement::draw::SplitMix;
 use us_directory::engine::health::count_slice;
 use us_directory::engine::{
-    Answer, AskId, ConnId, Effect, Engine, EngineConfig, Entropy, Event, Moment, Peer, Question,
+    Answer, AskId, ConnId, Effect, Engine, EngineConfig, Entropy, Event, Moment, NewVolume, Peer,
+    Question,
 };
 use us_directory::store::Progress;
 use us_directory::store::memory::MemoryStore;
@@ -130,18 +131,7 @@ impl Directory {
             steps: 0,
         };
         directory.count_blocks()?;
-        let (name, s, r) = (VOLUME.to_owned(), code.s() as u32, code.r() as u32);
-        directory.ask(Question::CreateVolume {
-            name,
-            s,
-            r,
-            quota_bytes: 0,
-            repair_at: None,
-            trash_hours: None,
-            maker: None,
-            access: Vec::new(),
-            private: None,
-        })?;
+        directory.ask(NewVolume::named(VOLUME, code.s() as u32, code.r() as u32).into())?;
         Ok(directory)
     }
 

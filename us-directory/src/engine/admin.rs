@@ -9,7 +9,7 @@ use us_proto::v1::{
     VolumeInfo,
 };
 
-use super::event::{Answer, AskId, Effect, Question, RefusalKind, StateSnapshot};
+use super::event::{Answer, AskId, Effect, NewVolume, Question, RefusalKind, StateSnapshot};
 use super::events::EventKind;
 use super::health::{Reach, Totals};
 use super::private::PrivateVolume;
@@ -34,30 +34,22 @@ impl Engine {
             Question::Status => Answer::Status(Box::new(self.status()?)),
             Question::ListVolumes => Answer::Volumes(self.volume_infos()?),
             Question::Snapshot => Answer::Snapshot(self.state_snapshot()),
-            Question::CreateVolume {
-                name,
-                s,
-                r,
-                quota_bytes,
-                repair_at,
-                trash_hours,
-                maker,
-                access,
-                private,
-            } => {
+            Question::CreateVolume(volume) => {
+                let NewVolume { name, s, r, quota_bytes, .. } = *volume;
+                let maker = volume.maker.as_ref();
                 let record = VolumeRecord {
                     closed: maker.is_some(),
-                    maker: access::maker_key(maker.as_ref()),
-                    access: access::first_access(maker.as_ref(), &access),
+                    maker: access::maker_key(maker),
+                    access: access::first_access(maker, &volume.access),
                     name,
                     s,
                     r,
                     quota_bytes,
-                    repair_at: stored_repair_at(repair_at, r),
-                    trash_hours,
+                    repair_at: stored_repair_at(volume.repair_at, r),
+                    trash_hours: volume.trash_hours,
                     ..Default::default()
                 };
-                return self.create_volume(ask, record, private);
+                return self.create_volume(ask, record, volume.private);
             }
             Question::VolumeKeys { volume, asker } => self.volume_keys(&volume, &asker),
             Question::SetVolumeKeys { volume, version, key_ring } => {

@@ -58,10 +58,11 @@ const WITNESSES_MAX: usize = 4;
 /// How often in a row a provider may say that it is busy before it is read from all the same, as by
 /// any reader.
 const BUSY_MAX: u32 = 6;
-/// How often a provider that lacks something is asked after all it should have.
+/// How often a provider that lacks something is asked after all it should have. What it owns to
+/// within that time is one loss.
 const CENSUS_EVERY_MS: u64 = 3_600_000;
-/// Of its last eight audits so many that found only damage, by its own word, make a provider one
-/// that does not keep.
+/// So many losses among its last eight audits, by its own word, make a provider one that does not
+/// keep.
 const ADMITTED_MAX: u32 = 3;
 
 /// Who says that a fragment is wrong.
@@ -142,6 +143,16 @@ struct Subject {
     since_ms: u64,
 }
 
+/// A fragment that its holder does not give, or not as it was written.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Loss<'a> {
+    pub provider: u32,
+    pub piece: Piece,
+    /// Not there, or damaged.
+    pub status: FragmentStatus,
+    pub detail: &'a str,
+}
+
 /// A report that waits.
 #[derive(Clone, PartialEq, Debug)]
 struct Report {
@@ -170,7 +181,7 @@ pub(super) struct Audits {
     bytes_ms: u64,
     /// How often in a row a provider was too busy.
     busy: HashMap<u32, u32>,
-    /// The last eight audits of a provider that found only damage by its own word: one bit each.
+    /// The last eight audits of a provider that say something: a bit for each that began a loss.
     admitted: HashMap<u32, u8>,
     census_ms: HashMap<u32, u64>,
 }
@@ -426,7 +437,7 @@ impl Engine {
                 count("busy");
             }
             Some(status @ (FragmentStatus::NotFound | FragmentStatus::Damaged)) => {
-                self.admitted(provider, &piece, status, "asked at random, it says so")?;
+                self.admitted(&subject, status, "asked at random, it says so")?;
             }
             _ => count("silent"),
         }
@@ -488,6 +499,7 @@ impl Engine {
             return Ok(());
         }
         tracing::debug!(provider, block = %piece.1, index = piece.2, ?outcome, "audited");
+        let loss = |status, detail| Loss { provider, piece, status, detail };
         match outcome {
             AuditOutcome::Silent => Ok(()),
             AuditOutcome::Right => {
@@ -497,54 +509,49 @@ impl Engine {
             }
             AuditOutcome::Wrong { detail, is_witnessed: true } => {
                 count("wrong");
-                self.found_wrong(provider, &piece, FragmentStatus::Damaged, &detail)
+                self.found_wrong(&loss(FragmentStatus::Damaged, &detail))
             }
             AuditOutcome::Wrong { detail, is_witnessed: false } => {
                 count("unwitnessed");
                 let detail = format!("{detail}; nobody who could be asked has it right");
-                self.lost_by_audit(provider, &piece, FragmentStatus::Damaged, &detail)
+                self.lost_by_audit(&loss(FragmentStatus::Damaged, &detail))
             }
             AuditOutcome::Missing => {
                 count("missing");
                 let detail = "it claimed to have them, and did not give them";
-                self.found_wrong(provider, &piece, FragmentStatus::NotFound, detail)
+                self.found_wrong(&loss(FragmentStatus::NotFound, detail))
             }
             AuditOutcome::Damaged { detail } => {
-                self.admitted(provider, &piece, FragmentStatus::Damaged, &detail)
+                self.admitted(&subject, FragmentStatus::Damaged, &detail)
             }
         }
     }
 
     /// The fragment is treated as lost.
-    pub(super) fn lost_by_audit(
-        &mut self,
-        provider: u32,
-        piece: &Piece,
-        status: FragmentStatus,
-        detail: &str,
-    ) -> Result<(), StoreError> {
-        let newly_bad = self.note_fragments(provider, &[(*piece, status as i32)])?;
-        self.tell_damage(provider, newly_bad, detail)
+    pub(super) fn lost_by_audit(&mut self, loss: &Loss<'_>) -> Result<(), StoreError> {
+        let newly_bad = self.note_fragments(loss.provider, &[(loss.piece, loss.status as i32)])?;
+        self.tell_damage(loss.provider, newly_bad, loss.detail)
     }
 
-    /// The provider owns to a loss: no lie. It is to look at the rest, and is asked after it.
+    /// The provider owns to a loss: no lie. It is to look at the rest, and is asked after it. What
+    /// that finds is the same loss: it is held against the provider once, and not at all where a
+    /// report led here, since those come in heaps after any accident.
     fn admitted(
         &mut self,
-        provider: u32,
-        piece: &Piece,
+        subject: &Subject,
         status: FragmentStatus,
         detail: &str,
     ) -> Result<(), StoreError> {
+        let Subject { provider, piece, reported, .. } = *subject;
         count("admitted");
-        let does_not_keep = self.audits.note_admitted(provider, true);
-        self.lost_by_audit(provider, piece, status, detail)?;
-        if does_not_keep {
-            return self.distrust(provider, "it lost many of the fragments it was asked for");
-        }
+        self.lost_by_audit(&Loss { provider, piece, status, detail })?;
         let now_ms = self.now_ms();
         let last_ms = self.audits.census_ms.get(&provider);
         if last_ms.is_some_and(|last_ms| now_ms < last_ms + CENSUS_EVERY_MS) {
             return Ok(());
+        }
+        if !reported && self.audits.note_admitted(provider, true) {
+            return self.distrust(provider, "it lost many of the fragments it was asked for");
         }
         self.audits.census_ms.insert(provider, now_ms);
         if let Some(conn) = self.members.get(&provider).and_then(|member: &Member| member.conn) {

@@ -3,7 +3,7 @@
 //! Said is believed so far as the fragment counts as lost. Whose fault it is, the directory finds
 //! out for itself ([`super::audit`]).
 
-use us_core::ids::VolumeId;
+use us_core::ids::{BlockId, VolumeId};
 use us_proto::v1::{DamageReport, FragmentStatus};
 
 use super::Engine;
@@ -11,7 +11,6 @@ use super::audit::Reporter;
 use super::events::EventKind;
 use super::members::{FRAGMENTS_A_MESSAGE, text};
 use crate::keys;
-use crate::records::block_id;
 use crate::store::StoreError;
 
 impl Engine {
@@ -39,7 +38,7 @@ impl Engine {
         let mut found = Vec::new();
         for fragment in damage.fragments.iter().take(FRAGMENTS_A_MESSAGE) {
             let (Some(block), Ok(index)) =
-                (block_id(&fragment.block), u8::try_from(fragment.index))
+                (BlockId::from_slice(&fragment.block), u8::try_from(fragment.index))
             else {
                 continue;
             };
@@ -64,7 +63,8 @@ impl Engine {
             return Ok(());
         };
         let fragment = damage.fragment.clone().unwrap_or_default();
-        let (Some(block), Ok(index)) = (block_id(&fragment.block), u8::try_from(fragment.index))
+        let (Some(block), Ok(index)) =
+            (BlockId::from_slice(&fragment.block), u8::try_from(fragment.index))
         else {
             return self.refuse(session, "damage of what is no fragment".to_owned());
         };

@@ -7,11 +7,11 @@
 //! that comes is verified. Only an administrator takes that back.
 
 use bytes::Bytes;
-use us_proto::v1::FragmentStatus;
 
+use super::audit::Loss;
 use super::event::{Answer, RefusalKind};
 use super::events::EventKind;
-use super::members::{Piece, member_batch};
+use super::members::member_batch;
 use super::{Durability, Engine};
 use crate::records::ProviderRecord;
 use crate::store::StoreError;
@@ -40,24 +40,19 @@ impl ProviderRecord {
 
 impl Engine {
     /// The directory itself has seen that the provider does not have what it claims.
-    pub(super) fn found_wrong(
-        &mut self,
-        provider: u32,
-        piece: &Piece,
-        status: FragmentStatus,
-        detail: &str,
-    ) -> Result<(), StoreError> {
+    pub(super) fn found_wrong(&mut self, loss: &Loss<'_>) -> Result<(), StoreError> {
+        let Loss { provider, piece: (_, block, index), detail, .. } = *loss;
         let Some(member) = self.members.get_mut(&provider) else { return Ok(()) };
-        let block = Bytes::copy_from_slice(piece.1.as_bytes());
         let mut marks = member.record.found_wrong;
-        if member.record.mark(block) {
+        if member.record.mark(Bytes::copy_from_slice(block.as_bytes())) {
             marks = member.record.found_wrong;
             let batch = member_batch(provider, &member.record);
             self.commit(batch, Durability::Durable)?;
         }
-        tracing::warn!(provider, block = %piece.1, index = piece.2, marks, detail, "found wrong");
+        tracing::warn!(provider, %block, index, marks, detail, "found wrong");
         // The mark first: what is lost here is not made again here.
-        self.lost_by_audit(provider, piece, status, &format!("found by an audit: {detail}"))?;
+        let told = format!("found by an audit: {detail}");
+        self.lost_by_audit(&Loss { detail: &told, ..*loss })?;
         if marks >= MARKS_MAX {
             let why = format!("{marks} fragments that it claimed were wrong or not there");
             self.distrust(provider, &why)?;

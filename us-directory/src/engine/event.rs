@@ -122,32 +122,49 @@ pub enum Event {
     Tick,
 }
 
+/// A volume to be made.
+#[derive(Clone, PartialEq, Debug, Default)]
+pub struct NewVolume {
+    /// Its name.
+    pub name: String,
+    /// Data fragments a block.
+    pub s: u32,
+    /// Parity fragments a block.
+    pub r: u32,
+    /// 0: no limit.
+    pub quota_bytes: u64,
+    /// Repair begins when no more than so many can be lost; `None`: as soon as one is.
+    pub repair_at: Option<u32>,
+    /// What is removed can be had back for so long; 0: no trash; `None`: the default.
+    pub trash_hours: Option<u32>,
+    /// Who makes it; `None`: it is to be open to every client.
+    pub maker: Option<Peer>,
+    /// Who may use it besides.
+    pub access: Vec<VolumeAccess>,
+    /// Its id and its key ring, where it is private.
+    pub private: Option<PrivateVolume>,
+}
+
+impl NewVolume {
+    /// One without a limit or settings of its own, open to every client.
+    pub fn named(name: &str, s: u32, r: u32) -> Self {
+        Self { name: name.to_owned(), s, r, ..Self::default() }
+    }
+}
+
+impl From<NewVolume> for Question {
+    fn from(volume: NewVolume) -> Self {
+        Self::CreateVolume(Box::new(volume))
+    }
+}
+
 /// What an administrator asks.
 #[derive(Clone, PartialEq, Debug)]
 pub enum Question {
     /// The one screen.
     Status,
     /// Makes a volume.
-    CreateVolume {
-        /// Its name.
-        name: String,
-        /// Data fragments a block.
-        s: u32,
-        /// Parity fragments a block.
-        r: u32,
-        /// 0: no limit.
-        quota_bytes: u64,
-        /// Repair begins when no more than so many can be lost; `None`: as soon as one is.
-        repair_at: Option<u32>,
-        /// What is removed can be had back for so long; 0: no trash; `None`: the default.
-        trash_hours: Option<u32>,
-        /// Who makes it; `None`: it is to be open to every client.
-        maker: Option<Peer>,
-        /// Who may use it besides.
-        access: Vec<VolumeAccess>,
-        /// Its id and its key ring, where it is private.
-        private: Option<PrivateVolume>,
-    },
+    CreateVolume(Box<NewVolume>),
     /// The key ring of a volume.
     VolumeKeys {
         /// The volume's name or id.
@@ -177,7 +194,7 @@ pub enum Question {
     SetVolume {
         /// Its name.
         name: String,
-        /// As for [`Question::CreateVolume`]; `None`: as it is.
+        /// As for [`NewVolume`]; `None`: as it is.
         repair_at: Option<u32>,
         /// 0: no limit; `None`: as it is.
         quota_bytes: Option<u64>,

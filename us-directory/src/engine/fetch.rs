@@ -8,6 +8,7 @@ use std::collections::{BTreeSet, HashSet};
 
 use bytes::Bytes;
 use us_core::daemon::logging::RequestId;
+use us_core::ids::BlockId;
 use us_core::limits::SESSION_LEASES_MAX;
 use us_proto::v1::fetch::Want;
 use us_proto::v1::session_down::Event as Down;
@@ -21,9 +22,7 @@ use super::locks::LockEvent;
 use super::{ConnId, Engine, PARKED_MAX};
 use crate::keys;
 use crate::namespace::{CHUNK_BYTES, S_IFDIR, S_IFMT};
-use crate::records::{
-    BlockRecord, ChunkRecord, CookieRecord, EntryRecord, InodeRecord, block_id, decode,
-};
+use crate::records::{BlockRecord, ChunkRecord, CookieRecord, EntryRecord, InodeRecord, decode};
 use crate::store::{KeyRange, Seq, StoreError};
 
 /// The most entries one answer lists.
@@ -467,7 +466,7 @@ impl Engine {
         let volume = self.volume_of(asker);
         let mut infos = Vec::new();
         for block in blocks {
-            let Some(id) = block_id(&block) else { continue };
+            let Some(id) = BlockId::from_slice(&block) else { continue };
             let key = keys::block(&volume, &id);
             if let Some(value) = self.store.get(&key)? {
                 infos.push(block_message(block, decode(&key, &value)?));

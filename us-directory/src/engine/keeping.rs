@@ -6,7 +6,7 @@
 //! of superseded runs once the newest root is stored where it matters.
 
 use us_core::geometry::Code;
-use us_core::ids::VolumeId;
+use us_core::ids::{BlockId, VolumeId};
 use us_core::seal::Secret;
 use us_proto::v1::provider_down::Event as Down;
 use us_proto::v1::{
@@ -19,7 +19,7 @@ use super::event::{Answer, AskId, Effect, RefusalKind};
 use super::{Durability, Engine, Then, Volume};
 use crate::keys;
 use crate::namespace::{ApplyError, Authority};
-use crate::records::{BlockRecord, VolumeRecord, block_id, decode, encode};
+use crate::records::{BlockRecord, VolumeRecord, decode, encode};
 use crate::recovery::{
     IMAGE_VOLUME_NAME, ImageBlock, ImageRun, Manifest, ManifestProvider, RootRecord, RunLabel,
     RunSeal, image_volume, seal_root,
@@ -408,7 +408,7 @@ impl Engine {
     fn manifest(&self, root: &RootRecord, volume: &VolumeId) -> Result<Manifest, StoreError> {
         let mut runs = root.runs.clone();
         for block in runs.iter_mut().flat_map(|run| &mut run.blocks) {
-            let Some(id) = block_id(&block.block) else { continue };
+            let Some(id) = BlockId::from_slice(&block.block) else { continue };
             let key = keys::block(volume, &id);
             if let Some(value) = self.store.get(&key)? {
                 let record: BlockRecord = decode(&key, &value)?;

@@ -6,7 +6,7 @@
 //! comes when every provider had its turn.
 
 use bytes::Bytes;
-use us_core::ids::VolumeId;
+use us_core::ids::{BlockId, VolumeId};
 use us_proto::v1::provider_down::Event as Down;
 use us_proto::v1::{InventoryItem, RetainEntry, RetainPage, RetainReply};
 
@@ -15,7 +15,6 @@ use super::garbage::{Stray, Verdict};
 use super::members::{FRAGMENTS_A_MESSAGE, member_batch};
 use super::{Durability, Engine};
 use crate::holdings::{Held, Holdings};
-use crate::records::block_id;
 use crate::store::StoreError;
 
 /// Blocks on one page.
@@ -189,7 +188,7 @@ fn stray(item: &InventoryItem) -> Option<Stray> {
     let fragment = item.fragment.as_ref()?;
     Some(Stray {
         volume: VolumeId::from_slice(&item.volume)?,
-        block: block_id(&fragment.block)?,
+        block: BlockId::from_slice(&fragment.block)?,
         index: u8::try_from(fragment.index).ok()?,
         birth: item.birth,
     })

@@ -189,17 +189,7 @@ impl World {
     }
 
     pub fn volume(&mut self, name: &str, s: u32, r: u32) {
-        let question = Question::CreateVolume {
-            name: name.to_owned(),
-            s,
-            r,
-            quota_bytes: 0,
-            repair_at: None,
-            trash_hours: None,
-            maker: None,
-            access: Vec::new(),
-            private: None,
-        };
+        let question = NewVolume::named(name, s, r).into();
         assert!(matches!(self.ask(question), Answer::Volume(_)));
     }
 

@@ -19,8 +19,8 @@ use super::Found;
 use crate::keys;
 use crate::namespace::CHUNK_BYTES;
 use crate::records::{
-    BlockRecord, ChunkRecord, HoldingRecord, InodeRecord, ReferenceRecord, UsageRecord, block_id,
-    decode, with_bit,
+    BlockRecord, ChunkRecord, HoldingRecord, InodeRecord, ReferenceRecord, UsageRecord, decode,
+    with_bit,
 };
 use crate::store::{KeyRange, Pair, StoreError, View};
 
@@ -133,7 +133,7 @@ impl Maps<'_> {
         let mut end = 0;
         for extent in &map.extents {
             self.seen.extents += 1;
-            let Some(block) = block_id(&extent.block) else { continue };
+            let Some(block) = BlockId::from_slice(&extent.block) else { continue };
             if extent.offset < end || u64::from(extent.end()) > CHUNK_BYTES {
                 let detail = format!("chunk {chunk}: its extents overlap or leave it");
                 wrong.push((block, (FsckKind::DanglingExtent, detail)));

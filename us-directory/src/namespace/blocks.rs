@@ -6,7 +6,7 @@ use us_proto::v1::{BlockCommit, FragmentsDurable};
 
 use super::{ApplyError, Authority, INLINE_BYTES_MAX, Rule, Tx, at_most};
 use crate::keys;
-use crate::records::{BlockRecord, GraveRecord, HoldingRecord, bit, block_id, with_bit};
+use crate::records::{BlockRecord, GraveRecord, HoldingRecord, bit, with_bit};
 use crate::store::StoreError;
 
 /// Whether s durable fragments remain, whichever `margin` providers vanish.
@@ -32,7 +32,7 @@ impl Tx<'_> {
         who: &dyn Authority,
         commit: &BlockCommit,
     ) -> Result<(), ApplyError> {
-        let block = block_id(&commit.block).ok_or(Rule::Malformed { field: "block" })?;
+        let block = BlockId::from_slice(&commit.block).ok_or(Rule::Malformed { field: "block" })?;
         if self.block(&block)?.is_some() || self.unreferenced.contains(&block) {
             return Err(Rule::BlockExists { block }.into());
         }
@@ -115,7 +115,8 @@ impl Tx<'_> {
         &mut self,
         confirmed: &FragmentsDurable,
     ) -> Result<(), ApplyError> {
-        let block = block_id(&confirmed.block).ok_or(Rule::Malformed { field: "block" })?;
+        let block =
+            BlockId::from_slice(&confirmed.block).ok_or(Rule::Malformed { field: "block" })?;
         let Some(record) = self.block_mut(&block)? else {
             return Ok(());
         };

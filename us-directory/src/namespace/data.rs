@@ -7,7 +7,7 @@ use super::{
     ApplyError, Authority, CHUNK_BYTES, CHUNK_EXTENTS_MAX, FILE_BYTES_MAX, Rule, S_IFMT, S_IFREG,
     Tx, ZERO_EXTENT_BYTES_MAX,
 };
-use crate::records::{ChunkRecord, ExtentRecord, block_id};
+use crate::records::{ChunkRecord, ExtentRecord};
 
 /// The most chunk numbers a slice of work asks for at once.
 const CHUNKS_PAGE: usize = 256;
@@ -172,7 +172,7 @@ impl Tx<'_> {
             }
             return Ok(Place::Zeros);
         }
-        let block = block_id(&extent.block).ok_or(Rule::Malformed { field: "block" })?;
+        let block = BlockId::from_slice(&extent.block).ok_or(Rule::Malformed { field: "block" })?;
         let plaintext_bytes = self.block(&block)?.ok_or(Rule::NoBlock { block })?.plaintext_bytes;
         let (offset, length) = (extent.block_offset, extent.length);
         if offset.checked_add(length).is_none_or(|end| end > u64::from(plaintext_bytes)) {
@@ -285,7 +285,7 @@ impl Tx<'_> {
         let (mut freed, mut freed_zeros) = (0, 0);
         for extent in &removed {
             freed += u64::from(extent.length);
-            match block_id(&extent.block) {
+            match BlockId::from_slice(&extent.block) {
                 Some(block) => self.refer(&block, ino, chunk, -i64::from(extent.length))?,
                 None => freed_zeros += u64::from(extent.length),
             }

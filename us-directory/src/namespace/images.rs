@@ -1,10 +1,10 @@
 //! The blocks of the directory's own image: each is referred to by the run it belongs to, so that it
 //! lives, is counted and dies as any other block.
 
+use us_core::ids::BlockId;
 use us_proto::v1::BlockCommit;
 
 use super::{ApplyError, Authority, Rule, Tx};
-use crate::records::block_id;
 use crate::recovery::ImageRun;
 
 impl Tx<'_> {
@@ -20,7 +20,8 @@ impl Tx<'_> {
     ) -> Result<(), ApplyError> {
         for commit in blocks {
             self.commit_block(who, commit)?;
-            let block = block_id(&commit.block).ok_or(Rule::Malformed { field: "block" })?;
+            let block =
+                BlockId::from_slice(&commit.block).ok_or(Rule::Malformed { field: "block" })?;
             self.refer(&block, run, 0, i64::from(commit.plaintext_bytes))?;
         }
         self.bury()
@@ -33,7 +34,7 @@ impl Tx<'_> {
     /// [`ApplyError`] when the store fails.
     pub fn drop_image_run(&mut self, run: &ImageRun) -> Result<(), ApplyError> {
         for block in &run.blocks {
-            let id = block_id(&block.block).ok_or(Rule::Malformed { field: "block" })?;
+            let id = BlockId::from_slice(&block.block).ok_or(Rule::Malformed { field: "block" })?;
             if self.block(&id)?.is_some() {
                 self.refer(&id, run.number, 0, -i64::from(block.plaintext_bytes))?;
             }

@@ -23,9 +23,12 @@ use fuser::{
 use us_core::ids::Ino;
 
 use super::convert;
-use super::serve::{Adapter, GENERATION, Listing, refuse};
+use super::serve::{
+    Adapter, GENERATION, Listing, answer_attr, answer_entry, answer_opened, answer_value,
+    keep_cache, refuse,
+};
 use crate::attributes::{FileKind, SetAttributes};
-use crate::fs::{Entry, Handle, Lock, LockType, Lookup, Opened};
+use crate::fs::{Handle, Lock, LockType, Lookup, Opened};
 
 /// The largest WRITE and READ, in bytes.
 pub(super) const REQUEST_BYTES_MAX: u32 = 1 << 20;
@@ -60,30 +63,6 @@ macro_rules! or_refuse {
             Err(errno) => return $reply.error(errno),
         }
     };
-}
-
-fn answer_entry(reply: ReplyEntry, entry: Entry) {
-    reply.entry(&entry.valid, &convert::file_attr(&entry.attributes), GENERATION);
-}
-
-fn answer_attr(reply: ReplyAttr, entry: Entry) {
-    reply.attr(&entry.valid, &convert::file_attr(&entry.attributes));
-}
-
-fn answer_opened(reply: ReplyOpen, opened: Opened) {
-    reply.opened(FileHandle(opened.handle.0), keep_cache(opened));
-}
-
-fn answer_value(reply: ReplyXattr, value: &[u8], size: u32) {
-    match u32::try_from(value.len()) {
-        Ok(bytes) if size == 0 => reply.size(bytes),
-        Ok(bytes) if bytes <= size => reply.data(value),
-        _ => reply.error(Errno::ERANGE),
-    }
-}
-
-fn keep_cache(opened: Opened) -> FopenFlags {
-    if opened.keep_cache { FopenFlags::FOPEN_KEEP_CACHE } else { FopenFlags::empty() }
 }
 
 const fn handle(handle: FileHandle) -> Handle {

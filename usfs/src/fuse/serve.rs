@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
-use fuser::{Errno, Generation, INodeNo, Notifier};
+use fuser::{Errno, FileHandle, FopenFlags, Generation, INodeNo, Notifier};
 use fuser::{
     ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry,
     ReplyLock, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr,
@@ -22,7 +22,7 @@ use us_core::daemon::logging::RequestId;
 
 use super::convert;
 use crate::attributes::FileKind;
-use crate::fs::{Entry, Fs, FsError};
+use crate::fs::{Entry, Fs, FsError, Opened};
 
 /// Inode numbers are never reused, so one generation does for all.
 pub(super) const GENERATION: Generation = Generation(0);
@@ -177,6 +177,30 @@ macro_rules! refusing {
 refusing! {
     ReplyAttr ReplyCreate ReplyData ReplyDirectory ReplyDirectoryPlus ReplyEmpty ReplyEntry
     ReplyLock ReplyLseek ReplyOpen ReplyStatfs ReplyWrite ReplyXattr
+}
+
+pub(super) fn answer_entry(reply: ReplyEntry, entry: Entry) {
+    reply.entry(&entry.valid, &convert::file_attr(&entry.attributes), GENERATION);
+}
+
+pub(super) fn answer_attr(reply: ReplyAttr, entry: Entry) {
+    reply.attr(&entry.valid, &convert::file_attr(&entry.attributes));
+}
+
+pub(super) fn answer_opened(reply: ReplyOpen, opened: Opened) {
+    reply.opened(FileHandle(opened.handle.0), keep_cache(opened));
+}
+
+pub(super) fn answer_value(reply: ReplyXattr, value: &[u8], size: u32) {
+    match u32::try_from(value.len()) {
+        Ok(bytes) if size == 0 => reply.size(bytes),
+        Ok(bytes) if bytes <= size => reply.data(value),
+        _ => reply.error(Errno::ERANGE),
+    }
+}
+
+pub(super) fn keep_cache(opened: Opened) -> FopenFlags {
+    if opened.keep_cache { FopenFlags::FOPEN_KEEP_CACHE } else { FopenFlags::empty() }
 }
 
 /// A readdirplus reply being filled. fuser 0.18 cannot answer a name without its inode (`nodeid` 0),

@@ -14,7 +14,7 @@ use us_core::disk::memory::{Fault, MemoryProviders};
 use us_core::ids::ProviderId;
 use us_core::placement::Spread;
 use us_directory::engine::{
-    AskId, ConnId, Effect, Engine, EngineConfig, Event, Moment, Peer, Question, SystemEntropy,
+    AskId, ConnId, Effect, Engine, EngineConfig, Event, Moment, NewVolume, Peer, SystemEntropy,
 };
 use us_directory::store::WriteBatch;
 use us_directory::store::memory::MemoryStore;
@@ -117,18 +117,7 @@ impl TestDirectory {
         let directory =
             Self { inner: Arc::new(Mutex::new(inner)), swarm: Arc::new(MemoryProviders::new()) };
         directory.join_providers();
-        let (name, s, r) = ("v".to_owned(), 4, 2);
-        let question = Question::CreateVolume {
-            name,
-            s,
-            r,
-            quota_bytes: 0,
-            repair_at: None,
-            trash_hours: None,
-            private: None,
-            maker: None,
-            access: Vec::new(),
-        };
+        let question = NewVolume::named("v", 4, 2).into();
         directory.step(Event::Ask { ask: AskId(1), question });
         directory.settle();
         let ticking = directory.clone();

@@ -18,6 +18,16 @@ async fn works(client: &BulkClient) -> bool {
     replies.all().await.is_ok_and(|replies| replies.len() == 3)
 }
 
+/// Asks until it is so.
+async fn eventually(what: &str, mut is_so: impl AsyncFnMut() -> bool) {
+    let mut ticks = tokio::time::interval(Duration::from_millis(5));
+    let deadline = soon();
+    while !is_so().await {
+        assert!(Instant::now() < deadline, "never: {what}");
+        ticks.tick().await;
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn connections_beyond_the_share_are_closed_and_others_are_served() {
     let share = ShareLimits { connections_max: 3, ..ShareLimits::default() };
@@ -44,15 +54,8 @@ async fn connections_beyond_the_share_are_closed_and_others_are_served() {
     }
     // A place that was given back is taken again.
     held.pop();
-    let deadline = soon();
-    loop {
-        let again = dial(&cluster, &cluster.client).await;
-        if works(&again).await {
-            break;
-        }
-        assert!(Instant::now() < deadline, "the place is never given back");
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
+    let works_again = async || works(&dial(&cluster, &cluster.client).await).await;
+    eventually("the place is given back", works_again).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -107,19 +110,16 @@ async fn handshakes_that_never_end_keep_nobody_out_who_is_in() {
     for tcp in &mut idle {
         tcp.write_all(&[0xff; 512]).await.unwrap();
     }
-    let deadline = soon();
     let (address, identity) = (&cluster.address, &cluster.client);
-    loop {
+    let works_again = async || {
         let limits = BulkLimits::default();
         let again = BulkClient::connect(address, identity, ExpectedPeer::default(), limits).await;
-        if let Ok(again) = again
-            && works(&again).await
-        {
-            break;
+        match again {
+            Ok(again) => works(&again).await,
+            Err(_) => false,
         }
-        assert!(Instant::now() < deadline, "the places are never given back");
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
+    };
+    eventually("the places are given back", works_again).await;
 }
 
 /// A server of one streaming method, whose calls never end.
@@ -189,9 +189,6 @@ async fn calls_of_one_identity_are_bounded_over_all_its_connections() {
     assert!(call(&mut dial(&neighbour).await).await.is_ok());
     // A call that has ended gives its place back.
     held.pop();
-    let deadline = soon();
-    while call(&mut third).await.is_err() {
-        assert!(Instant::now() < deadline, "the place is never given back");
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
+    let works_again = async || call(&mut third).await.is_ok();
+    eventually("the place is given back", works_again).await;
 }

@@ -22,17 +22,7 @@ fn world() -> World {
         world.provider(key, Bytes::new());
     }
     let maker = Some(Peer { admin: true, ..Peer::default() });
-    let made = Question::CreateVolume {
-        name: "v".to_owned(),
-        s: 4,
-        r: 2,
-        quota_bytes: 0,
-        repair_at: None,
-        trash_hours: None,
-        maker,
-        access: Vec::new(),
-        private: None,
-    };
+    let made = NewVolume { maker, ..NewVolume::named("v", 4, 2) }.into();
     let Answer::Volume(info) = world.ask(made) else { panic!() };
     assert!(info.closed && info.access.is_empty());
     world
@@ -280,17 +270,7 @@ fn nothing_is_signed_before_the_first_period_is_durable() {
 /// A volume of this name, made by the holder of `key`, who is a client or an administrator.
 fn make(world: &mut World, name: &str, key: u8, admin: bool) -> Answer {
     let maker = Peer { key_hash: vec![key; 32], name: format!("maker-{key}"), admin };
-    world.ask(Question::CreateVolume {
-        name: name.to_owned(),
-        s: 4,
-        r: 2,
-        quota_bytes: 0,
-        repair_at: None,
-        trash_hours: None,
-        maker: Some(maker),
-        access: Vec::new(),
-        private: None,
-    })
+    world.ask(NewVolume { maker: Some(maker), ..NewVolume::named(name, 4, 2) }.into())
 }
 
 /// One client could make all the 1,024 volumes there can be.

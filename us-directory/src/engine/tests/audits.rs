@@ -381,8 +381,8 @@ fn without_a_witness_there_is_no_mark() {
     assert!(audited.events("damage") > 0, "it is treated as lost");
 }
 
-/// What it admits is damage and no lie; it is told to look at the rest. But whoever has lost a third of
-/// what it is asked for does not keep, whatever it says.
+/// What it admits is damage and no lie; it is told to look at the rest. But whoever goes on losing what
+/// it takes does not keep, whatever it says.
 #[test]
 fn an_admission_is_no_lie_and_many_of_them_stop_counting() {
     let mut audited = Audited::new(8, 40);
@@ -403,11 +403,37 @@ fn an_admission_is_no_lie_and_many_of_them_stop_counting() {
     audited.swarm.world.provider_says(conn, PUp::Damage(report));
     audited.run(30 * MINUTE_MS);
     assert_eq!((audited.marks(), audited.status_of(key).distrusted), (vec![0; 8], false));
-    // Now everything there is damaged, and it says so each time.
-    let disk = audited.swarm.disks.get_mut(&key).unwrap();
-    disk.spoilt = disk.has.clone();
-    audited.run_until(2 * ALL_DROPPED_MS, |audited| audited.status_of(key).distrusted);
+    // Now whatever it takes is damaged soon, and it says so each time.
+    audited.run_until(3 * ALL_DROPPED_MS, |audited| {
+        let disk = audited.swarm.disks.get_mut(&key).unwrap();
+        disk.spoilt = disk.has.clone();
+        audited.status_of(key).distrusted
+    });
     assert_eq!(audited.marks(), [0; 8], "it never lied");
+}
+
+/// A disk had an accident, and everybody who comes by says so: that is one loss. In a swarm just as
+/// large as a stripe a distrusted provider would leave no room to mend it.
+#[test]
+fn an_accident_is_one_loss_however_many_report_it() {
+    let mut audited = Audited::new(6, 20);
+    let disk = audited.swarm.disks.get_mut(&3).unwrap();
+    disk.spoilt = disk.has.clone();
+    let (provider, spoilt) = (disk.id, disk.spoilt.clone());
+    assert!(spoilt.len() > 2 * MARKS_MAX as usize);
+    for (block, index) in spoilt {
+        let damage = Damage {
+            fragment: Some(FragmentId { block, index }),
+            provider,
+            status: FragmentStatus::Damaged as i32,
+            detail: "damaged on the provider's disk".to_owned(),
+        };
+        audited.swarm.world.says(audited.swarm.mount.conn, Up::Damage(damage));
+    }
+    audited.run(60 * MINUTE_MS);
+    assert!(audited.told > 0, "the directory looks for itself");
+    assert_eq!((audited.marks(), audited.status_of(3).distrusted), (vec![0; 6], false));
+    audited.swarm.check_whole();
 }
 
 #[test]

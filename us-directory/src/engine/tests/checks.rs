@@ -8,7 +8,7 @@ use super::*;
 use crate::fsck::Found;
 use crate::fsck::maps::Maps;
 use crate::holdings::Holdings;
-use crate::records::{BlockRecord, HoldingRecord, ReferenceRecord, bit, block_id};
+use crate::records::{BlockRecord, HoldingRecord, ReferenceRecord, bit};
 
 fn check(swarm: &Swarm) -> (Vec<Found>, FsckSummary) {
     let engine = &swarm.world.engine;
@@ -62,7 +62,7 @@ fn each_kind_of_damage_is_named() {
         let mut swarm = Swarm::new(7);
         swarm.write(3);
         let (block, record) = swarm.records().pop().unwrap();
-        let (volume, id) = (volume(&swarm), block_id(&block).unwrap());
+        let (volume, id) = (volume(&swarm), BlockId::from_slice(&block).unwrap());
         change(&mut swarm, |batch| spoil(&volume, id, &record, batch));
         let found = kinds(&swarm);
         assert!(!found.is_empty(), "{name}");
@@ -108,7 +108,7 @@ fn a_block_that_no_file_refers_to_is_ended_by_mending() {
     let volume = *swarm.world.engine.volumes.keys().next().unwrap();
     // The map and the reference are gone, the block stayed.
     let forgotten = BlockRecord { references: 0, live_bytes: 0, ..record };
-    let id = block_id(&block).unwrap();
+    let id = BlockId::from_slice(&block).unwrap();
     let view = swarm.world.engine.store.snapshot();
     let range = KeyRange::prefix(&keys::references(&volume, &id));
     let (reference, _) = view.scan(&range, 1).unwrap().pop().unwrap();

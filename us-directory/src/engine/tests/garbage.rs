@@ -3,7 +3,7 @@
 use super::swarm::{DAY_MS, MINUTE_MS, Swarm};
 use super::*;
 use crate::engine::garbage::{Stray, Verdict};
-use crate::records::{BlockRecord, block_id};
+use crate::records::BlockRecord;
 
 const HOUR_MS: u64 = 3_600_000;
 
@@ -18,7 +18,7 @@ fn judge(swarm: &mut Swarm, key: u8, strays: &[Stray], mend: bool) -> Vec<Verdic
 
 fn stray(swarm: &Swarm, block: &Bytes, index: u8, birth: u64) -> Stray {
     let volume = *swarm.world.engine.volumes.keys().next().unwrap();
-    Stray { volume, block: block_id(block).unwrap(), index, birth }
+    Stray { volume, block: BlockId::from_slice(block).unwrap(), index, birth }
 }
 
 /// A provider that holds nothing of the block, by key.
@@ -202,7 +202,7 @@ fn mending_writes_listings_as_the_records_say() {
     let mut swarm = Swarm::new(7);
     swarm.write(2);
     let (block, record) = swarm.records().pop().unwrap();
-    let (volume, id) = (stray(&swarm, &block, 0, 0).volume, block_id(&block).unwrap());
+    let (volume, id) = (stray(&swarm, &block, 0, 0).volume, BlockId::from_slice(&block).unwrap());
     let other = swarm.disks[&outsider(&swarm, &record.providers)].id;
     let mut batch = WriteBatch::new();
     batch.delete(keys::holding(&volume, record.providers[0], &id));

@@ -4,19 +4,10 @@ use us_core::ids::VolumeId;
 
 use super::*;
 
-fn create(name: &str, volume: VolumeId, key_ring: &[u8]) -> Question {
+fn create(name: &str, volume: VolumeId, key_ring: &[u8]) -> NewVolume {
     let key_ring = Bytes::copy_from_slice(key_ring);
-    Question::CreateVolume {
-        name: name.to_owned(),
-        s: 4,
-        r: 2,
-        quota_bytes: 0,
-        repair_at: None,
-        trash_hours: None,
-        maker: None,
-        access: Vec::new(),
-        private: Some(PrivateVolume { volume, key_ring }),
-    }
+    let private = Some(PrivateVolume { volume, key_ring });
+    NewVolume { private, ..NewVolume::named(name, 4, 2) }
 }
 
 fn keys(world: &mut World, volume: &str) -> VolumeKeysReply {
@@ -43,7 +34,7 @@ fn refusal(answer: Answer) -> RefusalKind {
 fn a_private_volume_has_a_ring_and_no_key() {
     let mut world = World::new();
     let id = VolumeId::from_bytes([9; 16]);
-    let made = world.ask(create("vault", id, b"ring"));
+    let made = world.ask(create("vault", id, b"ring").into());
     assert!(matches!(made, Answer::Volume(VolumeInfo { private: true, .. })), "{made:?}");
     world.volume("disk", 4, 2);
     let open = OpenSession { volume: "vault".into(), ..Default::default() };
@@ -70,12 +61,12 @@ fn a_private_volume_has_a_ring_and_no_key() {
     let large = vec![0; us_core::keyring::RING_BYTES_MAX + 1];
     assert_eq!(refusal(set(&mut world, "vault", 2, &large)), RefusalKind::Invalid);
     // An id is one volume's, and none is the cluster's own.
-    assert_eq!(refusal(world.ask(create("again", id, b"ring"))), RefusalKind::Exists);
+    assert_eq!(refusal(world.ask(create("again", id, b"ring").into())), RefusalKind::Exists);
     for own in [VolumeId::from_bytes([0; 16]), crate::recovery::image_volume(&[7; 16])] {
-        assert_eq!(refusal(world.ask(create("own", own, b"ring"))), RefusalKind::Exists);
+        assert_eq!(refusal(world.ask(create("own", own, b"ring").into())), RefusalKind::Exists);
     }
     let none = VolumeId::from_bytes([8; 16]);
-    assert_eq!(refusal(world.ask(create("none", none, b""))), RefusalKind::Invalid);
+    assert_eq!(refusal(world.ask(create("none", none, b"").into())), RefusalKind::Invalid);
 
     world.restart(0);
     let known = keys(&mut world, "vault");
@@ -87,26 +78,9 @@ fn a_private_volume_has_a_ring_and_no_key() {
 fn a_key_ring_is_for_those_the_volume_was_given_to() {
     let mut world = World::new();
     let maker = Some(Peer { admin: true, ..Peer::default() });
-    let closed = |question| match question {
-        Question::CreateVolume {
-            name, s, r, quota_bytes, repair_at, trash_hours, private, ..
-        } => {
-            let access = vec![VolumeAccess { key_hash: vec![7; 32].into(), read_only: true }];
-            Question::CreateVolume {
-                name,
-                s,
-                r,
-                quota_bytes,
-                repair_at,
-                trash_hours,
-                private,
-                maker: maker.clone(),
-                access,
-            }
-        }
-        other => other,
-    };
-    let made = world.ask(closed(create("p", VolumeId::from_bytes([5; 16]), b"ring")));
+    let access = vec![VolumeAccess { key_hash: vec![7; 32].into(), read_only: true }];
+    let volume = create("p", VolumeId::from_bytes([5; 16]), b"ring");
+    let made = world.ask(NewVolume { maker, access, ..volume }.into());
     assert!(matches!(made, Answer::Volume(_)));
     let mut ask = |key: u8| {
         let asker = Peer { key_hash: vec![key; 32], ..Peer::default() };

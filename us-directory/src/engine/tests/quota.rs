@@ -12,17 +12,8 @@ fn world(quota_bytes: u64) -> World {
     for key in 101..=106 {
         world.provider(key, Bytes::new());
     }
-    let made = Question::CreateVolume {
-        name: "v".to_owned(),
-        s: 4,
-        r: 2,
-        quota_bytes,
-        repair_at: None,
-        trash_hours: Some(0),
-        maker: None,
-        access: Vec::new(),
-        private: None,
-    };
+    let made =
+        NewVolume { quota_bytes, trash_hours: Some(0), ..NewVolume::named("v", 4, 2) }.into();
     assert!(matches!(world.ask(made), Answer::Volume(_)));
     world
 }

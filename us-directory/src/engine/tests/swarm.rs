@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::*;
 use crate::engine::health::count_slice;
-use crate::records::{BlockRecord, bit, block_id, decode};
+use crate::records::{BlockRecord, bit, decode};
 
 pub(super) const DAY_MS: u64 = 24 * 3_600_000;
 pub(super) const MINUTE_MS: u64 = 60_000;
@@ -365,7 +365,7 @@ impl Swarm {
                 expected.insert((*provider, fragment));
             }
             let volume = *self.world.engine.volumes.keys().next().unwrap();
-            let id = block_id(&block).unwrap();
+            let id = BlockId::from_slice(&block).unwrap();
             for disk in self.disks.values() {
                 let holds = record.providers.contains(&disk.id);
                 let key = keys::holding(&volume, disk.id, &id);

@@ -209,17 +209,7 @@ fn trash_that_frees_nothing_is_gone_through_at_once() {
 #[test]
 fn a_quota_that_is_used_up_empties_nobodys_trash() {
     let (mut swarm, inos) = removed(16);
-    let made = Question::CreateVolume {
-        name: "q".to_owned(),
-        s: 4,
-        r: 2,
-        quota_bytes: 1,
-        repair_at: None,
-        trash_hours: None,
-        maker: None,
-        access: Vec::new(),
-        private: None,
-    };
+    let made = NewVolume { quota_bytes: 1, ..NewVolume::named("q", 4, 2) }.into();
     assert!(matches!(swarm.world.ask(made), Answer::Volume(_)));
     let greedy = swarm.world.open(99, "q");
     let mut refused = 0;
