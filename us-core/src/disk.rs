@@ -32,6 +32,7 @@ mod latency;
 mod links;
 mod margin;
 pub mod memory;
+mod neighbours;
 mod placing;
 mod read;
 mod read_ahead;
@@ -132,6 +133,18 @@ pub struct VirtualDisk {
     shared: Arc<Shared>,
 }
 
+/// What a read that must fetch brings along.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Around {
+    /// Nothing.
+    #[default]
+    Nothing,
+    /// The aligned run of so many bytes.
+    Bytes(usize),
+    /// What else was written with it: more, the more often this happens in the block.
+    Neighbours,
+}
+
 struct Shared {
     volume: VolumeId,
     key: VolumeKey,
@@ -149,6 +162,7 @@ struct Shared {
     /// What was read before, on this machine's disk.
     sealed: Option<SealedPages>,
     flights: read::Flights,
+    neighbours: Mutex<neighbours::Neighbours>,
     /// In units of [`PERMIT_BYTES`], as the next two.
     store_permits: Arc<Semaphore>,
     read_permits: Arc<Semaphore>,
@@ -212,6 +226,7 @@ impl VirtualDisk {
                 stage: Mutex::new(stage::Stage::new(config.ahead_bytes)),
                 sealed: None,
                 flights: read::Flights::default(),
+                neighbours: Mutex::default(),
                 store_permits: permits(config.store_bytes_max),
                 read_permits: permits(config.read_bytes_max),
                 rebuild_permits: permits(config.read_bytes_max),
@@ -273,11 +288,11 @@ impl VirtualDisk {
         block: &BlockInfo,
         range: Range<usize>,
     ) -> Result<Vec<Bytes>, ReadError> {
-        self.shared.read(block, range, 0).await
+        self.shared.read(block, range, Around::Nothing).await
     }
 
-    /// As [`VirtualDisk::read`]; what must be fetched brings along the pages around it, up to
-    /// `around_bytes` with it, which the cache keeps.
+    /// As [`VirtualDisk::read`]; what must be fetched brings along pages around it, which the cache
+    /// keeps.
     ///
     /// # Errors
     /// [`ReadError`]; never wrong bytes.
@@ -285,9 +300,9 @@ impl VirtualDisk {
         &self,
         block: &BlockInfo,
         range: Range<usize>,
-        around_bytes: usize,
+        around: Around,
     ) -> Result<Vec<Bytes>, ReadError> {
-        self.shared.read(block, range, around_bytes).await
+        self.shared.read(block, range, around).await
     }
 
     /// How many bytes of opened pages are kept.

@@ -21,6 +21,10 @@ pub const DEPTH_MAX: usize = 4096;
 pub const BATCH_MUTATIONS_MAX: usize = 4096;
 /// The most requests a batch may name for the logs.
 pub const BATCH_TRACES_MAX: usize = 64;
+/// Files of up to this size are read as one thing: with their neighbours' bytes and maps.
+pub const SMALL_FILE_BYTES: u64 = 64 << 10;
+/// The most other files whose maps may be asked for with the map of one.
+pub const SIBLINGS_MAX: usize = 256;
 /// The most leases in one message.
 pub const LEASES_MESSAGE_MAX: usize = 4096;
 /// The most leases one session may hold.

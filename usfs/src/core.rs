@@ -30,6 +30,7 @@ pub mod locks;
 mod names;
 pub mod node;
 mod rescue;
+mod siblings;
 #[cfg(test)]
 mod tests;
 mod xattrs;

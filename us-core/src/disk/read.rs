@@ -27,7 +27,7 @@ use tokio_util::task::TaskTracker;
 
 use super::gather::Gather;
 use super::slots::Opening;
-use super::{BlockInfo, FragmentFailure, ReadError, Shared, permits_for};
+use super::{Around, BlockInfo, FragmentFailure, ReadError, Shared, permits_for};
 use crate::code::ErasureCode;
 use crate::daemon::logging::RequestId;
 use crate::ids::BlockId;
@@ -76,7 +76,7 @@ impl Shared {
         self: &Arc<Self>,
         block: &BlockInfo,
         range: Range<usize>,
-        around_bytes: usize,
+        around: Around,
     ) -> Result<Vec<Bytes>, ReadError> {
         self.check_range(block, &range)?;
         if let Some(sealed) = &block.inline {
@@ -92,7 +92,7 @@ impl Shared {
                 None => drop(missing.insert(page)),
             }
         }
-        let around = self.around(block, &missing, around_bytes);
+        let around = self.around(block, &missing, around);
         let (joined, claimed) = self.join_or_claim(block, missing);
         sources.extend(joined.into_iter().map(|(page, flight)| (page, Source::Flight(flight))));
         let mut own = Own { flight: None, tasks: self.tasks.clone() };
@@ -149,14 +149,20 @@ impl Shared {
     }
 
     /// Pages beside the `missing` ones that one get of the same fragment brings along: those of the
-    /// aligned run of `bytes` around each that are not here.
+    /// aligned run around each that are not here.
     fn around(
         &self,
         block: &BlockInfo,
         missing: &BTreeSet<usize>,
-        bytes: usize,
+        around: Around,
     ) -> BTreeSet<usize> {
         let geometry = &block.geometry;
+        let bytes = match around {
+            _ if missing.is_empty() => 0,
+            Around::Nothing => 0,
+            Around::Bytes(bytes) => bytes,
+            Around::Neighbours => self.neighbours.lock().missed(block.id),
+        };
         let run = bytes / geometry.page_bytes();
         if run < 2 || missing.len() > run {
             return BTreeSet::new();

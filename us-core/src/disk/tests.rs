@@ -423,7 +423,12 @@ proptest! {
                 let (block, content) = &blocks[rng.random_range(0..blocks.len())];
                 let start = rng.random_range(0..content.len());
                 let end = rng.random_range(start + 1..=content.len());
-                let around = [0, 32 << 10, 64 << 10][rng.random_range(0..3)];
+                let around = match rng.random_range(0..4) {
+                    0 => Around::Nothing,
+                    1 => Around::Bytes(32 << 10),
+                    2 => Around::Bytes(64 << 10),
+                    _ => Around::Neighbours,
+                };
                 let pieces = world.disk.read_around(block, start..end, around).await.unwrap();
                 assert!(pieces.concat() == content[start..end]);
                 world.disk.prefetch(block, start..end);

@@ -5,16 +5,17 @@
 //! in the order they came.
 
 use std::collections::{BTreeSet, HashSet};
+use std::ops::Range;
 
 use bytes::Bytes;
 use us_core::daemon::logging::RequestId;
-use us_core::ids::BlockId;
-use us_core::limits::SESSION_LEASES_MAX;
+use us_core::ids::{BlockId, VolumeId};
+use us_core::limits::{SESSION_LEASES_MAX, SIBLINGS_MAX};
 use us_proto::v1::fetch::Want;
 use us_proto::v1::session_down::Event as Down;
 use us_proto::v1::{
     BlockInfo, Entry, Extent, Fetch, FetchBlocks, FetchEntries, FetchEntry, FetchError, FetchMap,
-    Fetched, Inode, InodeLease, MapChunk, Timestamps, Xattr,
+    Fetched, Inode, InodeLease, MapChunk, SiblingMap, Timestamps, Xattr,
 };
 
 use super::leases::{InodeKey, Level};
@@ -31,6 +32,8 @@ pub const ENTRIES_MAX: usize = 4096;
 pub const CHUNKS_MAX: u32 = 256;
 /// The most blocks one answer describes; of a map with more, the rest is asked for by name.
 pub const BLOCKS_MAX: usize = 4096;
+/// When the maps of siblings have so many extents no more come along.
+const SIBLING_EXTENTS_MAX: usize = 4096;
 /// The most blocks one request may name.
 pub const BLOCKS_ASKED_MAX: usize = 256;
 
@@ -296,14 +299,14 @@ impl Engine {
         Some(InodeLease { ino, level: level.to_wire(), open: false, grant })
     }
 
-    fn volume_of(&self, asker: Asker) -> us_core::ids::VolumeId {
+    fn volume_of(&self, asker: Asker) -> VolumeId {
         self.sessions.get(&asker.session).map_or(keys::CLUSTER, |known| known.volume)
     }
 
     /// An inode that is not in the trash.
     pub(super) fn live_inode(
         &self,
-        volume: &us_core::ids::VolumeId,
+        volume: &VolumeId,
         ino: u64,
     ) -> Result<Option<InodeRecord>, StoreError> {
         let key = keys::inode(volume, ino);
@@ -423,13 +426,42 @@ impl Engine {
         let volume = self.volume_of(asker);
         let chunks = want.chunks.clamp(1, CHUNKS_MAX);
         let end = want.first_chunk.saturating_add(u64::from(chunks));
-        let range = KeyRange {
-            from: keys::chunk(&volume, want.ino, want.first_chunk),
-            to: Some(keys::chunk(&volume, want.ino, end)),
-        };
+        let mut blocks = BTreeSet::new();
         let mut fetched =
             Fetched { inodes: vec![inode_message(want.ino, record)], ..Default::default() };
-        let mut blocks = BTreeSet::new();
+        (fetched.chunks, fetched.complete) =
+            self.read_map(&volume, want.ino, want.first_chunk..end, &mut blocks)?;
+        let mut extents = 0;
+        for ino in want.siblings.iter().copied().take(SIBLINGS_MAX) {
+            if extents >= SIBLING_EXTENTS_MAX || blocks.len() >= BLOCKS_MAX {
+                break;
+            }
+            if self.leases.level(asker.session, &(volume, ino)) >= Level::Shared {
+                let (mut chunks, complete) = self.read_map(&volume, ino, 0..1, &mut blocks)?;
+                let chunk = chunks.pop();
+                extents += chunk.as_ref().map_or(1, |chunk| chunk.extents.len());
+                fetched.siblings.push(SiblingMap { ino, chunk, complete });
+            }
+        }
+        fetched.blocks = self.describe(asker, blocks.into_iter())?;
+        fetched.leases.extend(self.give(asker, want.ino, level));
+        Ok(fetched)
+    }
+
+    /// The stored ones of `chunks` of a file, and whether nothing is mapped behind them; adds to
+    /// `blocks` those that they name.
+    fn read_map(
+        &self,
+        volume: &VolumeId,
+        ino: u64,
+        chunks: Range<u64>,
+        blocks: &mut BTreeSet<Bytes>,
+    ) -> Result<(Vec<MapChunk>, bool), StoreError> {
+        let range = KeyRange {
+            from: keys::chunk(volume, ino, chunks.start),
+            to: Some(keys::chunk(volume, ino, chunks.end)),
+        };
+        let mut found = Vec::new();
         for (key, value) in self.store.scan(&range, CHUNKS_MAX as usize)? {
             let map: ChunkRecord = decode(&key, &value)?;
             let chunk = keys::last_number(&key);
@@ -445,16 +477,13 @@ impl Engine {
                 }
             });
             let extents = extents.collect();
-            fetched.chunks.push(MapChunk { chunk, extents });
+            found.push(MapChunk { chunk, extents });
         }
         let rest = KeyRange {
-            from: keys::chunk(&volume, want.ino, end),
-            to: KeyRange::prefix(&keys::chunks(&volume, want.ino)).to,
+            from: keys::chunk(volume, ino, chunks.end),
+            to: KeyRange::prefix(&keys::chunks(volume, ino)).to,
         };
-        fetched.complete = self.store.scan(&rest, 1)?.is_empty();
-        fetched.blocks = self.describe(asker, blocks.into_iter())?;
-        fetched.leases.extend(self.give(asker, want.ino, level));
-        Ok(fetched)
+        Ok((found, self.store.scan(&rest, 1)?.is_empty()))
     }
 
     /// Those of the blocks that live.

@@ -36,6 +36,7 @@ mod quota;
 mod registry;
 mod repair;
 mod routes;
+mod siblings;
 mod simulation;
 mod swarm;
 mod trash;

@@ -5,9 +5,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use us_core::disk::BlockInfo;
+use us_core::disk::{Around, BlockInfo};
 use us_core::ids::{BlockId, Ino};
-use us_core::limits::{CHUNK_BYTES, ZERO_EXTENT_BYTES_MAX};
+use us_core::limits::{CHUNK_BYTES, SMALL_FILE_BYTES, ZERO_EXTENT_BYTES_MAX};
 use us_proto::v1;
 use us_proto::v1::mutation::Op;
 
@@ -58,8 +58,8 @@ pub struct ReadPlan {
     pub pieces: Vec<ReadPiece>,
     /// Pieces of blocks worth reading ahead.
     pub ahead: Vec<(Arc<BlockInfo>, Range<usize>)>,
-    /// How many bytes what must be fetched should bring along, if the whole file can be kept.
-    pub around_bytes: usize,
+    /// What must be fetched should bring this along, if the whole file can be kept.
+    pub around: Around,
     /// The size of the file.
     pub file_bytes: u64,
 }
@@ -87,11 +87,14 @@ impl Core {
         }
         let reader = &mut self.open_file_mut(handle)?.read_ahead;
         let ahead = reader.on_read(range, size);
-        let around_bytes = reader.around_bytes();
+        let around = match reader.around_bytes() {
+            _ if size <= SMALL_FILE_BYTES => Around::Neighbours,
+            bytes => Around::Bytes(bytes),
+        };
         // A part of the map that is not here yet is fetched when the reader gets there.
         let plans = ahead.into_iter().filter_map(|range| self.plan(ino, range, size).ok());
         let ahead = plans.flatten().filter_map(ahead_piece).collect();
-        Ok(ReadPlan { pieces, ahead, around_bytes, file_bytes: size })
+        Ok(ReadPlan { pieces, ahead, around, file_bytes: size })
     }
 
     pub(super) fn plan(
@@ -487,12 +490,25 @@ impl Core {
         chunks: u32,
         fetched: &v1::Fetched,
     ) -> Result<(), FsError> {
+        let end = first + u64::from(chunks);
+        self.install_chunks(ino, first..end, &fetched.chunks, fetched.complete)
+    }
+
+    /// Installs `chunks` of a map; of those that are not `told` nothing is mapped, and nothing behind
+    /// them where they are the last.
+    pub(super) fn install_chunks(
+        &mut self,
+        ino: Ino,
+        chunks: Range<u64>,
+        told: &[v1::MapChunk],
+        complete: bool,
+    ) -> Result<(), FsError> {
         let Some(node) = self.nodes.get_mut(&ino) else { return Ok(()) };
         let held = node.lease.level > Level::None;
         let Some(data) = node.data.as_deref_mut().filter(|_| held) else { return Ok(()) };
         let map = data.map_mut();
-        for chunk in first..first + u64::from(chunks) {
-            let told = fetched.chunks.iter().find(|told| told.chunk == chunk);
+        for chunk in chunks.clone() {
+            let told = told.iter().find(|told| told.chunk == chunk);
             let extents = match told {
                 Some(told) => told.extents.iter().map(extent).collect::<Option<Vec<_>>>(),
                 None => Some(Vec::new()),
@@ -500,8 +516,8 @@ impl Core {
             let bad = || FsError::Io(format!("the map of inode {ino} makes no sense"));
             map.install(chunk, &extents.ok_or_else(bad)?);
         }
-        if fetched.complete {
-            map.install_end(first + u64::from(chunks));
+        if complete {
+            map.install_end(chunks.end);
         }
         Ok(())
     }

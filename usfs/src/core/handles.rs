@@ -84,7 +84,7 @@ impl Core {
         };
         let opened = self.open(now, ino, flags)?;
         let entry = self.entry(now, ino, Some(dir)).ok_or(FsError::Stale(ino))?;
-        self.count_lookup(ino);
+        self.count_lookup(ino, dir);
         Ok((entry, opened))
     }
 

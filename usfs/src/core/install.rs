@@ -3,6 +3,7 @@
 //! A cached value is at least as new as an answer's, because nobody else changes what is leased:
 //! an answer fills gaps and never overwrites.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -58,7 +59,11 @@ impl Core {
         self.requests.insert(want.clone(), number);
         let asked = Asked { want: want.clone(), trace, at: self.log.end() };
         self.pending.insert(number, asked);
-        let event = self.fetch_event(number, want, trace);
+        let siblings = self.siblings(want);
+        let mut event = self.fetch_event(number, want, trace);
+        if let Up::Fetch(v1::Fetch { want: Some(v1::fetch::Want::Map(map)), .. }) = &mut event {
+            map.siblings = siblings;
+        }
         self.send(event);
         number
     }
@@ -100,6 +105,8 @@ impl Core {
                 first_chunk: *first_chunk,
                 chunks: *chunks,
                 level: shared,
+                // Not when it is asked for again: what comes along is no duty.
+                siblings: Vec::new(),
             }),
             Want::Xattrs { ino, level } => {
                 Wire::Xattrs(v1::FetchXattrs { ino: ino.0, level: level.to_proto() })
@@ -189,6 +196,7 @@ impl Core {
             Want::Entry { dir, name, .. } => self.install_entry(*dir, name, fetched),
             Want::Entries { dir, after } => self.install_entries(*dir, *after, fetched),
             Want::Map { ino, first_chunk, chunks } => {
+                self.install_siblings(&fetched.siblings, at);
                 self.install_map(*ino, *first_chunk, *chunks, fetched)
             }
             Want::Xattrs { ino, .. } => self.install_xattrs(*ino, fetched),
@@ -262,7 +270,9 @@ impl Core {
         let dentry = match fetched.entries.first() {
             Some(entry) if entry.ino != 0 => {
                 let (ino, cookie) = (Ino(entry.ino), entry.cookie);
-                Dentry::Present { ino, cookie, kind: self.kind_of(ino, fetched) }
+                let told = fetched.inodes.iter().find(|inode| inode.ino == ino.0);
+                let told = told.and_then(|inode| FileKind::from_mode(inode.mode));
+                Dentry::Present { ino, cookie, kind: self.kind_of(ino, told) }
             }
             _ => Dentry::Absent,
         };
@@ -282,6 +292,8 @@ impl Core {
         after: u64,
         fetched: &v1::Fetched,
     ) -> Result<(), FsError> {
+        let told = fetched.inodes.iter().map(|inode| (inode.ino, FileKind::from_mode(inode.mode)));
+        let told: HashMap<u64, Option<FileKind>> = told.collect();
         let mut opened = Vec::with_capacity(fetched.entries.len());
         for entry in &fetched.entries {
             let hash: Option<NameHash> = entry.name_hash[..].try_into().ok();
@@ -294,7 +306,7 @@ impl Core {
                 )));
             };
             let (ino, cookie) = (Ino(entry.ino), entry.cookie);
-            let kind = self.kind_of(ino, fetched);
+            let kind = self.kind_of(ino, told.get(&ino.0).copied().flatten());
             opened.push((name, Dentry::Present { ino, cookie, kind }));
         }
         let Some(node) = self.nodes.get_mut(&dir) else { return Ok(()) };
@@ -338,12 +350,10 @@ impl Core {
         Ok(())
     }
 
-    /// What an inode in an answer is; its kind never changes, so the cache may know it too.
-    fn kind_of(&self, ino: Ino, fetched: &v1::Fetched) -> Option<FileKind> {
-        let told = fetched.inodes.iter().find(|inode| inode.ino == ino.0);
-        let known = self.nodes.get(&ino).and_then(|node| node.attributes);
-        told.and_then(|inode| FileKind::from_mode(inode.mode))
-            .or(known.map(|attributes| attributes.kind))
+    /// What an inode is, if it was not told; its kind never changes, so the cache may know it too.
+    fn kind_of(&self, ino: Ino, told: Option<FileKind>) -> Option<FileKind> {
+        let known = || self.nodes.get(&ino).and_then(|node| node.attributes);
+        told.or_else(|| known().map(|attributes| attributes.kind))
     }
 
     /// Where a block is, as the directory says now.

@@ -106,7 +106,7 @@ impl Core {
                 return Told::Full;
             }
             if entry.is_some() {
-                self.count_lookup(*ino);
+                self.count_lookup(*ino, dir);
             }
             *at = cookie;
         }

@@ -46,7 +46,7 @@ impl Core {
                 return Err(FsError::Stale(dir).into());
             }
             let entry = self.entry(now, dir, None).ok_or(FsError::Stale(dir))?;
-            self.count_lookup(dir);
+            self.count_lookup(dir, dir);
             return Ok(Lookup::Found(entry));
         }
         let dir_node = self.need_dir(dir, Level::Shared)?;
@@ -74,14 +74,15 @@ impl Core {
     /// The entry of `ino` in `dir`, counted as a lookup.
     fn answer_entry(&mut self, now: Now, ino: Ino, dir: Ino) -> Result<Entry, Stop> {
         let entry = self.entry(now, ino, Some(dir)).ok_or(FsError::Stale(ino))?;
-        self.count_lookup(ino);
+        self.count_lookup(ino, dir);
         Ok(entry)
     }
 
-    /// The kernel was told of `ino` once more.
-    pub(super) fn count_lookup(&mut self, ino: Ino) {
+    /// The kernel was told of `ino` in `dir` once more.
+    pub(super) fn count_lookup(&mut self, ino: Ino, dir: Ino) {
         if let Some(node) = self.nodes.get_mut(&ino) {
             node.lookups += 1;
+            node.beside = dir;
         }
     }
 

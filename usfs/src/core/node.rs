@@ -95,6 +95,10 @@ pub struct DirNames {
     pub complete: bool,
     /// The cookie the next new name takes.
     pub next_cookie: u64,
+    /// Cookies before this were looked at for files whose maps come along with others'.
+    pub siblings_from: u64,
+    /// So many maps come along with the next.
+    pub siblings_wanted: usize,
     /// Names the kernel was told are not there, and may remember so while the lease lasts. Never more
     /// than [`TOLD_ABSENT_MAX`]: it is told to remember no others.
     pub told_absent: HashSet<Box<[u8]>>,
@@ -223,6 +227,8 @@ pub struct Node {
     pub names: Option<Box<DirNames>>,
     /// Where a directory lies, while the lease says so.
     pub parent: Ino,
+    /// A directory in which the kernel was told of it last: a hint, whose other files may be wanted next.
+    pub beside: Ino,
     /// Bytes, of a regular file.
     pub data: Option<Box<FileData>>,
     /// The size the directory knows when it has applied the log.
@@ -269,6 +275,7 @@ impl Node {
             target: None,
             names: None,
             parent: Ino(0),
+            beside: Ino(0),
             data: None,
             logged_size: 0,
             tail_checked: false,

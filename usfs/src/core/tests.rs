@@ -15,6 +15,7 @@ mod inlined;
 mod kernel;
 mod limits;
 mod locks;
+mod siblings;
 mod size;
 mod space;
 mod tail;

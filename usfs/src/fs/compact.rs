@@ -5,6 +5,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use us_core::disk::Around;
 use us_core::ids::Ino;
 
 use super::files::assemble;
@@ -22,7 +23,7 @@ pub(crate) async fn compact(shared: &Arc<Shared>, ino: Ino, chunk: u64) -> Resul
     for _ in 0..TRIES_MAX {
         let plan = shared.lock().core.plan_rewrite(ino, chunk);
         let Some(rewrite) = plan else { return Ok(()) };
-        let content = assemble(&fs, rewrite.pieces.clone(), 0).await?;
+        let content = assemble(&fs, rewrite.pieces.clone(), Around::Nothing).await?;
         let now = shared.now();
         if shared.lock().core.rewrite(now, &rewrite, &content) {
             shared.dirty.notify_one();
@@ -76,7 +77,7 @@ pub(crate) async fn clean(shared: &Arc<Shared>, cleaning: Cleaning, dirty_bytes_
 
 /// Reads a part of a file and makes it dirty; whether it is.
 async fn make_dirty(fs: &Fs, part: &Rewrite) -> bool {
-    match assemble(fs, part.pieces.clone(), 0).await {
+    match assemble(fs, part.pieces.clone(), Around::Nothing).await {
         Ok(content) => {
             let now = fs.shared.now();
             fs.shared.lock().core.rewrite(now, part, &content)

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
 use futures::future::try_join_all;
-use us_core::disk::{BlockDirectory, BlockInfo};
+use us_core::disk::{Around, BlockDirectory, BlockInfo};
 use us_core::ids::{BlockId, Ino};
 
 use super::shared::State;
@@ -40,7 +40,7 @@ impl Fs {
         }
         // A file that is read here and there and fits into the cache is soon there.
         let fits = plan.file_bytes <= self.shared.disk.cache_bytes();
-        assemble(self, plan.pieces, if fits { plan.around_bytes } else { 0 }).await
+        assemble(self, plan.pieces, if fits { plan.around } else { Around::Nothing }).await
     }
 
     async fn read_block(
@@ -48,7 +48,7 @@ impl Fs {
         block: BlockId,
         info: Option<Arc<BlockInfo>>,
         range: Range<usize>,
-        around_bytes: usize,
+        around: Around,
     ) -> Result<Vec<Bytes>, FsError> {
         let info = match info {
             Some(info) => info,
@@ -59,7 +59,7 @@ impl Fs {
                 })?)
             }
         };
-        self.shared.disk.read_around(&info, range, around_bytes).await.map_err(|error| {
+        self.shared.disk.read_around(&info, range, around).await.map_err(|error| {
             tracing::error!(%block, %error, "cannot read");
             FsError::Io(error.to_string())
         })
@@ -239,11 +239,11 @@ impl Fs {
     }
 }
 
-/// Reads `pieces`, in order; what of a block must be fetched brings `around_bytes` along.
+/// Reads `pieces`, in order; what of a block must be fetched brings `around` along.
 pub(super) async fn assemble(
     fs: &Fs,
     mut pieces: Vec<ReadPiece>,
-    around_bytes: usize,
+    around: Around,
 ) -> Result<Bytes, FsError> {
     if pieces.len() == 1
         && let Some(ReadPiece::Bytes(bytes)) = pieces.first()
@@ -252,7 +252,7 @@ pub(super) async fn assemble(
     }
     let blocks = pieces.iter_mut().filter_map(|piece| match piece {
         ReadPiece::Block { block, info, range } => {
-            Some(fs.read_block(*block, info.take(), range.clone(), around_bytes))
+            Some(fs.read_block(*block, info.take(), range.clone(), around))
         }
         ReadPiece::Bytes(_) | ReadPiece::Zero(_) => None,
     });

@@ -8,7 +8,7 @@ async fn a_read_brings_along_what_lies_around_it() {
     let world = World::new(4, 2, 6);
     let (block, content) = world.store(world.code.block_bytes_max()).await;
     let disk = world.fresh_disk();
-    let around = 64 << 10;
+    let around = Around::Bytes(64 << 10);
     let before = world.providers.gets();
     let gets = || world.providers.gets() - before;
     let read = async |at: usize| {
@@ -40,4 +40,23 @@ async fn a_read_brings_along_what_lies_around_it() {
     assert!(page == content[at..at + 10]);
     fresh.close().await;
     world.check_permits(&fresh);
+}
+
+/// A tree read file by file, on another machine than it was written: each file is a read of its own.
+#[tokio::test(start_paused = true)]
+async fn small_files_that_share_a_block_come_in_few_gets() {
+    let world = World::new(4, 2, 6);
+    let (block, content) = world.store(world.code.block_bytes_max()).await;
+    let disk = world.fresh_disk();
+    let before = world.providers.gets();
+    let mut files = 0;
+    for at in (0..content.len() - 4000).step_by(4000) {
+        let read = disk.read_around(&block, at..at + 4000, Around::Neighbours).await;
+        assert!(read.unwrap().concat() == content[at..at + 4000]);
+        files += 1;
+    }
+    let gets = world.providers.gets() - before;
+    assert!(files > 1000 && gets < 20, "{gets} gets for {files} files");
+    disk.close().await;
+    world.check_permits(&disk);
 }

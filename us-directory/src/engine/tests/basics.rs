@@ -3,16 +3,16 @@
 use super::*;
 use crate::store::View;
 
-const FILE: u32 = 0o100_644;
+pub(super) const FILE: u32 = 0o100_644;
 const DIR: u32 = 0o040_755;
 
-fn world() -> World {
+pub(super) fn world() -> World {
     let mut world = World::new();
     world.volume("v", 4, 2);
     world
 }
 
-fn birth(world: &mut World, mount: &Mount) -> PlacementLease {
+pub(super) fn birth(world: &mut World, mount: &Mount) -> PlacementLease {
     let ask = LeasePlacements { request: 9, count: 1 };
     world.says(mount.conn, Up::LeasePlacements(ask));
     let leased = world.hear_some(mount.conn, |down| match down {
@@ -24,7 +24,7 @@ fn birth(world: &mut World, mount: &Mount) -> PlacementLease {
     leased.leases[0].clone()
 }
 
-fn block(lease: &PlacementLease, id: u8, durable: u8) -> BlockCommit {
+pub(super) fn block(lease: &PlacementLease, id: u8, durable: u8) -> BlockCommit {
     BlockCommit {
         block: vec![id; 16].into(),
         s: 4,
@@ -39,7 +39,7 @@ fn block(lease: &PlacementLease, id: u8, durable: u8) -> BlockCommit {
     }
 }
 
-fn write(ino: u64, offset: u64, length: u64, block: u8) -> ExtentWrite {
+pub(super) fn write(ino: u64, offset: u64, length: u64, block: u8) -> ExtentWrite {
     ExtentWrite { ino, offset, length, block: vec![block; 16].into(), ..Default::default() }
 }
 
@@ -51,7 +51,7 @@ fn cursor_done(world: &mut World, view: &dyn View, cursor: &mut health::CountCur
     last
 }
 
-fn commit(blocks: Vec<BlockCommit>, extents: Vec<ExtentWrite>) -> Op {
+pub(super) fn commit(blocks: Vec<BlockCommit>, extents: Vec<ExtentWrite>) -> Op {
     let ino = extents[0].ino;
     let end = extents.iter().map(|extent| extent.offset + extent.length).max().unwrap();
     let files =
