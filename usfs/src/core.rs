@@ -56,7 +56,7 @@ pub use self::inlined::Packing;
 pub use self::install::Effect;
 pub use self::leases::{FinishedRecall, Recall};
 pub use self::names::{NewNode, Renamed};
-use self::node::{Dentry, DirNames, Level, Node};
+use self::node::{Dentry, DirNames, Level, Missed, Node};
 pub use self::rescue::{Undurable, UndurableFile};
 use crate::attributes::{Attributes, FileKind, FileTime};
 use crate::fs::{Entry, FsError, NAME_BYTES_MAX};
@@ -393,10 +393,14 @@ impl Core {
     fn need_name(&mut self, dir: Ino, name: &[u8], level: Level) -> Result<Dentry, Stop> {
         check_name(name)?;
         let node = self.need_dir(dir, level)?;
-        match node.names.as_deref().and_then(|names| names.get(name)) {
-            Some(dentry) => Ok(dentry),
-            None => Err(Stop::Stall(Stall::Fetch(Want::Entry { dir, name: name.into(), level }))),
+        if let Some(dentry) = node.names.as_deref().and_then(|names| names.get(name)) {
+            return Ok(dentry);
         }
+        let want = match self.names_mut(dir).missed() {
+            Missed::One => Want::Entry { dir, name: name.into(), level },
+            Missed::Many { after } => Want::Entries { dir, after },
+        };
+        Err(Stop::Stall(Stall::Fetch(want)))
     }
 
     /// The attributes of an inode that `need` has just answered for.

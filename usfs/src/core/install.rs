@@ -18,7 +18,7 @@ use us_proto::v1::session_up::Event as Up;
 use super::cleaning::Cleaning;
 use super::leases::{PIN, Recall};
 use super::locks::{LockEvent, Locked};
-use super::node::{Dentry, DirNames, Level, Node, attributes_from_proto};
+use super::node::{Dentry, DirNames, LISTED_MAX, Level, Node, attributes_from_proto};
 use super::{Asked, Core, INODES_LEASED, Now, Want};
 use crate::attributes::FileKind;
 use crate::data::FileData;
@@ -97,7 +97,7 @@ impl Core {
             Want::Entries { dir, after } => Wire::Entries(v1::FetchEntries {
                 dir: dir.0,
                 after_cookie: *after,
-                limit: 4096,
+                limit: LISTED_MAX as u32,
                 dir_level: shared,
             }),
             Want::Map { ino, first_chunk, chunks } => Wire::Map(v1::FetchMap {

@@ -95,6 +95,8 @@ pub struct DirNames {
     pub complete: bool,
     /// The cookie the next new name takes.
     pub next_cookie: u64,
+    /// How often a name was not known, since names were last listed.
+    pub misses: u64,
     /// Cookies before this were looked at for files whose maps come along with others'.
     pub siblings_from: u64,
     /// So many maps come along with the next.
@@ -108,6 +110,23 @@ pub struct DirNames {
 pub const TOLD_ABSENT_MAX: usize = 4096;
 /// The most names of a directory kept as not there.
 const ABSENT_MAX: usize = 4096;
+
+/// The most names of one listing.
+pub const LISTED_MAX: u64 = 4096;
+/// So many names are listed for what asking for one costs.
+const LISTED_A_MISS: u64 = 64;
+
+/// What to ask for when a name is not known.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Missed {
+    /// That name.
+    One,
+    /// The names behind this cookie.
+    Many {
+        /// The last that is known.
+        after: u64,
+    },
+}
 
 /// The first cookie of a directory.
 pub const FIRST_COOKIE: u64 = 1;
@@ -131,6 +150,18 @@ impl DirNames {
     pub fn add(&mut self, name: &[u8], ino: Ino, kind: FileKind) {
         let cookie = self.next_cookie;
         self.put(name, Dentry::Present { ino, cookie, kind: Some(kind) });
+    }
+
+    /// A name is looked up that is not known: what to ask for. Who looks up many names is given all of
+    /// them, as soon as so many were asked for one by one that it costs no more.
+    pub fn missed(&mut self) -> Missed {
+        self.misses += 1;
+        let rest = self.next_cookie.saturating_sub(self.listed).min(LISTED_MAX);
+        if self.complete || self.misses < 2 || rest > self.misses * LISTED_A_MISS {
+            return Missed::One;
+        }
+        self.misses = 0;
+        Missed::Many { after: self.listed }
     }
 
     /// The kernel is told that there is no `name`: whether it may remember that. It is told when that

@@ -125,3 +125,39 @@ fn a_map_that_comes_along_never_overwrites_and_needs_the_lease() {
     assert!(matches!(plan.pieces[..], [ReadPiece::Zero(4096)]), "{plan:?}");
     assert!(core.nodes.get(&ino(gone)).is_none_or(|node| node.data.is_none()));
 }
+
+/// A directory of `names` whose first is known, and no lease but on it.
+fn unlisted(names: u64) -> Core {
+    let mut core = core();
+    let want = Want::Inode { ino: Ino::ROOT, level: Level::Shared };
+    answer(&mut core, &want, |fetched| {
+        fetched.leases = vec![lease(1, Level::Shared, 5)];
+        fetched.inodes = vec![v1::Inode { next_cookie: names + 1, ..root() }];
+    });
+    core
+}
+
+fn wanted(core: &mut Core, number: u64) -> Want {
+    match core.lookup(at(2), Ino::ROOT, &name(number)) {
+        Err(Stop::Stall(Stall::Fetch(want))) => want,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn who_looks_up_name_after_name_is_given_all_of_them() {
+    // One of many is looked up alone, however often the others are few.
+    for (names, alone) in [(100, 1), (1000, 15), (4000, 62), (1_000_000, 63)] {
+        let mut core = unlisted(names);
+        for number in 0..alone {
+            let want = wanted(&mut core, number);
+            assert!(matches!(want, Want::Entry { .. }), "{names}, {number}: {want:?}");
+        }
+        assert_eq!(wanted(&mut core, alone), Want::Entries { dir: Ino::ROOT, after: 0 });
+    }
+    let mut core = unlisted(3);
+    wanted(&mut core, 0);
+    let want = wanted(&mut core, 1);
+    answer(&mut core, &want, |fetched| fetched.complete = true);
+    assert!(matches!(core.lookup(at(2), Ino::ROOT, b"file0001"), Ok(Lookup::Absent(_))));
+}
