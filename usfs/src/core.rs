@@ -280,6 +280,11 @@ impl Core {
         self.log.end()
     }
 
+    /// Whether somebody waits for what is to be sent, or it is much.
+    pub fn is_urgent(&self) -> bool {
+        self.sync_wanted || !self.outbox.is_empty() || self.log.is_worthwhile()
+    }
+
     /// The next messages for the directory, in order: the log's batches, then requests and returns.
     /// At most `max` messages.
     pub fn take_outgoing(&mut self, max: usize, out: &mut Vec<v1::session_up::Event>) {

@@ -92,11 +92,11 @@ impl Shared {
                 None => drop(missing.insert(page)),
             }
         }
-        let around = self.around(block, &missing, around);
         let (joined, claimed) = self.join_or_claim(block, missing);
         sources.extend(joined.into_iter().map(|(page, flight)| (page, Source::Flight(flight))));
         let mut own = Own { flight: None, tasks: self.tasks.clone() };
         if let Some((flight, mut pages)) = claimed {
+            let around = self.around(block, &pages, around);
             let on_board = pages.iter().map(|page| (*page, Source::Flight(Arc::clone(&flight))));
             sources.extend(on_board);
             let around = self.board(block, &flight, around);
@@ -157,11 +157,10 @@ impl Shared {
         around: Around,
     ) -> BTreeSet<usize> {
         let geometry = &block.geometry;
-        let bytes = match around {
-            _ if missing.is_empty() => 0,
-            Around::Nothing => 0,
-            Around::Bytes(bytes) => bytes,
-            Around::Neighbours => self.neighbours.lock().missed(block.id),
+        let bytes = match (around, missing.first()) {
+            (Around::Nothing, _) | (_, None) => 0,
+            (Around::Bytes(bytes), _) => bytes,
+            (Around::Neighbours, Some(page)) => self.neighbours.lock().missed(block.id, *page),
         };
         let run = bytes / geometry.page_bytes();
         if run < 2 || missing.len() > run {
@@ -174,7 +173,12 @@ impl Shared {
             let end = (start + run).min(first + geometry.fragment_slots());
             start..end.min(geometry.pages())
         });
-        runs.filter(|page| !missing.contains(page) && self.at_hand(block.id, *page).is_none())
+        let runs: BTreeSet<usize> = runs.collect();
+        if let (Around::Neighbours, Some(last)) = (around, runs.last()) {
+            self.neighbours.lock().brought(block.id, last + 1);
+        }
+        runs.into_iter()
+            .filter(|page| !missing.contains(page) && self.at_hand(block.id, *page).is_none())
             .collect()
     }
 

@@ -61,8 +61,8 @@ const BUSY_MAX: u32 = 6;
 /// How often a provider that lacks something is asked after all it should have. What it owns to
 /// within that time is one loss.
 const CENSUS_EVERY_MS: u64 = 3_600_000;
-/// So many losses among its last eight audits, by its own word, make a provider one that does not
-/// keep.
+/// So many losses among its last eight audits at random, by its own word, make a provider one that does
+/// not keep. Those within an hour of one that counts are the same loss.
 const ADMITTED_MAX: u32 = 3;
 
 /// Who says that a fragment is wrong.
@@ -181,9 +181,11 @@ pub(super) struct Audits {
     bytes_ms: u64,
     /// How often in a row a provider was too busy.
     busy: HashMap<u32, u32>,
-    /// The last eight audits of a provider that say something: a bit for each that began a loss.
+    /// The last eight audits at random that were right or began a loss: a bit for each of the latter.
     admitted: HashMap<u32, u8>,
+    /// When it was asked after all it should have, and when a loss was last held against it.
     census_ms: HashMap<u32, u64>,
+    loss_ms: HashMap<u32, u64>,
 }
 
 impl Audits {
@@ -204,6 +206,7 @@ impl Audits {
             busy: HashMap::new(),
             admitted: HashMap::new(),
             census_ms: HashMap::new(),
+            loss_ms: HashMap::new(),
         }
     }
 
@@ -249,6 +252,7 @@ impl Audits {
     /// Nothing is held against the provider any more.
     pub fn forgive(&mut self, provider: u32) {
         self.admitted.remove(&provider);
+        self.loss_ms.remove(&provider);
         self.busy.remove(&provider);
     }
 }
@@ -437,7 +441,8 @@ impl Engine {
                 count("busy");
             }
             Some(status @ (FragmentStatus::NotFound | FragmentStatus::Damaged)) => {
-                self.admitted(&subject, status, "asked at random, it says so")?;
+                let how = if reported { "asked after a report" } else { "asked at random" };
+                self.admitted(&subject, status, &format!("{how}, it says so"))?;
             }
             _ => count("silent"),
         }
@@ -503,7 +508,9 @@ impl Engine {
         match outcome {
             AuditOutcome::Silent => Ok(()),
             AuditOutcome::Right => {
-                self.audits.note_admitted(provider, false);
+                if !reported {
+                    self.audits.note_admitted(provider, false);
+                }
                 count("right");
                 Ok(())
             }
@@ -546,12 +553,17 @@ impl Engine {
         count("admitted");
         self.lost_by_audit(&Loss { provider, piece, status, detail })?;
         let now_ms = self.now_ms();
-        let last_ms = self.audits.census_ms.get(&provider);
-        if last_ms.is_some_and(|last_ms| now_ms < last_ms + CENSUS_EVERY_MS) {
-            return Ok(());
+        let is_recent = |last_ms: Option<&u64>| {
+            last_ms.is_some_and(|last_ms| now_ms < last_ms + CENSUS_EVERY_MS)
+        };
+        if !reported && !is_recent(self.audits.loss_ms.get(&provider)) {
+            self.audits.loss_ms.insert(provider, now_ms);
+            if self.audits.note_admitted(provider, true) {
+                return self.distrust(provider, "it lost many of the fragments it was asked for");
+            }
         }
-        if !reported && self.audits.note_admitted(provider, true) {
-            return self.distrust(provider, "it lost many of the fragments it was asked for");
+        if is_recent(self.audits.census_ms.get(&provider)) {
+            return Ok(());
         }
         self.audits.census_ms.insert(provider, now_ms);
         if let Some(conn) = self.members.get(&provider).and_then(|member: &Member| member.conn) {

@@ -32,8 +32,9 @@ pub const ENTRIES_MAX: usize = 4096;
 pub const CHUNKS_MAX: u32 = 256;
 /// The most blocks one answer describes; of a map with more, the rest is asked for by name.
 pub const BLOCKS_MAX: usize = 4096;
-/// When the maps of siblings have so many extents no more come along.
+/// The most extents of siblings' maps, and the most bytes that lie in the directory itself.
 const SIBLING_EXTENTS_MAX: usize = 4096;
+const SIBLING_BYTES_MAX: usize = 1 << 20;
 /// The most blocks one request may name.
 pub const BLOCKS_ASKED_MAX: usize = 256;
 
@@ -420,6 +421,10 @@ impl Engine {
     }
 
     fn fetch_map(&mut self, asker: Asker, want: &FetchMap) -> Result<Fetched, Stop> {
+        if want.siblings.len() > SIBLINGS_MAX {
+            let detail = format!("{} siblings in one request", want.siblings.len());
+            return Err(Stop::Error(FetchError::Invalid, detail));
+        }
         let level = at_least_shared(want.level);
         self.need(asker, want.ino, level)?;
         let record = self.stored_inode(asker, want.ino)?.ok_or_else(|| not_found(want.ino))?;
@@ -431,21 +436,42 @@ impl Engine {
             Fetched { inodes: vec![inode_message(want.ino, record)], ..Default::default() };
         (fetched.chunks, fetched.complete) =
             self.read_map(&volume, want.ino, want.first_chunk..end, &mut blocks)?;
-        let mut extents = 0;
-        for ino in want.siblings.iter().copied().take(SIBLINGS_MAX) {
-            if extents >= SIBLING_EXTENTS_MAX || blocks.len() >= BLOCKS_MAX {
-                break;
-            }
-            if self.leases.level(asker.session, &(volume, ino)) >= Level::Shared {
-                let (mut chunks, complete) = self.read_map(&volume, ino, 0..1, &mut blocks)?;
-                let chunk = chunks.pop();
-                extents += chunk.as_ref().map_or(1, |chunk| chunk.extents.len());
-                fetched.siblings.push(SiblingMap { ino, chunk, complete });
-            }
-        }
-        fetched.blocks = self.describe(asker, blocks.into_iter())?;
+        fetched.blocks = self.describe(asker, blocks.iter().cloned())?;
+        self.add_siblings(asker, want, blocks, &mut fetched)?;
         fetched.leases.extend(self.give(asker, want.ino, level));
         Ok(fetched)
+    }
+
+    /// Adds the maps of siblings that the session holds a lease on, within bounds: nobody asked.
+    fn add_siblings(
+        &self,
+        asker: Asker,
+        want: &FetchMap,
+        mut blocks: BTreeSet<Bytes>,
+        fetched: &mut Fetched,
+    ) -> Result<(), StoreError> {
+        let volume = self.volume_of(asker);
+        let mut seen = BTreeSet::from([want.ino]);
+        let (mut extents, mut bytes) = (0, 0);
+        for ino in want.siblings.iter().copied() {
+            let is_held = self.leases.level(asker.session, &(volume, ino)) >= Level::Shared;
+            if !is_held || !seen.insert(ino) {
+                continue;
+            }
+            let mut named = BTreeSet::new();
+            let (mut chunks, complete) = self.read_map(&volume, ino, 0..1, &mut named)?;
+            let chunk = chunks.pop();
+            extents += chunk.as_ref().map_or(1, |chunk| chunk.extents.len().max(1));
+            let infos = self.describe(asker, named.difference(&blocks).cloned())?;
+            bytes += infos.iter().map(|info| info.inline.len()).sum::<usize>();
+            if extents > SIBLING_EXTENTS_MAX || bytes > SIBLING_BYTES_MAX {
+                break;
+            }
+            blocks.extend(named);
+            fetched.blocks.extend(infos);
+            fetched.siblings.push(SiblingMap { ino, chunk, complete });
+        }
+        Ok(())
     }
 
     /// The stored ones of `chunks` of a file, and whether nothing is mapped behind them; adds to

@@ -59,6 +59,9 @@ impl Core {
         self.requests.insert(want.clone(), number);
         let asked = Asked { want: want.clone(), trace, at: self.log.end() };
         self.pending.insert(number, asked);
+        if let Want::Entries { dir, .. } = want {
+            self.note_listing(*dir, true);
+        }
         let siblings = self.siblings(want);
         let mut event = self.fetch_event(number, want, trace);
         if let Up::Fetch(v1::Fetch { want: Some(v1::fetch::Want::Map(map)), .. }) = &mut event {
@@ -163,6 +166,13 @@ impl Core {
         }
     }
 
+    fn note_listing(&mut self, dir: Ino, listing: bool) {
+        let names = self.nodes.get_mut(&dir).and_then(|node| node.names.as_deref_mut());
+        if let Some(names) = names {
+            names.listing = listing;
+        }
+    }
+
     fn on_fetched(&mut self, now: Now, fetched: &v1::Fetched) -> Option<Effect> {
         let number = fetched.request;
         let Some(Asked { want, at, .. }) = self.pending.remove(&number) else {
@@ -181,6 +191,9 @@ impl Core {
             self.remember_block(block);
         }
         let error = v1::FetchError::try_from(fetched.error).unwrap_or(v1::FetchError::Internal);
+        if let (Want::Entries { dir, .. }, true) = (&want, error != v1::FetchError::None) {
+            self.note_listing(*dir, false);
+        }
         let failed = |error| Some(Effect::Answered(number, Err(error)));
         match error {
             v1::FetchError::None => {}
@@ -194,7 +207,10 @@ impl Core {
         let installed = match &want {
             Want::Inode { .. } => Ok(()),
             Want::Entry { dir, name, .. } => self.install_entry(*dir, name, fetched),
-            Want::Entries { dir, after } => self.install_entries(*dir, *after, fetched),
+            Want::Entries { dir, after } => {
+                self.install_entries(*dir, *after, fetched);
+                Ok(())
+            }
             Want::Map { ino, first_chunk, chunks } => {
                 self.install_siblings(&fetched.siblings, at);
                 self.install_map(*ino, *first_chunk, *chunks, fetched)
@@ -286,40 +302,36 @@ impl Core {
         Ok(())
     }
 
-    fn install_entries(
-        &mut self,
-        dir: Ino,
-        after: u64,
-        fetched: &v1::Fetched,
-    ) -> Result<(), FsError> {
+    fn install_entries(&mut self, dir: Ino, after: u64, fetched: &v1::Fetched) {
         let told = fetched.inodes.iter().map(|inode| (inode.ino, FileKind::from_mode(inode.mode)));
         let told: HashMap<u64, Option<FileKind>> = told.collect();
+        let mut unlistable = None;
         let mut opened = Vec::with_capacity(fetched.entries.len());
         for entry in &fetched.entries {
             let hash: Option<NameHash> = entry.name_hash[..].try_into().ok();
             let name = hash
                 .and_then(|hash| self.config.names.open_name(dir, &hash, &entry.sealed_name).ok());
             let Some(name) = name else {
-                return Err(FsError::Io(format!(
-                    "directory {dir}: the name at cookie {} fails its seal",
-                    entry.cookie
-                )));
+                unlistable.get_or_insert(entry.cookie);
+                continue;
             };
             let (ino, cookie) = (Ino(entry.ino), entry.cookie);
             let kind = self.kind_of(ino, told.get(&ino.0).copied().flatten());
             opened.push((name, Dentry::Present { ino, cookie, kind }));
         }
-        let Some(node) = self.nodes.get_mut(&dir) else { return Ok(()) };
+        let Some(node) = self.nodes.get_mut(&dir) else { return };
         if node.lease.level == Level::None {
-            return Ok(());
+            return;
         }
         let names = node.names.get_or_insert_default();
+        names.listing = false;
         for (name, dentry) in opened {
             if names.get(&name).is_none() {
                 names.put(&name, dentry);
             }
         }
-        if after <= names.listed {
+        names.unlistable = names.unlistable.or(unlistable);
+        if after <= names.listed && unlistable.is_none() {
             let last = fetched.entries.last().map_or(after, |entry| entry.cookie);
             names.listed = names.listed.max(last);
             names.complete |= fetched.complete;
@@ -327,7 +339,6 @@ impl Core {
         if names.complete {
             names.names.retain(|_, dentry| *dentry != Dentry::Absent);
         }
-        Ok(())
     }
 
     fn install_xattrs(&mut self, ino: Ino, fetched: &v1::Fetched) -> Result<(), FsError> {

@@ -63,7 +63,7 @@ impl Core {
         let names = self.nodes.get_mut(&dir).and_then(|node| node.names.take());
         let names = names.ok_or(FsError::NotADirectory)?;
         let told = self.tell_names(now, dir, &names, at, plus, sink);
-        let (complete, listed) = (names.complete, names.listed);
+        let (complete, listed, unlistable) = (names.complete, names.listed, names.unlistable);
         if let Some(node) = self.nodes.get_mut(&dir) {
             node.names = Some(names);
         }
@@ -74,7 +74,7 @@ impl Core {
             }
             Told::Full | Told::Missing(_) => return Ok(()),
             Told::All if complete => return Ok(()),
-            Told::All => {}
+            Told::All => check_listable(dir, unlistable)?,
         }
         Err(Stop::Stall(Stall::Fetch(Want::Entries { dir, after: listed })))
     }
@@ -112,6 +112,13 @@ impl Core {
         }
         Told::All
     }
+}
+
+/// A name that cannot be opened ends every listing: none may look complete without it.
+pub(super) fn check_listable(dir: Ino, unlistable: Option<u64>) -> Result<(), FsError> {
+    unlistable.map_or(Ok(()), |cookie| {
+        Err(FsError::Io(format!("directory {dir}: the name at cookie {cookie} fails its seal")))
+    })
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]

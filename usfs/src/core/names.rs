@@ -13,6 +13,7 @@ use us_core::name::NameHash;
 use us_proto::v1;
 use us_proto::v1::mutation::Op;
 
+use super::listing::check_listable;
 use super::node::{Dentry, DirNames, Level, Node};
 use super::{Core, Now, Stall, Stop, Want, change_time, check_name};
 use crate::attributes::{Attributes, FileKind, FileTime, MODE_PERMISSIONS, MODE_SGID};
@@ -494,7 +495,8 @@ impl Core {
             Some(true) => Ok(()),
             Some(false) => Err(FsError::NotEmpty.into()),
             None => {
-                let after = names.listed;
+                let (after, unlistable) = (names.listed, names.unlistable);
+                check_listable(dir, unlistable)?;
                 Err(Stop::Stall(Stall::Fetch(Want::Entries { dir, after })))
             }
         }

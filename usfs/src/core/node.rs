@@ -97,6 +97,10 @@ pub struct DirNames {
     pub next_cookie: u64,
     /// How often a name was not known, since names were last listed.
     pub misses: u64,
+    /// A listing is on its way: names that go meanwhile must stay known as gone.
+    pub listing: bool,
+    /// The name at this cookie fails its seal: there is no listing beyond it.
+    pub unlistable: Option<u64>,
     /// Cookies before this were looked at for files whose maps come along with others'.
     pub siblings_from: u64,
     /// So many maps come along with the next.
@@ -113,8 +117,10 @@ const ABSENT_MAX: usize = 4096;
 
 /// The most names of one listing.
 pub const LISTED_MAX: u64 = 4096;
-/// So many names are listed for what asking for one costs.
-const LISTED_A_MISS: u64 = 64;
+/// So many names there may be for each that was asked for alone, if all are to be listed; and so many
+/// are asked for alone in any case.
+const LISTED_A_MISS: u64 = 32;
+const MISSES_MIN: u64 = 4;
 
 /// What to ask for when a name is not known.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -152,12 +158,13 @@ impl DirNames {
         self.put(name, Dentry::Present { ino, cookie, kind: Some(kind) });
     }
 
-    /// A name is looked up that is not known: what to ask for. Who looks up many names is given all of
-    /// them, as soon as so many were asked for one by one that it costs no more.
+    /// A name is looked up that is not known: what to ask for. Who looks up many of the names there are
+    /// is given those behind what is known, and their attributes with them.
     pub fn missed(&mut self) -> Missed {
         self.misses += 1;
-        let rest = self.next_cookie.saturating_sub(self.listed).min(LISTED_MAX);
-        if self.complete || self.misses < 2 || rest > self.misses * LISTED_A_MISS {
+        let rest = self.next_cookie.saturating_sub(self.listed);
+        let dear = self.misses < MISSES_MIN || rest > self.misses * LISTED_A_MISS;
+        if dear || self.complete || self.unlistable.is_some() {
             return Missed::One;
         }
         self.misses = 0;
@@ -183,6 +190,7 @@ impl DirNames {
     pub fn put(&mut self, name: &[u8], dentry: Dentry) {
         // Absent names are only a cache, of lookups that anybody may make.
         if dentry == Dentry::Absent
+            && !self.listing
             && self.names.len().saturating_sub(self.order.len()) >= ABSENT_MAX
         {
             self.names.retain(|_, dentry| *dentry != Dentry::Absent);

@@ -44,6 +44,10 @@ impl Core {
                 siblings.push(sibling.0);
             }
         }
+        if siblings.len() < wanted && names.order.range(names.siblings_from..).next().is_none() {
+            // Through: maps that are dropped from now on come along in a further pass.
+            (names.siblings_from, names.siblings_wanted) = (0, 0);
+        }
         if let Some(node) = self.nodes.get_mut(&dir) {
             node.names = Some(names);
         }

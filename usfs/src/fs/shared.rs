@@ -49,6 +49,8 @@ pub(crate) struct State {
     replies: HashMap<u64, oneshot::Sender<Down>>,
     pub lock_owners: LockOwners,
     lock_waiters: HashMap<u64, oneshot::Sender<LockOutcome>>,
+    /// The session will look at the log soon: only what is urgent need wake it.
+    pub gathering: bool,
     /// The plaintext of blocks whose commit is not durable.
     pub undurable: UndurableBlocks,
 }
@@ -145,6 +147,7 @@ impl Shared {
             replies: HashMap::new(),
             lock_owners: LockOwners::default(),
             lock_waiters: HashMap::new(),
+            gathering: false,
             undurable: UndurableBlocks::new(parts.dirty_bytes_max),
         };
         Self {

@@ -42,7 +42,7 @@ impl Fs {
         operation: &mut impl FnMut(&mut State, Now) -> Result<T, Stop>,
     ) -> Result<T, Stop> {
         let now = self.shared.now();
-        let (result, appended) = {
+        let (result, wake) = {
             let mut state = self.shared.lock();
             let before = state.core.log_end();
             let result = operation(&mut state, now);
@@ -50,9 +50,9 @@ impl Fs {
             if appended {
                 state.note_request();
             }
-            (result, appended)
+            (result, appended && (!state.gathering || state.core.is_urgent()))
         };
-        if appended {
+        if wake {
             self.shared.outgoing.notify_one();
         }
         result

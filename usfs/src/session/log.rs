@@ -25,6 +25,9 @@ const UNAPPLIED_BATCHES_MAX: u64 = 3;
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
 pub struct LogPosition(pub u64);
 
+/// With so many bytes a batch is worth sending by itself.
+const WORTHWHILE_BYTES: usize = 128 << 10;
+
 /// The log of one session.
 #[derive(Debug, Default)]
 pub struct SessionLog {
@@ -109,6 +112,11 @@ impl SessionLog {
     /// Whether operations must wait before they append more.
     pub const fn is_full(&self) -> bool {
         self.bytes() >= LOG_BYTES_MAX
+    }
+
+    /// Whether what is forming need not wait for more.
+    pub const fn is_worthwhile(&self) -> bool {
+        self.forming_bytes >= WORTHWHILE_BYTES
     }
 
     /// The next batch to send on this stream. Unless `force`d (a request or an fsync waits behind

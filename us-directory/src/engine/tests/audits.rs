@@ -430,10 +430,52 @@ fn an_accident_is_one_loss_however_many_report_it() {
         };
         audited.swarm.world.says(audited.swarm.mount.conn, Up::Damage(damage));
     }
-    audited.run(60 * MINUTE_MS);
-    assert!(audited.told > 0, "the directory looks for itself");
+    let mut owned_to = 0;
+    for _ in 0..40 {
+        audited.swarm.world.pass(500);
+        // Rebuilders wait; the provider answers.
+        audited.swarm.read();
+        for plan in std::mem::take(&mut audited.swarm.world.audits) {
+            let outcome = audited.outcome(&plan);
+            owned_to += u32::from(matches!(outcome, AuditOutcome::Damaged { .. }));
+            audited.tell(plan.ticket, outcome);
+            audited.ask();
+        }
+    }
+    assert!(owned_to > MARKS_MAX, "{owned_to}");
+    audited.run(180 * MINUTE_MS);
+    assert!(audited.swarm.scrubs > 0, "it owned to it, and is to look at the rest");
     assert_eq!((audited.marks(), audited.status_of(3).distrusted), (vec![0; 6], false));
     audited.swarm.check_whole();
+}
+
+/// Reports open no window in which nothing counts: whoever goes on losing what it takes is found though
+/// somebody reports one of its losses all the time, and praise of what is right clears nothing.
+#[test]
+fn reports_neither_hide_losses_nor_clear_them() {
+    let mut audited = Audited::new(8, 40);
+    let mut steps = 0;
+    audited.run_until(3 * ALL_DROPPED_MS, |audited| {
+        let disk = audited.swarm.disks.get_mut(&3).unwrap();
+        let right = disk.has.first().cloned();
+        disk.spoilt =
+            disk.has.iter().filter(|held| Some(*held) != right.as_ref()).cloned().collect();
+        let (provider, bad) = (disk.id, disk.spoilt.first().cloned());
+        steps += 1;
+        if steps % 24 == 0 {
+            for (block, index) in right.into_iter().chain(bad) {
+                let damage = Damage {
+                    fragment: Some(FragmentId { block, index }),
+                    provider,
+                    status: FragmentStatus::Damaged as i32,
+                    detail: "says a friend".to_owned(),
+                };
+                audited.swarm.world.says(audited.swarm.mount.conn, Up::Damage(damage));
+            }
+        }
+        audited.status_of(3).distrusted
+    });
+    assert_eq!(audited.marks(), [0; 8], "it never lied");
 }
 
 #[test]

@@ -43,8 +43,31 @@ fn only_maps_under_a_lease_come_along_and_nothing_is_recalled_for_them() {
     one.give_back(&mut world, &recall, false);
     two.answer(&mut world).expect("it is given");
     let found = map(&mut world, &mut two, inos[1], inos.clone());
-    assert_eq!(of(&found), [(inos[1], 1, true), (inos[2], 1, true)]);
+    assert_eq!(of(&found), [(inos[2], 1, true)]);
     assert!(one.recall(&mut world).is_none(), "nothing is recalled for what comes along");
+}
+
+/// What an fsync put into the directory itself comes with the map: as many as a message holds.
+#[test]
+fn siblings_whose_bytes_lie_in_the_directory_come_up_to_a_mebibyte() {
+    let mut world = world();
+    let mut one = world.open(1, "v");
+    one.inode(&mut world, 1, Level::Exclusive).unwrap();
+    let inos: Vec<u64> = (0..100).map(|_| one.ino()).collect();
+    let creates = inos.iter().map(|ino| create(1, &format!("f{ino}"), *ino, FILE)).collect();
+    one.change(&mut world, creates);
+    for (at, ino) in inos.iter().enumerate() {
+        let inline = BlockCommit {
+            block: vec![at as u8; 16].into(),
+            plaintext_bytes: 16_000,
+            inline: vec![9; 16_016].into(),
+            ..Default::default()
+        };
+        one.change(&mut world, vec![commit(vec![inline], vec![write(*ino, 0, 16_000, at as u8)])]);
+    }
+    let found = map(&mut world, &mut one, inos[0], inos[1..].to_vec());
+    assert_eq!(found.siblings.len(), (1 << 20) / 16_016);
+    assert_eq!(found.blocks.len(), found.siblings.len() + 1);
 }
 
 #[test]
@@ -55,6 +78,10 @@ fn so_many_come_along_and_no_more() {
     let inos: Vec<u64> = (0..SIBLINGS_MAX + 10).map(|_| one.ino()).collect();
     let creates = inos.iter().map(|ino| create(1, &format!("f{ino}"), *ino, FILE)).collect();
     one.change(&mut world, creates);
-    let found = map(&mut world, &mut one, inos[0], inos.clone());
+    let found = map(&mut world, &mut one, inos[0], inos[1..=SIBLINGS_MAX].to_vec());
     assert_eq!(found.siblings.len(), SIBLINGS_MAX);
+    let twice = vec![inos[0], inos[1], inos[1], inos[2], inos[1]];
+    assert_eq!(map(&mut world, &mut one, inos[0], twice).siblings.len(), 2, "each once");
+    let refused = map(&mut world, &mut one, inos[0], inos[1..=SIBLINGS_MAX + 1].to_vec());
+    assert_eq!(refused.error, FetchError::Invalid as i32);
 }

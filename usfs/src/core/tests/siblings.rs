@@ -96,34 +96,48 @@ fn large_files_and_files_whose_map_is_here_do_not_come_along() {
     let (want, siblings) = asked(&mut core, 1).unwrap();
     assert_eq!(siblings, [0; 0], "it is large itself");
     give(&mut core, &want, &[]);
+    let mut along = Vec::new();
     for number in [0, 2, 3] {
         let Some((want, siblings)) = asked(&mut core, number) else { continue };
-        assert!(siblings.iter().all(|sibling| !large(sibling - ino(0).0) && *sibling != ino(0).0));
         give(&mut core, &want, &siblings);
+        along.extend(siblings.iter().map(|sibling| sibling - ino(0).0));
     }
+    assert_eq!(along[..6], [3, 5, 6, 8, 9, 11], "each but the large, and those that are here");
 }
 
 /// What this mount changed after it had asked is newer than the answer; what it holds no more, nobody
 /// may answer reads from.
 #[test]
-fn a_map_that_comes_along_never_overwrites_and_needs_the_lease() {
+fn a_map_that_comes_along_is_dropped_after_a_change_and_without_the_lease() {
     let mut core = listed(|_| 4096);
     let (first, none) = asked(&mut core, 0).unwrap();
     give(&mut core, &first, &none);
     let (want, siblings) = asked(&mut core, 1).unwrap();
-    let (changed, gone) = (siblings[0] - ino(0).0, siblings[1] - ino(0).0);
-    let cut = SetAttributes { size: Some(0), ..SetAttributes::default() };
-    core.setattr(at(4), ino(changed), None, cut).unwrap();
-    let grow = SetAttributes { size: Some(4096), ..SetAttributes::default() };
-    core.setattr(at(4), ino(changed), None, grow).unwrap();
-    let recall = Recall { ino: ino(gone), keep: Level::None, grant: 10 + gone };
-    core.begin_recall(at(500), recall);
-    assert_eq!(core.finish_recall(recall), leases::FinishedRecall::Returned);
+    let (changed, gone, kept) = (Ino(siblings[0]), Ino(siblings[1]), Ino(siblings[2]));
+    let mode = SetAttributes { mode: Some(0o600), ..SetAttributes::default() };
+    core.setattr(at(4), changed, None, mode).unwrap();
+    core.nodes.get_mut(&gone).unwrap().lease.level = Level::None;
     give(&mut core, &want, &siblings);
-    let handle = core.open(at(5), ino(changed), RW).unwrap().handle;
-    let plan = core.read(at(5), handle, 0, 4096).unwrap();
-    assert!(matches!(plan.pieces[..], [ReadPiece::Zero(4096)]), "{plan:?}");
-    assert!(core.nodes.get(&ino(gone)).is_none_or(|node| node.data.is_none()));
+    let is_known = |ino| core.nodes[&ino].data.as_ref().unwrap().map().is_known(0);
+    assert_eq!([changed, gone, kept].map(is_known), [false, false, true]);
+}
+
+/// Whose maps another mount's changes made untrue is read again, later: a further pass brings them.
+#[test]
+fn a_second_pass_over_a_directory_brings_maps_along_again() {
+    let mut core = listed(|_| 4096);
+    for _pass in 0..2 {
+        let mut requests = Vec::new();
+        for number in 0..FILES {
+            let Some((want, siblings)) = asked(&mut core, number) else { continue };
+            give(&mut core, &want, &siblings);
+            requests.push(siblings.len());
+        }
+        assert!(requests.len() < 12 && requests.contains(&SIBLINGS_MAX), "{requests:?}");
+        for number in 0..FILES {
+            core.nodes.get_mut(&ino(number)).unwrap().data.as_mut().unwrap().map_mut().forget();
+        }
+    }
 }
 
 /// A directory of `names` whose first is known, and no lease but on it.
@@ -146,8 +160,7 @@ fn wanted(core: &mut Core, number: u64) -> Want {
 
 #[test]
 fn who_looks_up_name_after_name_is_given_all_of_them() {
-    // One of many is looked up alone, however often the others are few.
-    for (names, alone) in [(100, 1), (1000, 15), (4000, 62), (1_000_000, 63)] {
+    for (names, alone) in [(3, 3), (100, 3), (1000, 31), (4000, 125)] {
         let mut core = unlisted(names);
         for number in 0..alone {
             let want = wanted(&mut core, number);
@@ -156,8 +169,52 @@ fn who_looks_up_name_after_name_is_given_all_of_them() {
         assert_eq!(wanted(&mut core, alone), Want::Entries { dir: Ino::ROOT, after: 0 });
     }
     let mut core = unlisted(3);
-    wanted(&mut core, 0);
-    let want = wanted(&mut core, 1);
+    (0..3).for_each(|number| drop(wanted(&mut core, number)));
+    let want = wanted(&mut core, 3);
     answer(&mut core, &want, |fetched| fetched.complete = true);
     assert!(matches!(core.lookup(at(2), Ino::ROOT, b"file0001"), Ok(Lookup::Absent(_))));
+}
+
+/// One name that fails its seal ends the listing, and is nothing to whoever looks up another.
+#[test]
+fn a_name_that_cannot_be_opened_ends_listings_and_no_lookup_of_others() {
+    let mut core = unlisted(100);
+    (0..3).for_each(|number| drop(wanted(&mut core, number)));
+    let want = wanted(&mut core, 3);
+    assert!(matches!(want, Want::Entries { .. }));
+    let answered = answer(&mut core, &want, |fetched| {
+        let bad =
+            v1::Entry { ino: 77, cookie: 4, sealed_name: vec![1; 40].into(), ..Default::default() };
+        fetched.entries = vec![bad];
+        fetched.complete = true;
+    });
+    assert!(matches!(answered, Some(Effect::Answered(_, Ok(())))), "{answered:?}");
+    for number in 3..40 {
+        assert!(matches!(wanted(&mut core, number), Want::Entry { .. }));
+    }
+    let mut names = 0;
+    let mut sink = |_: crate::fs::Listed<'_>| {
+        names += 1;
+        true
+    };
+    let (_, listed) = core.list(at(3), Ino::ROOT, 0, false, &mut sink);
+    assert!(matches!(listed, Err(Stop::Fail(FsError::Io(_)))), "{listed:?}");
+    assert_eq!(names, 2, "the dots");
+}
+
+/// 4,096 names that are not there are kept, then all of them are forgotten: one that was removed while
+/// a listing was on its way came back with it.
+#[test]
+fn a_name_that_is_removed_while_a_listing_comes_stays_removed() {
+    let mut core = unlisted(100);
+    let want = Want::Entries { dir: Ino::ROOT, after: 0 };
+    core.request(&want, RequestId::NONE);
+    let names = core.nodes.get_mut(&Ino::ROOT).unwrap().names.as_mut().unwrap();
+    names.remove(b"gone");
+    (0..5000).for_each(|number| names.put(&name(number), Dentry::Absent));
+    assert_eq!(names.get(b"gone"), Some(Dentry::Absent));
+    answer(&mut core, &want, |_| {});
+    let names = core.nodes.get_mut(&Ino::ROOT).unwrap().names.as_mut().unwrap();
+    names.put(b"another", Dentry::Absent);
+    assert_eq!(names.names.len(), 1, "they are forgotten as before");
 }
