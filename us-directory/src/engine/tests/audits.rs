@@ -122,6 +122,17 @@ impl Audited {
         events.iter().filter(|event| event.kind == kind).count()
     }
 
+    /// A reader says that the provider gave wrong bytes.
+    fn report(&mut self, provider: u32, (block, index): (Bytes, u32)) {
+        let damage = Damage {
+            fragment: Some(FragmentId { block, index }),
+            provider,
+            status: FragmentStatus::Damaged as i32,
+            detail: "its seal fails".to_owned(),
+        };
+        self.swarm.world.says(self.swarm.mount.conn, Up::Damage(damage));
+    }
+
     /// Claims everything and keeps only what is not picked.
     fn lie(&mut self, key: u8, drops: impl Fn(usize) -> bool) {
         self.swarm.liars.insert(key);
@@ -256,14 +267,8 @@ fn slander_costs_an_audit_and_makes_no_mark() {
     let honest = audited.swarm.disks[&3].id;
     let held: Vec<(Bytes, u32)> = audited.swarm.disks[&3].has.iter().cloned().collect();
     assert!(held.len() > 10);
-    for (block, index) in &held {
-        let damage = Damage {
-            fragment: Some(FragmentId { block: block.clone(), index: *index }),
-            provider: honest,
-            status: FragmentStatus::Damaged as i32,
-            detail: "a lie".to_owned(),
-        };
-        audited.swarm.world.says(audited.swarm.mount.conn, Up::Damage(damage));
+    for fragment in &held {
+        audited.report(honest, fragment.clone());
     }
     let damaged = audited.swarm.world.status().blocks.unwrap().damaged_fragments;
     assert_eq!(damaged, held.len() as u64, "treated as lost at once");
@@ -301,16 +306,10 @@ fn a_report_about_a_liar_is_looked_at_at_once() {
     audited.swarm.liars.insert(3);
     let disk = audited.swarm.disks.get_mut(&3).unwrap();
     disk.spoilt = disk.has.clone();
-    let (block, index) = disk.has.first().cloned().unwrap();
-    let damage = Damage {
-        fragment: Some(FragmentId { block, index }),
-        provider: disk.id,
-        status: FragmentStatus::Damaged as i32,
-        detail: "its seal fails".to_owned(),
-    };
+    let (provider, fragment) = (disk.id, disk.has.first().cloned().unwrap());
     // Nobody else may take the fragment: it stays where it is meanwhile.
     audited.swarm.world.engine.config.audit_every_ms = 0;
-    audited.swarm.world.says(audited.swarm.mount.conn, Up::Damage(damage));
+    audited.report(provider, fragment);
     for _ in 0..4 {
         audited.swarm.world.pass(500);
         // Rebuilders wait; the liar answers.
@@ -421,14 +420,8 @@ fn an_accident_is_one_loss_however_many_report_it() {
     disk.spoilt = disk.has.clone();
     let (provider, spoilt) = (disk.id, disk.spoilt.clone());
     assert!(spoilt.len() > 2 * MARKS_MAX as usize);
-    for (block, index) in spoilt {
-        let damage = Damage {
-            fragment: Some(FragmentId { block, index }),
-            provider,
-            status: FragmentStatus::Damaged as i32,
-            detail: "damaged on the provider's disk".to_owned(),
-        };
-        audited.swarm.world.says(audited.swarm.mount.conn, Up::Damage(damage));
+    for fragment in spoilt {
+        audited.report(provider, fragment);
     }
     let mut owned_to = 0;
     for _ in 0..40 {
@@ -463,14 +456,8 @@ fn reports_neither_hide_losses_nor_clear_them() {
         let (provider, bad) = (disk.id, disk.spoilt.first().cloned());
         steps += 1;
         if steps % 24 == 0 {
-            for (block, index) in right.into_iter().chain(bad) {
-                let damage = Damage {
-                    fragment: Some(FragmentId { block, index }),
-                    provider,
-                    status: FragmentStatus::Damaged as i32,
-                    detail: "says a friend".to_owned(),
-                };
-                audited.swarm.world.says(audited.swarm.mount.conn, Up::Damage(damage));
+            for fragment in right.into_iter().chain(bad) {
+                audited.report(provider, fragment);
             }
         }
         audited.status_of(3).distrusted
