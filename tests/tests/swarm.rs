@@ -157,6 +157,9 @@ fn on_slow_lines_the_busiest_sends_no_more_than_the_plan_says() {
             "3000",
             "--repair-uplink-percent",
             "90",
+            // Whole fragments that are no repair's; that they wait for repairs is the engine's test.
+            "--audit-every-ms",
+            "0",
         ],
         provider: &["--uplink-kib-per-s", "16", "--downlink-kib-per-s", "1220"],
         net: Some(Arc::clone(&net)),

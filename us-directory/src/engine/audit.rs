@@ -16,7 +16,8 @@
 //! Invariants:
 //! - judged is a fragment that its block's record names there before and after, at a provider whose
 //!   stream is the same: what was deleted, moved, or away meanwhile says nothing;
-//! - fragments, bytes and reports under way are bounded, those of one reporter too.
+//! - fragments, bytes and reports under way are bounded, those of one reporter too;
+//! - an audit at random waits, by at most the mean interval, for the repairs its holder works for.
 
 mod pivots;
 
@@ -290,6 +291,11 @@ impl Engine {
             if due_ms > now_ms || !self.may_audit() {
                 continue;
             }
+            // Redundancy first: an audit keeps off a line that repairs need, for a while.
+            let may_wait = now_ms < due_ms.saturating_add(mean_ms);
+            if may_wait && !self.repairs.jobs.is_free(provider, now_ms) {
+                continue;
+            }
             self.audits.due.insert(provider, next_ms);
             if let Some(piece) = self.random_fragment(provider)? {
                 self.begin_audit(provider, piece, false)?;
@@ -394,11 +400,13 @@ impl Engine {
             return Ok(());
         };
         let Some(geometry) = geometry_of(&record) else { return Ok(()) };
-        self.audits.bytes -= geometry.fragment_bytes() as f64;
+        let (bytes, now_ms) = (geometry.fragment_bytes() as u64, self.now_ms());
+        self.audits.bytes -= bytes as f64;
+        self.repairs.jobs.charge(provider, bytes, now_ms);
         let query = self.next_query;
         self.next_query += 1;
-        let since_ms = self.now_ms();
-        self.audits.asked.insert(query, Subject { provider, piece, conn, reported, since_ms });
+        let subject = Subject { provider, piece, conn, reported, since_ms: now_ms };
+        self.audits.asked.insert(query, subject);
         self.queries.insert(query, Query::of_audit(provider, piece));
         let is_patient = self.audits.busy.get(&provider).is_none_or(|times| *times < BUSY_MAX);
         self.tell(

@@ -191,6 +191,20 @@ impl Jobs {
         takes_ms.map_or(0, |takes_ms| load.busy_until_ms.saturating_sub(now_ms) + takes_ms)
     }
 
+    /// Whether a provider has nothing to do for repairs, nor bytes of its line's share to pay for.
+    pub fn is_free(&self, provider: u32, now_ms: u64) -> bool {
+        let is_free = |load: &Load| load.sends + load.rebuilds == 0 && load.busy_until_ms <= now_ms;
+        self.loads.get(&provider).is_none_or(is_free)
+    }
+
+    /// A provider is asked for bytes that are no repair's: they take their time of its line's share.
+    pub fn charge(&mut self, provider: u32, bytes: u64, now_ms: u64) {
+        let Some(load) = self.loads.get_mut(&provider) else { return };
+        if let Some(takes_ms) = (bytes * 1000).checked_div(load.budget(&self.limits)) {
+            load.busy_until_ms = load.busy_until_ms.max(now_ms) + takes_ms;
+        }
+    }
+
     /// What a provider is doing for repairs: the less the sooner it is asked.
     pub fn load(&self, provider: u32) -> usize {
         self.loads.get(&provider).map_or(0, |load| load.sends + load.rebuilds)
@@ -353,6 +367,22 @@ mod tests {
         let mut jobs = Jobs::new(limits);
         jobs.begin(1, job(1, 7, &[1]), 0);
         assert!(!jobs.may_send(1, 99) && jobs.may_send(1, 100));
+    }
+
+    #[test]
+    fn what_else_is_read_takes_its_time_of_the_line_and_disturbs_no_plan() {
+        let limits = RepairLimits { uplink_percent_max: 50, ..RepairLimits::default() };
+        let mut jobs = Jobs::new(limits);
+        jobs.charge(1, 1000, 0);
+        assert!(jobs.is_free(1, 0), "nothing is known of its line");
+        jobs.set_uplink(1, 20_000);
+        jobs.charge(1, 1000, 0);
+        assert!(!jobs.is_free(1, 99) && !jobs.may_send(1, 99) && jobs.is_free(1, 100));
+        assert_eq!(jobs.disturbance(1, 0).bytes, 0);
+        jobs.begin(1, job(1, 7, &[1]), 100);
+        assert!(!jobs.is_free(7, 1_000) && !jobs.is_free(1, 1_000), "it rebuilds, it sends");
+        jobs.end(1);
+        assert!(jobs.is_free(7, 1_000) && !jobs.is_free(1, 199) && jobs.is_free(1, 200));
     }
 
     #[test]

@@ -574,6 +574,47 @@ fn who_is_always_busy_is_asked_all_the_same() {
     assert_eq!(first, Some(6), "{asked_when_idle:?}");
 }
 
+/// While fragments were made again over slow lines, an audit asked one that was sending for a fragment
+/// more: its line was busy half as long again.
+#[test]
+fn audits_at_random_wait_for_repairs_and_not_for_ever() {
+    const EVERY_MS: u64 = 60_000;
+    let mut audited = Audited::new(7, 40);
+    audited.swarm.world.engine.config.audit_every_ms = EVERY_MS;
+    let dead = 3;
+    audited.swarm.leave(dead);
+    let others = audited.swarm.disks.iter().filter(|(key, _)| **key != dead);
+    let others: BTreeSet<u32> = others.map(|(_, disk)| disk.id).collect();
+    // Nobody carries out its orders: who is busy stays so, until they are given up.
+    let (mut busy_since, mut waited) = (BTreeMap::<u32, u64>::new(), BTreeSet::new());
+    for _ in 0..2 * DAY_MS / STEP_MS {
+        audited.swarm.world.pass(STEP_MS);
+        audited.swarm.world.says(audited.swarm.mount.conn, Up::Renew(Renew::default()));
+        audited.swarm.read();
+        let now_ms = audited.swarm.world.now_ms;
+        while let Some(plan) = audited.swarm.world.audits.pop_front() {
+            audited.tell(plan.ticket, AuditOutcome::Right);
+            audited.ask();
+            let provider = plan.place.provider.provider;
+            let Some(since_ms) = busy_since.get(&provider) else { continue };
+            let passed_ms = now_ms - since_ms;
+            assert!(passed_ms >= EVERY_MS, "{provider} after {passed_ms} ms");
+            waited.insert(provider);
+        }
+        let jobs = &audited.swarm.world.engine.repairs.jobs;
+        for provider in &others {
+            match jobs.is_free(*provider, now_ms) {
+                true => busy_since.remove(provider),
+                false => Some(*busy_since.entry(*provider).or_insert(now_ms)),
+            };
+        }
+        if waited == others {
+            return;
+        }
+    }
+    panic!("{waited:?} of {others:?}");
+}
+
 #[test]
 fn bytes_a_second_are_bounded() {
     let mut audited = Audited::new(8, 40);
