@@ -20,7 +20,7 @@ use us_core::keyring::{KeyRing, RecoveryKey};
 use us_core::name::NameKey;
 use us_core::seal::{BlockOpener, KEY_BYTES, VolumeKey};
 use us_core::tls::{CertificateRequest, InviteCode, PeerIdentity, REQUEST_BYTES_MAX};
-use us_core::wire::decoders::reencode;
+use us_core::wire::decoders::{look_into, reencode};
 use us_core::wire::{FRAME_BYTES_MAX, HEADER_BYTES as FRAME_HEADER_BYTES};
 
 /// A decoder's target, by the name under which its seeds lie in `fuzz/seeds/`.
@@ -36,6 +36,7 @@ pub const TARGETS: [Target; 12] = [
     ("key_ring", key_ring),
     ("ids", ids),
     ("frame", frame),
+    ("tls_record", tls_record),
     ("certificate", certificate),
     ("grant", grant),
     ("texts", texts),
@@ -195,6 +196,15 @@ pub fn ids(bytes: &[u8]) {
     if let Ok(code) = text.parse::<Code>() {
         assert_eq!(code.to_string().parse(), Ok(code));
     }
+}
+
+/// A TLS record as it comes, and once more as one whose header is right: then what it holds is looked
+/// into.
+pub fn tls_record(bytes: &[u8]) {
+    let _ = look_into(bytes);
+    let Some(length) = bytes.len().checked_sub(5) else { return };
+    let [high, low] = (length as u16).to_be_bytes();
+    let _ = look_into(&[&[23, 3, 3, high, low], &bytes[5..]].concat());
 }
 
 /// A frame as it comes, and once more with magic, reserved bytes and lengths put right, as each end

@@ -281,6 +281,8 @@ pub fn server_config(identity: &Identity, alpn: &[&[u8]]) -> Result<Arc<ServerCo
     config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.send_tls13_tickets = 0;
+    // For connections that carry frames: `wire::records` seals and opens with them.
+    config.enable_secret_extraction = true;
     Ok(Arc::new(config))
 }
 
@@ -296,6 +298,8 @@ pub fn client_config(identity: &Identity, alpn: &[&[u8]]) -> Result<Arc<ClientCo
         .with_client_auth_cert(identity.chain()?, identity.private_key()?)?;
     config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
     config.resumption = Resumption::disabled();
+    // As in `server_config`.
+    config.enable_secret_extraction = true;
     Ok(Arc::new(config))
 }
 

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!   TCP accept -> TLS 1.3, both certificates -> ALPN "h2"         -> gRPC (Server::grpc)
-//!                                            -> ALPN "us-bulk/1"  -> frames (Server::bulk)
+//!                                            -> ALPN "us-bulk/1"  -> records -> frames (Server::bulk)
 //!              no certificate of the caller  -> ALPN "us-join/1"  -> joining (Server::join)
 //! ```
 //! gRPC carries control; fragments travel in frames (`docs/wire.md` draws them,
@@ -27,7 +27,9 @@ mod dial;
 mod frame;
 mod frame_io;
 mod grpc;
+mod handshake;
 pub mod join;
+mod records;
 mod served;
 mod server;
 mod shares;
@@ -74,8 +76,9 @@ pub(crate) async fn dial(
 
 #[doc(hidden)]
 pub mod decoders {
-    //! The frame codec, for the fuzzer: no program calls it from outside.
+    //! The frame codec and what TLS records hold, for the fuzzer: no program calls it from outside.
     pub use super::frame::reencode;
+    pub use super::records::{RecordError, look_into};
 }
 
 /// The largest gRPC message: a whole fragment and what goes with it.

@@ -111,7 +111,7 @@ impl BulkClient {
     ) -> Result<Self, ConnectError> {
         let config = client_config(identity, &[ALPN_BULK])
             .map_err(|source| ConnectError::Identity { address: address.to_owned(), source })?;
-        let (stream, peer) = dial::dial(address, config, expected).await?;
+        let (stream, peer) = dial::dial_framed(address, config, expected).await?;
         Ok(Self::start(stream, peer, address, limits))
     }
 

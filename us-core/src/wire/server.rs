@@ -18,7 +18,7 @@ use tonic::service::Routes;
 use tracing::{debug, info, warn};
 
 use super::admission::{Admission, FAREWELL};
-use super::dial::{self, Caller, Secured, Shown};
+use super::dial::{self, Caller, Framed, Secured, Shown};
 use super::frame_io::byte_limit;
 use super::grpc::{self, Http2Windows, Whom, WithCaller};
 use super::served::serve_frames;
@@ -73,7 +73,7 @@ impl Default for ServerLimits {
 
 type BoxFuture = Pin<Box<dyn Future<Output = ()> + Send>>;
 type ServeFrames =
-    dyn Fn(Secured, Arc<PeerIdentity>, Arc<Share>, CancellationToken) -> BoxFuture + Send + Sync;
+    dyn Fn(Framed, Arc<PeerIdentity>, Arc<Share>, CancellationToken) -> BoxFuture + Send + Sync;
 
 /// Serves gRPC and frames on one port, to peers of the same cluster.
 pub struct Server {
@@ -257,42 +257,48 @@ async fn accept(
     }
 }
 
+/// What a member wants to speak.
+enum Wish {
+    Frames(Framed),
+    Grpc(Box<Secured>),
+}
+
 impl Port {
     async fn connection(&self, tcp: TcpStream, address: SocketAddr, shown: Shown) {
         let Some(shaking) = self.handshakes.begin(address.ip()) else {
             return debug!(%address, "too many handshakes under way from there");
         };
         let handshake = timeout(self.limits.handshake_timeout, dial::accept(tcp, shown));
-        let (stream, caller) = match handshake.await {
-            Ok(Ok(accepted)) => accepted,
+        let caller = match handshake.await {
+            Ok(Ok(caller)) => caller,
             Ok(Err(error)) => return info!(%address, %error, "TLS handshake refused"),
             Err(_) => return info!(%address, "TLS handshake took too long"),
         };
         drop(shaking);
         match caller {
-            Caller::Newcomer => self.newcomer(stream, address).await,
-            Caller::Member(peer, alpn) => {
-                debug!(%address, %peer, "connected");
-                self.member(stream, Arc::new(peer), alpn, address).await;
+            Caller::Newcomer(stream) => self.newcomer(stream, address).await,
+            Caller::Framed(stream, peer) => {
+                self.member(Wish::Frames(*stream), Arc::new(peer), address).await;
+            }
+            Caller::Member(stream, peer, Some(alpn)) if alpn == ALPN_H2 => {
+                self.member(Wish::Grpc(Box::new(stream)), Arc::new(peer), address).await;
+            }
+            Caller::Member(_, peer, _) => {
+                info!(%address, %peer, "the peer asked for no protocol that is served here");
             }
         }
     }
 
-    async fn member(
-        &self,
-        stream: Secured,
-        peer: Arc<PeerIdentity>,
-        alpn: Option<Vec<u8>>,
-        address: SocketAddr,
-    ) {
+    async fn member(&self, wish: Wish, peer: Arc<PeerIdentity>, address: SocketAddr) {
+        debug!(%address, %peer, "connected");
         let Some((share, _place)) = self.shares.enter(&peer) else {
             metrics::counter!("us_connections_refused_total").increment(1);
             return warn!(%address, %peer, "it has too many connections already");
         };
         self.admission.met(&peer);
         let cut_off = || info!(%address, %peer, "refused: it is a member no more");
-        match (alpn.as_deref(), &self.bulk, &self.grpc) {
-            (Some(ALPN_BULK), Some(bulk), _) => tokio::select! {
+        match (wish, &self.bulk, &self.grpc) {
+            (Wish::Frames(stream), Some(bulk), _) => tokio::select! {
                 // Before anything is read: it may be refused already.
                 biased;
                 // Cancel-safe: it only waits.
@@ -300,14 +306,14 @@ impl Port {
                 // Cancel-safe: a connection that is cut loses what is under way, as it is to.
                 () = bulk(stream, Arc::clone(&peer), share, self.shutdown.clone()) => {}
             },
-            (Some(ALPN_H2), _, Some(routes)) => {
+            (Wish::Grpc(stream), _, Some(routes)) => {
                 let whom = Whom::Member(Arc::clone(&peer), self.admission.clone(), share);
                 let farewell = async {
                     self.admission.refused(&peer).await;
                     // Meanwhile every call hears why.
                     sleep(FAREWELL).await;
                 };
-                let serving = self.http2(stream, routes.clone(), whom, grpc::STREAMS_MAX);
+                let serving = self.http2(*stream, routes.clone(), whom, grpc::STREAMS_MAX);
                 tokio::select! {
                     // Cancel-safe, both: as above.
                     () = farewell => cut_off(),
