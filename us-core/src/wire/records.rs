@@ -1,8 +1,8 @@
 //! TLS 1.3 records (RFC 8446, section 5) of a connection whose handshake rustls has done: sealed from
-//! the caller's bytes in one pass, opened where they were read.
+//! the caller's bytes in one pass, opened into the caller's buffer.
 //!
 //! ```text
-//! read    socket -> incoming -> opened in place -> the caller's buffer
+//! read    socket -> incoming -> opened into the caller's buffer
 //! write   the caller's slices -> outgoing, sealed in place -> socket
 //! ```
 //! On the wire it is TLS as anybody speaks it. rustls' own record layer copies each byte twice more on
@@ -217,7 +217,19 @@ impl Half {
         Ok(())
     }
 
-    /// Opens a whole record in place; the bytes from its header on.
+    /// Opens a whole record into `room`, which has its size without header and tag.
+    fn open_to(&mut self, record: &[u8], room: &mut [u8]) -> Result<(), RecordError> {
+        let (header, sealed) =
+            record.split_first_chunk::<HEADER_BYTES>().ok_or(RecordError::Length(0))?;
+        let (sealed, tag) =
+            sealed.split_last_chunk::<TAG_BYTES>().ok_or(RecordError::Length(sealed.len()))?;
+        let nonce = self.nonce();
+        self.key
+            .open_separate_gather(nonce, Aad::from(*header), sealed, tag, room)
+            .map_err(|_unspecified| RecordError::Seal)
+    }
+
+    /// Opens a whole record in place; the bytes behind its header.
     fn open<'r>(&mut self, record: &'r mut [u8]) -> Result<&'r mut [u8], RecordError> {
         let (header, sealed) =
             record.split_first_chunk_mut::<HEADER_BYTES>().ok_or(RecordError::Length(0))?;
@@ -390,23 +402,34 @@ impl<IO> Records<IO> {
         Ok(taken)
     }
 
-    /// Opens the next record; false where it is not complete.
-    fn open_next(&mut self) -> io::Result<bool> {
+    /// Opens the next record, into the caller's buffer where all of it has room; false where it is not
+    /// complete.
+    fn open_next(&mut self, buffer: &mut ReadBuf<'_>) -> io::Result<bool> {
         let front = self.incoming.filled();
         let Some(sealed) = sealed_bytes(front)? else { return Ok(false) };
         let record_bytes = HEADER_BYTES + sealed;
-        if front.len() < record_bytes {
-            return Ok(false);
-        }
-        let inner = inner(self.receiving.open(&mut front[..record_bytes])?)?;
-        if let Inner::Data(bytes) = inner {
-            self.incoming.discard(HEADER_BYTES);
-            self.opened = (bytes, record_bytes - HEADER_BYTES - bytes);
-            self.take_opened(0);
+        let Some(record) = front.get_mut(..record_bytes) else { return Ok(false) };
+        // With the type behind the data.
+        let opened_bytes = sealed - TAG_BYTES;
+        let has_room = buffer.remaining() >= opened_bytes;
+        let inner = if has_room {
+            let room = buffer.initialize_unfilled_to(opened_bytes);
+            self.receiving.open_to(record, room)?;
+            inner(room)?
         } else {
-            self.obey(inner)?;
-            self.incoming.discard(record_bytes);
+            inner(self.receiving.open(record)?)?
+        };
+        match inner {
+            Inner::Data(bytes) if !has_room => {
+                self.incoming.discard(HEADER_BYTES);
+                self.opened = (bytes, record_bytes - HEADER_BYTES - bytes);
+                self.take_opened(0);
+                return Ok(true);
+            }
+            Inner::Data(bytes) => buffer.advance(bytes),
+            other => self.obey(other)?,
         }
+        self.incoming.discard(record_bytes);
         Ok(true)
     }
 
@@ -480,7 +503,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> AsyncRead for Records<IO> {
             if buffer.filled().len() > before || buffer.remaining() == 0 || this.is_ended {
                 return Poll::Ready(Ok(()));
             }
-            if this.open_next()? {
+            if this.open_next(buffer)? {
                 if this.answering {
                     // Nobody else may be about to write. What does not fit waits for who is.
                     let _ = this.poll_drain(cx)?;
