@@ -27,7 +27,7 @@ use us_core::wire::{FRAME_BYTES_MAX, HEADER_BYTES as FRAME_HEADER_BYTES};
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets of this file.
-pub const TARGETS: [Target; 12] = [
+pub const TARGETS: [Target; 13] = [
     ("fragment_header", fragment_header),
     ("fragment_trailer", fragment_trailer),
     ("fragment_record", fragment_record),
@@ -204,7 +204,7 @@ pub fn tls_record(bytes: &[u8]) {
     let _ = look_into(bytes);
     let Some(length) = bytes.len().checked_sub(5) else { return };
     let [high, low] = (length as u16).to_be_bytes();
-    let _ = look_into(&[&[23, 3, 3, high, low], &bytes[5..]].concat());
+    let _ = look_into(&[&[23, 3, 3, high, low][..], &bytes[5..]].concat());
 }
 
 /// A frame as it comes, and once more with magic, reserved bytes and lengths put right, as each end

@@ -259,7 +259,7 @@ async fn accept(
 
 /// What a member wants to speak.
 enum Wish {
-    Frames(Framed),
+    Frames(Box<Framed>),
     Grpc(Box<Secured>),
 }
 
@@ -278,7 +278,7 @@ impl Port {
         match caller {
             Caller::Newcomer(stream) => self.newcomer(stream, address).await,
             Caller::Framed(stream, peer) => {
-                self.member(Wish::Frames(*stream), Arc::new(peer), address).await;
+                self.member(Wish::Frames(stream), Arc::new(peer), address).await;
             }
             Caller::Member(stream, peer, Some(alpn)) if alpn == ALPN_H2 => {
                 self.member(Wish::Grpc(Box::new(stream)), Arc::new(peer), address).await;
@@ -304,7 +304,7 @@ impl Port {
                 // Cancel-safe: it only waits.
                 () = self.admission.refused(&peer) => cut_off(),
                 // Cancel-safe: a connection that is cut loses what is under way, as it is to.
-                () = bulk(stream, Arc::clone(&peer), share, self.shutdown.clone()) => {}
+                () = bulk(*stream, Arc::clone(&peer), share, self.shutdown.clone()) => {}
             },
             (Wish::Grpc(stream), _, Some(routes)) => {
                 let whom = Whom::Member(Arc::clone(&peer), self.admission.clone(), share);
