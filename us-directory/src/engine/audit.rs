@@ -17,6 +17,7 @@
 //! - judged is a fragment that its block's record names there before and after, at a provider whose
 //!   stream is the same: what was deleted, moved, or away meanwhile says nothing;
 //! - fragments, bytes and reports under way are bounded, those of one reporter too;
+//! - where bytes a second are too few for all audits that are due, all providers wait alike;
 //! - an audit at random waits, by at most the mean interval, for the repairs its holder works for.
 
 mod pivots;
@@ -283,25 +284,44 @@ impl Engine {
         if mean_ms == 0 {
             return Ok(());
         }
-        let here: Vec<u32> =
-            self.members.iter().filter(|(_, m)| m.is_reachable()).map(|(id, _)| *id).collect();
-        for provider in here {
-            let next_ms = now_ms + self.audits.interval_ms(mean_ms);
-            let due_ms = *self.audits.due.entry(provider).or_insert(next_ms);
-            if due_ms > now_ms || !self.may_audit() {
-                continue;
+        for (due_ms, provider) in self.due_audits(now_ms, mean_ms) {
+            if !self.may_audit() {
+                break;
             }
             // Redundancy first: an audit keeps off a line that repairs need, for a while.
             let may_wait = now_ms < due_ms.saturating_add(mean_ms);
             if may_wait && !self.repairs.jobs.is_free(provider, now_ms) {
                 continue;
             }
+            let next_ms = now_ms + self.audits.interval_ms(mean_ms);
             self.audits.due.insert(provider, next_ms);
             if let Some(piece) = self.random_fragment(provider)? {
                 self.begin_audit(provider, piece, false)?;
             }
         }
         Ok(())
+    }
+
+    /// Who is to be audited now, the longest due first: where the bytes a second are too few for all,
+    /// everybody waits alike. Who is new gets its first time.
+    fn due_audits(&mut self, now_ms: u64, mean_ms: u64) -> Vec<(u64, u32)> {
+        let audits = &mut self.audits;
+        let mut due = Vec::new();
+        for (provider, _) in self.members.iter().filter(|(_, member)| member.is_reachable()) {
+            let due_ms = match audits.due.get(provider) {
+                Some(due_ms) => *due_ms,
+                None => {
+                    let first_ms = now_ms + audits.interval_ms(mean_ms);
+                    audits.due.insert(*provider, first_ms);
+                    first_ms
+                }
+            };
+            if due_ms <= now_ms {
+                due.push((due_ms, *provider));
+            }
+        }
+        due.sort_unstable();
+        due
     }
 
     /// Whether another may begin: within the bytes a second, and the number at once.

@@ -624,3 +624,20 @@ fn bytes_a_second_are_bounded() {
     // A fragment of these is one slot of 4 KiB and a little: one in four seconds.
     assert!((100..160).contains(&audited.told), "{}", audited.told);
 }
+
+/// Once the lowest numbers took every byte there was, as soon as these did not do for all: a provider
+/// with a high number was never audited.
+#[test]
+fn where_bytes_are_few_every_provider_has_its_turn() {
+    let mut audited = Audited::new(8, 40);
+    audited.swarm.world.engine.config.audit_every_ms = 1_000;
+    audited.swarm.world.engine.config.audit_kib_per_s = 1;
+    let mut turns: BTreeMap<u32, u32> = BTreeMap::new();
+    for _ in 0..40 {
+        for _ in 0..8 {
+            *turns.entry(audited.plan().place.provider.provider).or_default() += 1;
+        }
+    }
+    let (fewest, most) = (turns.values().min(), turns.values().max());
+    assert!(turns.len() == 8 && fewest >= Some(&35) && most <= Some(&45), "{turns:?}");
+}
