@@ -200,9 +200,14 @@ pub(super) async fn accept(mut tcp: TcpStream, shown: Shown) -> io::Result<Calle
         let connection = UnbufferedServerConnection::new(shown.members);
         let connection = connection.map_err(io::Error::other)?;
         // The first message once more, from its bytes.
-        let Shaken { records, peer, .. } = shake(connection, tcp, incoming).await?;
+        let Shaken { records, peer, alpn } = shake(connection, tcp, incoming).await?;
+        // A first message that was sent again may have offered something else.
+        if alpn.as_deref() != Some(ALPN_BULK) {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "no frames were agreed upon"));
+        }
         return Ok(Caller::Framed(Box::new(records), peer.map_err(invalid)?));
     }
+    drop(incoming);
     let newcomers = shown.newcomers.filter(|_| offers_only(ALPN_JOIN));
     let is_newcomer = newcomers.is_some();
     let start = StartHandshake::from_parts(accepted, buffered(tcp));

@@ -1,8 +1,9 @@
 //! TLS handshakes whose connections carry frames: rustls does the handshake, [`Records`] goes on with
 //! its secrets.
 //!
-//! rustls' unbuffered connections are used for it, because they leave what came behind the handshake in
-//! the caller's buffer: the first request often comes in one segment with the end of the handshake.
+//! rustls' unbuffered connections are used for it, because they leave the caller his buffer. It is shown
+//! one record after the other, and none behind the handshake: the first request often comes in one
+//! segment with the end, and what rustls had made of it would be lost with its state.
 
 use std::future::poll_fn;
 use std::io;
@@ -16,7 +17,7 @@ use rustls::unbuffered::{
 use rustls::{CommonState, ExtractedSecrets};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 
-use super::records::{Incoming, Records};
+use super::records::{Incoming, RECORD_BYTES_MAX, Records};
 use crate::tls::{PeerIdentity, TlsError};
 
 /// States of rustls after an error until its alert comes.
@@ -108,10 +109,14 @@ pub(super) async fn shake<C: Shaking, IO: AsyncRead + AsyncWrite + Unpin>(
     mut io: IO,
     mut incoming: Incoming,
 ) -> io::Result<Shaken<IO>> {
-    let (mut outgoing, mut early) = (Vec::new(), Vec::new());
+    let mut outgoing = Vec::new();
+    // Of what is read: bytes of the records that rustls is shown.
+    let mut shown = 0;
     loop {
-        let (discard, next) = step(&mut connection, incoming.filled(), &mut outgoing, &mut early)?;
+        let (discard, next) =
+            step(&mut connection, &mut incoming.filled()[..shown], &mut outgoing)?;
         incoming.discard(discard);
+        shown -= discard;
         match next {
             Next::Again => {}
             Next::Send => {
@@ -120,6 +125,10 @@ pub(super) async fn shake<C: Shaking, IO: AsyncRead + AsyncWrite + Unpin>(
                 outgoing.clear();
             }
             Next::Receive => {
+                if let Some(bytes) = first_record(&incoming.filled()[shown..]) {
+                    shown += bytes;
+                    continue;
+                }
                 let fill = poll_fn(|cx| incoming.poll_fill(&mut io, cx).map_ok(<[u8]>::len));
                 if fill.await? == 0 {
                     return Err(io::ErrorKind::UnexpectedEof.into());
@@ -128,7 +137,8 @@ pub(super) async fn shake<C: Shaking, IO: AsyncRead + AsyncWrite + Unpin>(
             Next::Done => break,
             Next::Failed(error) => {
                 // Whether the peer hears of it or not: this is over.
-                let _ = farewell(&mut connection, &mut io, &mut incoming, outgoing).await;
+                let seen = &mut incoming.filled()[..shown];
+                let _ = farewell(&mut connection, &mut io, seen, outgoing).await;
                 return Err(io::Error::new(io::ErrorKind::InvalidData, error));
             }
         }
@@ -137,8 +147,16 @@ pub(super) async fn shake<C: Shaking, IO: AsyncRead + AsyncWrite + Unpin>(
     let peer = PeerIdentity::from_chain(state.peer_certificates());
     let alpn = state.alpn_protocol().map(<[u8]>::to_vec);
     let (secrets, keys) = connection.into_secrets().map_err(io::Error::other)?;
-    let records = Records::new(io, secrets, keys, incoming, early)?;
+    let records = Records::new(io, secrets, keys, incoming)?;
     Ok(Shaken { records, peer, alpn })
+}
+
+/// The bytes of the first record, of whatever kind; `None` while it is not complete.
+fn first_record(bytes: &[u8]) -> Option<usize> {
+    let [_, _, _, high, low] = bytes.first_chunk()?;
+    let end = 5 + usize::from(u16::from_be_bytes([*high, *low]));
+    // One that is too long is rustls' to refuse, as soon as it sees that.
+    (bytes.len() >= end.min(RECORD_BYTES_MAX)).then_some(end.min(bytes.len()))
 }
 
 /// One state of rustls: how many bytes of `incoming` are used, and what is next.
@@ -146,7 +164,6 @@ fn step<C: Shaking>(
     connection: &mut C,
     incoming: &mut [u8],
     outgoing: &mut Vec<u8>,
-    early: &mut Vec<u8>,
 ) -> io::Result<(usize, Next)> {
     let UnbufferedStatus { discard, state } = connection.process(incoming);
     let next = match state {
@@ -161,16 +178,10 @@ fn step<C: Shaking>(
         }
         Ok(ConnectionState::BlockedHandshake) => Next::Receive,
         Ok(ConnectionState::WriteTraffic(_)) => Next::Done,
-        Ok(ConnectionState::ReadTraffic(mut traffic)) => {
-            while let Some(record) = traffic.next_record() {
-                early.extend_from_slice(record.map_err(io::Error::other)?.payload);
-            }
-            Next::Again
-        }
         Ok(ConnectionState::PeerClosed | ConnectionState::Closed) => {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
-        // Early data is not offered; rustls' later states are not known here.
+        // Data before the end is not offered; rustls' later states are not known here.
         Ok(_) => return Err(io::ErrorKind::Unsupported.into()),
     };
     // A server could write before the client has shown who it is: it does not.
@@ -198,14 +209,14 @@ fn encode<Data>(mut data: EncodeTlsData<'_, Data>, outgoing: &mut Vec<u8>) -> io
 async fn farewell<C: Shaking, IO: AsyncWrite + Unpin>(
     connection: &mut C,
     io: &mut IO,
-    incoming: &mut Incoming,
+    mut seen: &mut [u8],
     mut outgoing: Vec<u8>,
 ) -> io::Result<()> {
     let before = outgoing.len();
     for _ in 0..FAREWELL_STATES_MAX {
         // What rustls has not used of it must be there, alert or no alert.
-        let (discard, next) = step(connection, incoming.filled(), &mut outgoing, &mut Vec::new())?;
-        incoming.discard(discard);
+        let (discard, next) = step(connection, seen, &mut outgoing)?;
+        seen = &mut seen[discard..];
         if outgoing.len() > before || !matches!(next, Next::Again) {
             break;
         }

@@ -13,8 +13,10 @@
 //! - no byte leaves [`Records`] that was not authenticated, in its order; the first record that is
 //!   wrong ends the connection;
 //! - a nonce is used once: sequence numbers only grow, and keys are updated long before their limit;
-//! - what a peer can make it hold is one buffer of [`BUFFER_BYTES`] each way, and what came with the
-//!   handshake.
+//! - what a peer can make it hold is one buffer of [`BUFFER_BYTES`] each way; of records that bring it
+//!   nothing there are few in a row;
+//! - one task polls both ways: reading does not write, and the answer to a key update leaves with what is
+//!   written next, as the RFC asks.
 
 use std::io::{self, IoSlice};
 use std::pin::Pin;
@@ -37,7 +39,9 @@ const TAG_BYTES: usize = 16;
 /// Of a record behind its header.
 const SEALED_BYTES_MAX: usize = PLAIN_BYTES_MAX + 256;
 /// A whole record at most.
-const RECORD_BYTES_MAX: usize = HEADER_BYTES + SEALED_BYTES_MAX;
+pub(super) const RECORD_BYTES_MAX: usize = HEADER_BYTES + SEALED_BYTES_MAX;
+/// Records in a row that bring no data: key updates, tickets, empty ones.
+const IDLE_RECORDS_MAX: u32 = 32;
 /// Records sealed under one key; AES-GCM allows 2^24.5 of this size (RFC 8446, section 5.5).
 const RECORDS_A_KEY: u64 = 1 << 23;
 
@@ -47,6 +51,7 @@ const DATA: u8 = 23;
 const NEW_SESSION_TICKET: u8 = 4;
 const KEY_UPDATE: u8 = 24;
 const CLOSE_NOTIFY: [u8; 2] = [1, 0];
+const FATAL: u8 = 2;
 const USER_CANCELED: u8 = 90;
 
 /// What is wrong with a record.
@@ -64,9 +69,25 @@ pub enum RecordError {
     /// A message inside that makes no sense.
     #[error("a TLS message that makes no sense: {0}")]
     Message(&'static str),
+    /// Nothing but records without data.
+    #[error("{IDLE_RECORDS_MAX} TLS records in a row without data")]
+    Idle,
     /// The peer ends the connection with an alert.
     #[error("the peer ended TLS: {0:?}")]
     Alert(AlertDescription),
+}
+
+impl RecordError {
+    /// What the peer is told; `None` where it told this side.
+    fn alert(&self) -> Option<AlertDescription> {
+        match self {
+            Self::Length(_) => Some(AlertDescription::RecordOverflow),
+            Self::Kind(_) | Self::Idle => Some(AlertDescription::UnexpectedMessage),
+            Self::Seal => Some(AlertDescription::BadRecordMac),
+            Self::Message(_) => Some(AlertDescription::DecodeError),
+            Self::Alert(_) => None,
+        }
+    }
 }
 
 impl From<RecordError> for io::Error {
@@ -306,44 +327,45 @@ pub(super) struct Records<IO> {
     receiving: Half,
     sending: Half,
     keys: Box<dyn NextKeys>,
-    /// Plaintext that came with the handshake, and how much of it is taken.
-    early: (Vec<u8>, usize),
     incoming: Incoming,
     /// Opened bytes at the front of `incoming`, and what is to be discarded behind them.
     opened: (usize, usize),
     outgoing: Vec<u8>,
     sent: usize,
     records_a_key: u64,
-    /// A key update that the peer wanted is in `outgoing`: further wishes are the same.
+    /// A key update that the peer wanted is sealed, and no data behind it: further wishes are the same.
     answering: bool,
+    /// Records without data since the last data.
+    idle_records: u32,
     /// The peer sends no more.
     is_ended: bool,
+    /// What ended the connection, and whether the peer was told.
+    failed: Option<RecordError>,
     has_closed: bool,
 }
 
 impl<IO> Records<IO> {
-    /// A connection as rustls left it: `incoming` are bytes behind the handshake, `early` is what
-    /// was already opened of them.
+    /// A connection as rustls left it: `incoming` are bytes behind the handshake.
     pub(super) fn new<Data: Send + 'static>(
         io: IO,
         secrets: ExtractedSecrets,
         keys: KernelConnection<Data>,
         incoming: Incoming,
-        early: Vec<u8>,
     ) -> io::Result<Self> {
         Ok(Self {
             io,
             receiving: Half::new(secrets.rx)?,
             sending: Half::new(secrets.tx)?,
             keys: Box::new(keys),
-            early: (early, 0),
             incoming,
             opened: (0, 0),
             outgoing: Vec::new(),
             sent: 0,
             records_a_key: RECORDS_A_KEY,
             answering: false,
+            idle_records: 0,
             is_ended: false,
+            failed: None,
             has_closed: false,
         })
     }
@@ -373,7 +395,11 @@ impl<IO> Records<IO> {
     fn put_data(&mut self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
         let (mut slices, mut taken) = (slices.iter().map(|slice| &slice[..]), 0);
         let mut rest = slices.next().unwrap_or_default();
-        self.outgoing.reserve(BUFFER_BYTES);
+        // For what is offered: most of what is written is small.
+        let offered = rest.len() + slices.clone().map(<[u8]>::len).sum::<usize>();
+        let records = offered / PLAIN_BYTES_MAX + 1;
+        let overhead = records * (RECORD_BYTES_MAX - PLAIN_BYTES_MAX);
+        self.outgoing.reserve(BUFFER_BYTES.min(offered + overhead));
         while self.outgoing.len() + RECORD_BYTES_MAX <= BUFFER_BYTES {
             if self.sending.sequence >= self.records_a_key {
                 self.update_sending()?;
@@ -398,13 +424,14 @@ impl<IO> Records<IO> {
             self.outgoing.push(DATA);
             self.sending.seal(&mut self.outgoing, start)?;
             taken += PLAIN_BYTES_MAX - room;
+            self.answering = false;
         }
         Ok(taken)
     }
 
     /// Opens the next record, into the caller's buffer where all of it has room; false where it is not
     /// complete.
-    fn open_next(&mut self, buffer: &mut ReadBuf<'_>) -> io::Result<bool> {
+    fn open_next(&mut self, buffer: &mut ReadBuf<'_>) -> Result<bool, RecordError> {
         let front = self.incoming.filled();
         let Some(sealed) = sealed_bytes(front)? else { return Ok(false) };
         let record_bytes = HEADER_BYTES + sealed;
@@ -419,6 +446,11 @@ impl<IO> Records<IO> {
         } else {
             inner(self.receiving.open(record)?)?
         };
+        let has_data = matches!(inner, Inner::Data(1..));
+        self.idle_records = if has_data { 0 } else { self.idle_records + 1 };
+        if self.idle_records > IDLE_RECORDS_MAX {
+            return Err(RecordError::Idle);
+        }
         match inner {
             Inner::Data(bytes) if !has_room => {
                 self.incoming.discard(HEADER_BYTES);
@@ -433,12 +465,15 @@ impl<IO> Records<IO> {
         Ok(true)
     }
 
-    fn obey(&mut self, inner: Inner) -> io::Result<()> {
+    fn obey(&mut self, inner: Inner) -> Result<(), RecordError> {
+        let failed = |_| RecordError::Message("no next key");
         match inner {
             Inner::KeyUpdate { wanted } => {
-                self.receiving = Half::new(self.keys.receiving().map_err(io::Error::other)?)?;
-                if wanted && !std::mem::replace(&mut self.answering, wanted) {
-                    self.update_sending()?;
+                let next = self.keys.receiving().map_err(io::Error::other);
+                self.receiving = next.and_then(Half::new).map_err(failed)?;
+                // Behind the own farewell nothing is sent.
+                if wanted && !self.has_closed && !std::mem::replace(&mut self.answering, true) {
+                    self.update_sending().map_err(failed)?;
                 }
             }
             Inner::Closed => self.is_ended = true,
@@ -457,16 +492,6 @@ impl<IO> Records<IO> {
 
     /// Moves what is opened to the caller.
     fn give(&mut self, buffer: &mut ReadBuf<'_>) {
-        let (early, taken) = &mut self.early;
-        if *taken < early.len() {
-            let bytes = buffer.remaining().min(early.len() - *taken);
-            buffer.put_slice(&early[*taken..*taken + bytes]);
-            *taken += bytes;
-            if *taken == early.len() {
-                self.early = (Vec::new(), 0);
-            }
-            return;
-        }
         let bytes = buffer.remaining().min(self.opened.0);
         buffer.put_slice(&self.incoming.filled()[..bytes]);
         self.take_opened(bytes);
@@ -485,7 +510,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Records<IO> {
             self.sent += written;
         }
         self.outgoing.clear();
-        (self.sent, self.answering) = (0, false);
+        self.sent = 0;
         Poll::Ready(Ok(()))
     }
 }
@@ -503,12 +528,16 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> AsyncRead for Records<IO> {
             if buffer.filled().len() > before || buffer.remaining() == 0 || this.is_ended {
                 return Poll::Ready(Ok(()));
             }
-            if this.open_next(buffer)? {
-                if this.answering {
-                    // Nobody else may be about to write. What does not fit waits for who is.
-                    let _ = this.poll_drain(cx)?;
+            if let Some(failed) = &this.failed {
+                return Poll::Ready(Err(failed.clone().into()));
+            }
+            match this.open_next(buffer) {
+                Ok(true) => continue,
+                Ok(false) => {}
+                Err(error) => {
+                    this.failed = Some(error);
+                    continue;
                 }
-                continue;
             }
             let Self { io, incoming, .. } = this;
             if ready!(incoming.poll_fill(io, cx))?.is_empty() {
@@ -534,6 +563,9 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Records<IO> {
         slices: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
+        if this.has_closed {
+            return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
+        }
         // What is taken is sealed and must leave: nothing new before it has.
         ready!(this.poll_drain(cx))?;
         let taken = this.put_data(slices)?;
@@ -556,7 +588,12 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Records<IO> {
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         if !std::mem::replace(&mut this.has_closed, true) {
-            this.put_record(ALERT, &CLOSE_NOTIFY)?;
+            match this.failed.as_ref().map(RecordError::alert) {
+                None => this.put_record(ALERT, &CLOSE_NOTIFY)?,
+                Some(Some(alert)) => this.put_record(ALERT, &[FATAL, alert.into()])?,
+                // The peer ended it, and listens no more.
+                Some(None) => {}
+            }
         }
         ready!(this.poll_drain(cx))?;
         Pin::new(&mut this.io).poll_shutdown(cx)
